@@ -1,0 +1,188 @@
+"""The arguments that every recipe has, and their parsing: fast --help, one-line errors."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.schema import load_yaml
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A dataclass field with its help text; a list becomes a default factory."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class RecipeArguments:
+    """Arguments of every recipe: the model, the template, the rows and what to do with them."""
+
+    model_name_or_path: str | None = option(
+        None, "Hub id, folder or .gguf file; without it the bundled SmolLM2-135M-Instruct."
+    )
+    revision: str | None = option(
+        None, "Branch, tag or commit of a hub model; pin it to repeat a run."
+    )
+    attn_implementation: str | None = option(
+        None, "Attention code: sdpa (the usual default), eager, or a GPU's flash_attention_2."
+    )
+    template: str = option(
+        "movie_reviews", "The task: a name in data_templates/ or the path of your own .yaml file."
+    )
+    dataset: str | None = option(
+        None, "Hub id (owner/name or owner/name:config), folder or file; else the template's."
+    )
+    columns: list[str] = option(
+        [], "Template variables and your columns, where they differ: text=review label=stars."
+    )
+    train_split: str | None = option(None, "Training split; the template names a default.")
+    eval_split: str | None = option(None, "Evaluation split; the template names a default.")
+    max_train_samples: int | None = option(None, "Train on a random draw of this many rows.")
+    max_eval_samples: int | None = option(None, "Score a random draw of this many rows.")
+    skip_bad_rows: bool = option(
+        False, "Leave out rows that the template cannot read instead of stopping."
+    )
+    rendering: str = option(
+        "text", "text, or chat: through the tokenizer's chat template.", choices=["text", "chat"]
+    )
+    chat_template_kwargs: str = option(
+        "{}", "JSON passed to the chat template, for instance '{\"enable_thinking\": false}'."
+    )
+    max_new_tokens: int = option(256, "Longest answer when a task is scored by generating.")
+    eval_batch_tokens: int = option(
+        4096, "Tokens, padding included, in one scoring batch; lower it if memory runs out."
+    )
+    preview: int = option(
+        0, "Show this many training examples, supervised tokens marked, and stop."
+    )
+    predict: str | None = option(
+        None, "A file of rows without answers: answer them with what --output_dir holds and stop."
+    )
+
+    def __post_init__(self):
+        if isinstance(self.chat_template_kwargs, str):
+            try:
+                self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"--chat_template_kwargs: no JSON ({error}); write it as '{{\"key\": value}}'"
+                ) from None
+
+
+def _print_help(arguments: type, description: str, defaults: Mapping[str, Any]) -> None:
+    """The recipe's own arguments first, then the common ones; no library is imported for it."""
+    common = {one.name for one in dataclasses.fields(RecipeArguments)}
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        usage="%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]",
+    )
+    titles = {False: "this method", True: "every recipe"}
+    groups = {key: parser.add_argument_group(title) for key, title in titles.items()}
+    for one in dataclasses.fields(arguments):
+        default = one.default if one.default is not dataclasses.MISSING else None
+        shown = "" if default in (None, False, 0, "{}") else f" [{default}]"
+        groups[one.name in common].add_argument(
+            f"--{one.name}", metavar="", help=(one.metadata["help"] + shown).replace("%", "%%")
+        )
+    trainer = parser.add_argument_group("the trainer's, as this recipe sets them (all: --help_all)")
+    for name, value in defaults.items():
+        trainer.add_argument(f"--{name}", metavar="", help=f"[{value}]")
+    parser.print_help()
+
+
+def _closest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {close[0]}?" if close else "see --help and --help_all"
+
+
+def parse_arguments(
+    arguments: type,
+    description: str,
+    defaults: Mapping[str, Any],
+    argv: Sequence[str] | None = None,
+) -> tuple[Any, Any]:
+    """The recipe's arguments and its trainer's (`common.trainer.RecipeConfig`).
+
+    Args:
+        arguments: the recipe's dataclass.
+        description: the recipe's docstring, the head of its --help.
+        defaults: the trainer's arguments that this recipe sets otherwise.
+        argv: the command line; `sys.argv[1:]` by default.
+    Raises:
+        UserError: an unknown or malformed argument or key of the --config file.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in argv or "-h" in argv:
+        _print_help(arguments, description, defaults)
+        sys.exit(0)
+
+    from trl import TrlParser
+
+    from common.trainer import RecipeConfig
+
+    class Parser(TrlParser):
+        def error(self, message: str):
+            raise UserError(f"command line: {message}")
+
+    parser = Parser((arguments, RecipeConfig), allow_abbrev=False, add_help=False)
+    parser.set_defaults_with_config(**defaults)
+    if "--help_all" in argv:
+        parser.print_help()
+        sys.exit(0)
+    known = [one.dest for one in parser._actions]
+    for place, argument in enumerate(argv):
+        if argument.startswith("--config="):
+            argv[place : place + 1] = argument.split("=", 1)
+    while "--config" in argv:
+        place = argv.index("--config")
+        if place + 1 == len(argv):
+            raise UserError("command line: --config needs a file")
+        path = Path(argv[place + 1])
+        config = load_yaml(path)
+        for key in config:
+            if key not in known:
+                raise UserError(f"{path}: {key}: unknown key; {_closest(key, known)}")
+        # Numbers as text, so that argparse checks and converts them like the command line's.
+        parser.set_defaults_with_config(
+            **{
+                key: str(value) if type(value) in (int, float) else value
+                for key, value in config.items()
+            }
+        )
+        del argv[place : place + 2]
+    try:
+        parsed, training, rest = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+    except (ValueError, TypeError) as error:  # a trainer's own checks, such as an unknown scheduler
+        raise UserError(f"arguments: {' '.join(str(error).split())}") from None
+    if rest:
+        name = rest[0].split("=")[0].lstrip("-")
+        raise UserError(f"command line: unknown argument {rest[0]}; {_closest(name, known)}")
+    return parsed, training
+
+
+def run_recipe(
+    main: Callable, arguments: type, description: str, defaults: Mapping[str, Any]
+) -> None:
+    """Parse the command line, run `main`, and end a user's mistake in one line and exit code 2."""
+    try:
+        main(*parse_arguments(arguments, description, defaults))
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        print(f"error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; --resume_from_checkpoint last goes on", file=sys.stderr)
+        sys.exit(130)

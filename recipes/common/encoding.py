@@ -1,0 +1,395 @@
+"""Questions -> ids and labels: exact loss masks, answers that are never cut, and counts of what
+was.
+
+Over the budget whole demonstrations go first (in a conversation the oldest turns), then the fields
+that the template names under `shorten`, the longest first. What still does not fit is left out and
+counted. Prompt and answer are encoded apart, so the ids that generation and scoring see are a
+prefix of the ids that were trained.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from common.errors import UserError
+from common.template import PromptTemplate, Question, RowError
+from common.tokens import Message, TextEncoder
+
+IGNORED = -100  # the label that the loss skips
+RENDERINGS = ("text", "chat")
+
+Demonstration = tuple[str, str]  # a prompt and its answer, as text
+
+
+class DoesNotFit(RowError):
+    """The instruction, the mask and the answer alone are longer than the budget."""
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt that fits.
+
+    Attributes:
+        ids: what the model reads, up to where the answer begins.
+        end: the end marker, by which generation stops.
+        question: the question as it was asked, shortened fields included.
+        shortened: whether a field was cut.
+        dropped: how many demonstrations were dropped.
+    """
+
+    ids: list[int]
+    end: list[int]
+    question: Question
+    shortened: bool = False
+    dropped: int = 0
+
+
+@dataclass
+class Counts:
+    """What became of the rows: printed before training and kept in metrics.json.
+
+    `examples`, `shortened` and `left_out` count questions (for conversations, examples, answers and
+    answers): a row is one of them in most tasks.
+    """
+
+    rows: int = 0
+    examples: int = 0
+    shortened: int = 0
+    left_out: int = 0
+    dropped_demonstrations: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+
+
+@dataclass
+class EncodedRows:
+    """Training examples, `input_ids` and `labels` of equal length each, with the row each came
+    from.
+    """
+
+    examples: list[dict[str, list[int]]] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
+
+    def add(self, row: int, input_ids: list[int], labels: list[int]) -> None:
+        """Append one example; its counts too."""
+        self.examples.append({"input_ids": input_ids, "labels": labels})
+        self.rows.append(row)
+        self.counts.examples += 1
+        self.counts.tokens += len(input_ids)
+        self.counts.supervised_tokens += sum(label != IGNORED for label in labels)
+
+
+class PromptEncoder:
+    """Encodes the questions of one template for one tokenizer and one rendering.
+
+    Args:
+        max_length: the largest number of tokens of prompt, answer and end marker together.
+        rendering: "text", or "chat" through the tokenizer's chat template.
+    """
+
+    def __init__(
+        self,
+        template: PromptTemplate,
+        tokenizer,
+        max_length: int,
+        rendering: str = "text",
+        chat_template_kwargs: Mapping | None = None,
+    ):
+        if rendering not in RENDERINGS:
+            raise UserError(f"--rendering {rendering}: must be text or chat")
+        if template.messages and tokenizer.chat_template is None:
+            raise UserError(
+                f"{template.path}: messages: a conversation needs a chat template and the tokenizer of "
+                f"{tokenizer.name_or_path} has none; pass a model that has"
+            )
+        self.template = template
+        self.text = TextEncoder(tokenizer, chat_template_kwargs)
+        self.max_length = max_length
+        self.chat = rendering == "chat" or template.messages is not None
+
+    # Prompt and answer
+
+    def prompt(
+        self,
+        question: Question,
+        reserve: int,
+        demonstrations: Sequence[Demonstration] = (),
+        *,
+        phrasing: int = 0,
+        window: bool = False,
+    ) -> EncodedPrompt:
+        """The prompt of a question, shortened so that an answer of `reserve` tokens and its end
+        marker fit behind it.
+
+        Args:
+            demonstrations: solved examples in front, the first dropped first.
+            window: keep the answer's span when its context is cut, as training does; scoring
+                must not know it.
+        Raises:
+            DoesNotFit: it cannot be shortened enough, or the answer would be cut out of its
+            context.
+        """
+
+        def build(question: Question, demonstrations: Sequence[Demonstration]) -> list[int]:
+            if self.chat:
+                return self.text.chat_prompt(self._messages(question, demonstrations, phrasing))
+            parts = [prompt + answer for prompt, answer in demonstrations]
+            text = self.template.demonstrations["separator"].join(
+                [*parts, self.template.prompt(question, phrasing)]
+            )
+            system = self.template.system(question)
+            return self.text.text_prompt(f"{system}\n\n{text}" if system else text)
+
+        kept = list(demonstrations)
+        end = (
+            self.text.chat_end(self._messages(question, kept, phrasing))
+            if self.chat
+            else self.text.end
+        )
+        budget = self.max_length - reserve - len(end)
+        ids = build(question, kept)
+        while len(ids) > budget and kept:
+            kept.pop(0)
+            ids = build(question, kept)
+        asked = question
+        if len(ids) > budget:
+            asked, ids = self._shorten(question, budget, lambda one: build(one, kept), window)
+        return EncodedPrompt(
+            ids, end, asked, asked is not question, len(demonstrations) - len(kept)
+        )
+
+    def answer(self, text: str) -> list[int]:
+        """Ids of an answer without its end marker; in chat it is stripped first."""
+        return self.text.chat_answer(text) if self.chat else list(self.text.encode(text))
+
+    def candidates(self, question: Question, end: Sequence[int]) -> dict[str, list[list[int]]]:
+        """For each class, the ids of the answers that stand for it.
+
+        Where one answer's ids begin another's, all end with their end marker: without it the
+        shorter one would win by being shorter.
+        """
+        encoded = {
+            label: [self.answer(text) for text in texts]
+            for label, texts in question.candidates.items()
+        }
+        together = sorted(ids for texts in encoded.values() for ids in texts)
+        if any(
+            after[: len(ids)] == ids for ids, after in zip(together, together[1:], strict=False)
+        ):
+            return {label: [ids + list(end) for ids in texts] for label, texts in encoded.items()}
+        return encoded
+
+    def _messages(
+        self, question: Question, demonstrations: Sequence[Demonstration], phrasing: int
+    ) -> list[Message]:
+        system = self.template.system(question)
+        messages = [{"role": "system", "content": system}] if system else []
+        for prompt, answer in demonstrations:
+            messages.append({"role": "user", "content": prompt})
+            messages.append({"role": "assistant", "content": answer.strip()})
+        return [*messages, {"role": "user", "content": self.template.prompt(question, phrasing)}]
+
+    def training_example(
+        self, question: Question, demonstrations: Sequence[Demonstration] = (), *, phrasing: int = 0
+    ) -> tuple[list[int], list[int], EncodedPrompt]:
+        """Ids, labels (the answer's and the end marker's, otherwise -100) and the prompt of one
+        question.
+
+        Raises:
+            DoesNotFit: see `prompt`.
+        """
+        answer = self.answer(question.target)
+        prompt = self.prompt(question, len(answer), demonstrations, phrasing=phrasing, window=True)
+        target = answer + prompt.end
+        return prompt.ids + target, [IGNORED] * len(prompt.ids) + target, prompt
+
+    # Conversations
+
+    def conversation(self, question: Question, counts: Counts) -> list[tuple[list[int], list[int]]]:
+        """Ids and labels of a ready conversation; every assistant turn is supervised.
+
+        One example holds the whole conversation where the chat template only ever appends. Where
+        later turns rewrite earlier ones, or earlier ones were dropped, an assistant turn becomes
+        its own example, as generation will see it. An answer that does not fit even behind the last
+        question alone is left out and counted.
+        """
+        examples: list[tuple[list[int], list[int]]] = []
+        for place, turn in enumerate(question.turns):
+            if turn["role"] != "assistant":
+                continue
+            before = question.turns[:place]
+            target = self.text.chat_answer(turn["content"]) + self.text.chat_end(before)
+            prompt = self.text.chat_prompt(before)
+            if len(prompt) + len(target) > self.max_length:
+                try:
+                    prompt = self._drop_turns(before, self.max_length - len(target))
+                except DoesNotFit:
+                    counts.left_out += 1
+                    continue
+                counts.shortened += 1
+            ids, labels = prompt + target, [IGNORED] * len(prompt) + target
+            if examples and ids[: len(examples[-1][0])] == examples[-1][0]:
+                _, earlier = examples.pop()
+                labels[: len(earlier)] = earlier
+            examples.append((ids, labels))
+        return examples
+
+    def _drop_turns(self, turns: Sequence[Message], budget: int) -> list[int]:
+        system = turns[:1] if turns[0]["role"] == "system" else []
+        rest = turns[len(system) :]
+        starts = [place for place, turn in enumerate(rest) if turn["role"] == "user" and place > 0]
+        for start in starts:
+            ids = self.text.chat_prompt([*system, *rest[start:]])
+            if len(ids) <= budget:
+                return ids
+        raise DoesNotFit(f"its last turns are longer than {self.max_length} tokens")
+
+    # Masked models
+
+    def cloze(self, question: Question, masks: int) -> tuple[list[int], list[int], EncodedPrompt]:
+        """Ids with `masks` masks, the masks' positions, and the shortened question.
+
+        Raises:
+            DoesNotFit: see `prompt`.
+            UserError: the template has no cloze, or the tokenizer no mask.
+        """
+        if "cloze" not in self.template.texts:
+            raise UserError(f"{self.template.path}: cloze: is missing; a masked model needs it")
+
+        def build(one: Question) -> list[int]:
+            return self.text.cloze(*self.cloze_parts(one), masks)[0]
+
+        asked, _ = self._shorten(question, self.max_length, build, window=False)
+        ids, places = self.text.cloze(*self.cloze_parts(asked), masks)
+        return ids, places, EncodedPrompt(ids, [], asked, asked is not question)
+
+    def cloze_parts(self, question: Question) -> tuple[str, str]:
+        """The text before and after the mask, found by its place in the rendering."""
+        number = 0
+        while (mark := f"\ufdd2{number}\ufdd3") in str(question.variables):
+            number += 1
+        before, found, after = self.template.cloze(question, mark).partition(mark)
+        if not found or mark in after:
+            raise UserError(f"{self.template.path}: cloze: must hold {{{{ mask }}}} once")
+        return before, after
+
+    def pair(self, question: Question) -> tuple[list[int], list[int], EncodedPrompt]:
+        """Ids, token types and the shortened question of a sentence pair.
+
+        Raises:
+            DoesNotFit: see `prompt`.
+        """
+
+        def build(one: Question) -> list[int]:
+            return self.text.pair(*self.template.pair(one))[0]
+
+        asked, _ = self._shorten(question, self.max_length, build, window=False)
+        ids, types = self.text.pair(*self.template.pair(asked))
+        return ids, types, EncodedPrompt(ids, [], asked, asked is not question)
+
+    # Shortening
+
+    def _shorten(
+        self, question: Question, budget: int, build: Callable[[Question], list[int]], window: bool
+    ) -> tuple[Question, list[int]]:
+        """The question with its `shorten` fields cut until `build` yields at most `budget` ids; the
+        longest first.
+        """
+        ids = build(question)
+        context, spans = self.template.context, list(question.spans)
+        while len(ids) > budget:
+            texts = {name: str(question.variables.get(name, "")) for name in self.template.shorten}
+            offsets = {name: self.text.offsets(text) for name, text in texts.items() if text}
+            lengths = sorted((len(places) for places in offsets.values()), reverse=True)
+            if not lengths:
+                raise DoesNotFit(
+                    f"{len(ids)} tokens with everything cut that 'shorten' allows, over {budget}; raise --max_length"
+                )
+            name = max(offsets, key=lambda one: len(offsets[one]))
+            # Down to the next longest field's length, then on with both.
+            step = lengths[0] - lengths[1] if len(lengths) > 1 else lengths[0]
+            count = min(len(ids) - budget, max(step, 1))
+            side = self.template.shorten[name]
+            text = texts[name]
+            if name == context and spans:
+                first, last = min(spans)[0], max(end for _, end in spans)
+                if window:
+                    # Around the answer: cut the side that has more left.
+                    side = "left" if first > len(text) - last else "right"
+                    outside = [
+                        (start, end)
+                        for start, end in offsets[name]
+                        if (end <= first if side == "left" else start >= last)
+                    ]
+                    if not outside:
+                        raise DoesNotFit("the answer and what must stay are longer than the budget")
+                    count = min(count, len(outside))
+            start, end = _cut(text, offsets[name], count, side)
+            if name == context and spans:
+                if first < start or last > end:
+                    raise DoesNotFit(
+                        "its answer would be cut out of the context; raise --max_length"
+                    )
+                spans = [(a - start, b - start) for a, b in spans]
+            question = question.change(**{name: text[start:end]})
+            ids = build(question)
+        return question, ids
+
+
+def _cut(text: str, offsets: Sequence[tuple[int, int]], count: int, side: str) -> tuple[int, int]:
+    """The [start, end) of a text that is left after `count` tokens are cut from a side; always
+    shorter than the text.
+    """
+    if side == "left":
+        start = offsets[count - 1][1] if count < len(offsets) else len(text)
+        return max(start, 1), len(text)
+    end = offsets[-count][0] if count < len(offsets) else 0
+    return 0, min(end, len(text) - 1)
+
+
+def encode_rows(
+    encoder: PromptEncoder,
+    rows: Iterable[Mapping],
+    *,
+    seed: int = 0,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> EncodedRows:
+    """Training examples of rows that `data.load_rows` has checked.
+
+    Several phrasings, and the wrong candidates of pairs, are drawn by the seed and the row's
+    number, so that they do not depend on the process or on the rows before.
+    """
+    template, encoded = encoder.template, EncodedRows()
+    for number, row in enumerate(progress(rows)):
+        encoded.counts.rows += 1
+        draw = random.Random(f"{seed}-{number}")
+        for question in drawn_questions(template, row, draw):
+            if template.messages:
+                for ids, labels in encoder.conversation(question, encoded.counts):
+                    encoded.add(number, ids, labels)
+                continue
+            phrasing = draw.randrange(len(template.prompts))
+            try:
+                ids, labels, prompt = encoder.training_example(question, phrasing=phrasing)
+            except DoesNotFit:
+                encoded.counts.left_out += 1
+                continue
+            encoded.add(number, ids, labels)
+            encoded.counts.shortened += prompt.shortened
+            encoded.counts.dropped_demonstrations += prompt.dropped
+    return encoded
+
+
+def drawn_questions(template: PromptTemplate, row: Mapping, draw: random.Random) -> list[Question]:
+    """The questions of a row that are trained: of the wrong candidates of a pair, only `negatives`
+    many.
+    """
+    questions = template.questions(row)
+    if not template.asks_each_word:
+        return questions
+    right = [one for one in questions if one.asked == one.label]
+    wrong = [one for one in questions if one.asked != one.label]
+    return right + draw.sample(wrong, min(template.negatives, len(wrong)))

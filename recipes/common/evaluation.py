@@ -1,0 +1,252 @@
+"""A task's score for a model, a template and rows: by the likelihood of the label words, by
+generating, or by the answers' loss.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from common.encoding import IGNORED, Counts, DoesNotFit, EncodedPrompt, PromptEncoder
+from common.launch import progress
+from common.metrics import load_metric, score_rows
+from common.scoring import generate, log_likelihoods
+from common.template import PromptTemplate, Question
+from common.verbalizer import label_scores
+
+
+@dataclass
+class TaskScore:
+    """How well a model does a task.
+
+    Attributes:
+        metric, score, stderr: the template's metric, its value and its standard error over the
+            rows.
+        details: further figures of the metric, such as `exact_match` beside SQuAD's F1.
+        records: one dict per row, for predictions.jsonl.
+        rows, left_out: rows scored, and rows whose prompt did not fit.
+        seconds: how long it took.
+    """
+
+    metric: str
+    score: float
+    stderr: float
+    details: dict[str, float] = field(default_factory=dict)
+    records: list[dict] = field(default_factory=list)
+    rows: int = 0
+    left_out: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.metric} {self.score:.3f} ± {self.stderr:.3f} ({self.rows} rows)"
+
+
+@dataclass
+class _Asked:
+    """A row's questions with their prompts."""
+
+    row: int
+    questions: list[Question]
+    prompts: list[EncodedPrompt]
+
+
+def evaluate_task(
+    model,
+    encoder: PromptEncoder,
+    rows: Sequence[Mapping],
+    *,
+    max_new_tokens: int = 256,
+    batch_tokens: int = 4096,
+    answers: bool = True,
+    description: str = "scoring",
+) -> TaskScore:
+    """Ask the model about every row and compare with the gold answers.
+
+    Args:
+        rows: as `data.load_rows` gives them.
+        max_new_tokens: the longest answer where the task is scored by generating.
+        batch_tokens: tokens in one forward pass, padding included.
+        answers: False for rows without answers: the records then hold predictions only.
+    """
+    template = encoder.template
+    start = time.perf_counter()
+    model.eval()
+    if template.metric == "loss" and answers:
+        result = _by_loss(model, encoder, rows, batch_tokens, description)
+    elif template.label and not template.rationale:
+        result = _by_likelihood(model, encoder, rows, batch_tokens, answers, description)
+    else:
+        result = _by_generating(
+            model, encoder, rows, max_new_tokens, batch_tokens, answers, description
+        )
+    result.seconds = time.perf_counter() - start
+    return result
+
+
+def _ask(encoder: PromptEncoder, rows: Sequence[Mapping], reserve, answers: bool) -> list[_Asked]:
+    """The rows whose prompts all fit; `reserve` says how many tokens a question's answer needs."""
+    asked = []
+    for number, row in enumerate(rows):
+        questions = encoder.template.questions(row, answers=answers)
+        try:
+            prompts = [encoder.prompt(one, reserve(one)) for one in questions]
+        except DoesNotFit:
+            continue
+        asked.append(_Asked(number, questions, prompts))
+    return asked
+
+
+def _record(encoder: PromptEncoder, asked: _Asked, answer, prediction, score) -> dict:
+    tokenizer = encoder.text.tokenizer
+    prompts = [tokenizer.decode(prompt.ids) for prompt in asked.prompts]
+    return {
+        "row": asked.row,
+        "prompt": prompts[0] if len(prompts) == 1 else prompts,
+        "answer": answer,
+        "prediction": prediction,
+        "score": score,
+    }
+
+
+def _finish(template: PromptTemplate, records: list[dict], total: int, answers: bool) -> TaskScore:
+    rows, left_out = len(records), total - len(records)
+    if not answers or not records:
+        return TaskScore(template.metric, math.nan, math.nan, {}, records, rows, left_out)
+    # A prediction that could not be read (None) is a wrong one, not a missing one.
+    predictions = [record["prediction"] or "" for record in records]
+    if template.entity_spans:
+        predictions = [record["prediction"] for record in records]
+    golds = [record["answer"] for record in records]
+    score, stderr, each = score_rows(template.metric, predictions, golds)
+    for record, value in zip(records, each, strict=True):
+        record["score"] = value
+    details = load_metric(template.metric).compute(predictions=predictions, references=golds)
+    # The first figure is the score itself.
+    details = {name: float(value) for name, value in list(details.items())[1:]}
+    return TaskScore(template.metric, score, stderr, details, records, rows, left_out)
+
+
+def _by_likelihood(model, encoder, rows, batch_tokens, answers, description) -> TaskScore:
+    template = encoder.template
+
+    def longest(question: Question) -> int:
+        answers = (text for texts in question.candidates.values() for text in texts)
+        return max(len(encoder.answer(text)) for text in answers)
+
+    asked = _ask(encoder, rows, longest, answers)
+    requests, labels = [], []
+    for one in asked:
+        for question, prompt in zip(one.questions, one.prompts, strict=True):
+            candidates = encoder.candidates(question, prompt.end)
+            requests.append((prompt.ids, [ids for texts in candidates.values() for ids in texts]))
+            labels.append([label for label, texts in candidates.items() for _ in texts])
+    scored = log_likelihoods(
+        model, requests, batch_tokens=batch_tokens, progress=progress(description, "batch")
+    )
+    found = iter(zip(labels, scored, strict=True))
+    records = []
+    for one in asked:
+        scores: dict[str, float] = {}
+        for question in one.questions:
+            words: dict[str, list[float]] = {}
+            for label, value in zip(*next(found), strict=True):
+                words.setdefault(label, []).append(value)
+            if question.asked is None:
+                scores = label_scores(words)
+            else:  # a pair per candidate: how much likelier yes is than no
+                scores[question.asked] = words["yes"][0] - words["no"][0]
+        prediction = max(scores, key=scores.__getitem__)
+        record = _record(encoder, one, one.questions[0].label, prediction, None)
+        records.append({**record, "log_likelihoods": scores})
+    return _finish(template, records, len(rows), answers)
+
+
+def _by_generating(
+    model, encoder, rows, max_new_tokens, batch_tokens, answers, description
+) -> TaskScore:
+    template = encoder.template
+    asked = _ask(encoder, rows, lambda question: max_new_tokens, answers)
+    prompts = [prompt for one in asked for prompt in one.prompts]
+    texts = iter(
+        generate(
+            model,
+            encoder.text.tokenizer,
+            [prompt.ids for prompt in prompts],
+            max_new_tokens=max_new_tokens,
+            end_ids={prompt.end[-1] for prompt in prompts},
+            stop=template.stop,
+            batch_tokens=batch_tokens,
+            progress=progress(description, "batch"),
+        )
+    )
+    records = []
+    for one in asked:
+        written = [next(texts) for _ in one.questions]
+        read = [template.read_answer(text) for text in written]
+        if template.entity_spans:
+            pairs = list(zip(one.questions, read, strict=True))
+            prediction = [
+                [q.asked, text] for q, answer in pairs for text in template.read_spans(answer)
+            ]
+            answer = [[q.asked, text] for q in one.questions for text in q.references]
+        elif template.label:
+            prediction, answer = template.read_label(read[0]), one.questions[0].label
+        else:
+            prediction, answer = read[0], list(one.questions[0].references)
+        record = _record(encoder, one, answer, prediction, None)
+        records.append({**record, "generated": written[0] if len(written) == 1 else written})
+    return _finish(template, records, len(rows), answers)
+
+
+def _by_loss(model, encoder, rows, batch_tokens, description) -> TaskScore:
+    """Mean negative log-likelihood (nats) per answer token: the training loss, on these rows. Lower
+    is better.
+    """
+    template, requests, kept = encoder.template, [], []
+    for number, row in enumerate(rows):
+        for question in template.questions(row):
+            try:
+                if template.messages:
+                    examples = encoder.conversation(question, Counts())
+                else:
+                    examples = [encoder.training_example(question)[:2]]
+            except DoesNotFit:
+                continue
+            for ids, labels in examples:
+                # The last supervised run of a conversation: the answer that all the rest leads to.
+                start = len(labels) - next(
+                    (n for n, label in enumerate(reversed(labels)) if label == IGNORED), len(labels)
+                )
+                requests.append((ids[:start], [ids[start:]]))
+                kept.append(number)
+    scores = log_likelihoods(
+        model, requests, batch_tokens=batch_tokens, progress=progress(description, "batch")
+    )
+    sums, counts = np.zeros(len(rows)), np.zeros(len(rows))
+    records = []
+    tokenizer = encoder.text.tokenizer
+    for number, (prompt, (answer,)), (value,) in zip(kept, requests, scores, strict=True):
+        sums[number] -= value
+        counts[number] += len(answer)
+        records.append(
+            {
+                "row": number,
+                "prompt": tokenizer.decode(prompt),
+                "answer": tokenizer.decode(answer),
+                "prediction": None,
+                "score": -value / len(answer),
+            }
+        )
+    used = counts > 0
+    n = int(used.sum())
+    if not n:
+        return TaskScore("loss", math.nan, math.nan, left_out=len(rows))
+    loss = sums.sum() / counts.sum()
+    # The standard error of a ratio of two sums over rows (linearized).
+    residuals = (sums - loss * counts)[used]
+    stderr = math.sqrt(n / max(n - 1, 1)) * float(np.sqrt((residuals**2).sum())) / counts.sum()
+    return TaskScore("loss", float(loss), stderr, {}, records, n, len(rows) - n)

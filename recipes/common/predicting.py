@@ -1,0 +1,60 @@
+"""--predict: rows without answers in, predictions out, with what a run left in its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import PeftModel
+
+from common.data import load_rows, parse_columns
+from common.encoding import PromptEncoder
+from common.errors import UserError
+from common.evaluation import evaluate_task
+from common.launch import is_main_process, say
+from common.models import load_model, load_tokenizer
+from common.report import write_jsonl
+from common.template import PromptTemplate
+
+
+def answer_file(args, training) -> None:
+    """Answer the rows of `args.predict` with the adapter and the template in `training.output_dir`.
+
+    The predictions go to `predictions_<file>.jsonl` in that folder.
+
+    Raises:
+        UserError: no trained adapter there, or rows that the template cannot read.
+    """
+    folder = Path(training.output_dir)
+    if not (folder / "adapter_config.json").exists():
+        raise UserError(f"--output_dir {folder}: holds no trained adapter; train one first")
+    template = PromptTemplate.load(
+        str(folder / "template.yaml"), columns=parse_columns(args.columns)
+    )
+    rows = load_rows(
+        template, args.predict, "train", skip_bad_rows=args.skip_bad_rows, answers=False
+    )
+    tokenizer = load_tokenizer(str(folder))
+    model = load_model(
+        args.model_name_or_path,
+        dtype=training.model_dtype[0],
+        revision=args.revision,
+        attn_implementation=args.attn_implementation,
+        trust_remote_code=training.trust_remote_code,
+    )
+    model = PeftModel.from_pretrained(model.to(training.device), folder)
+    encoder = PromptEncoder(
+        template, tokenizer, training.max_length, args.rendering, args.chat_template_kwargs
+    )
+    result = evaluate_task(
+        model,
+        encoder,
+        rows.rows,
+        max_new_tokens=args.max_new_tokens,
+        batch_tokens=args.eval_batch_tokens,
+        answers=False,
+        description="answering",
+    )
+    target = folder / f"predictions_{Path(args.predict).stem}.jsonl"
+    if is_main_process():
+        write_jsonl(target, result.records)
+    say(f"{result.rows} rows answered, {result.left_out} left out as too long: {target}")

@@ -1,0 +1,210 @@
+"""What a run shows before it trains and leaves in its folder when it is done."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from common.encoding import IGNORED, EncodedRows
+from common.errors import UserError
+from common.evaluation import TaskScore
+from common.launch import is_main_process, say
+from common.report import model_card, plot_loss, print_table, versions, write_json, write_jsonl
+from common.template import PromptTemplate
+
+
+def preview(encoded: EncodedRows, tokenizer, count: int) -> None:
+    """Show training examples token by token as the model will see them, the supervised ones marked.
+
+    In a terminal they are colored; elsewhere they stand in ⟦ ⟧.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    for number, example in enumerate(encoded.examples[:count]):
+        supervised = [label != IGNORED for label in example["labels"]]
+        tokens = f"{len(supervised)} tokens, {sum(supervised)} supervised"
+        console.rule(f"example {number + 1}: {tokens}")
+        text, start = Text(), 0
+        for end in range(1, len(supervised) + 1):
+            if end < len(supervised) and supervised[end] == supervised[start]:
+                continue
+            piece = tokenizer.decode(example["input_ids"][start:end])
+            if not supervised[start]:
+                text.append(piece)
+            elif console.is_terminal:
+                text.append(piece, style="bold white on dark_green")
+            else:
+                text.append(f"⟦{piece}⟧")
+            start = end
+        console.print(text)
+
+
+def expected_padding(encoded: EncodedRows, batch_size: int, seed: int) -> float:
+    """The padding share of randomly drawn batches: padding tokens over all tokens."""
+    lengths = torch.tensor([len(example["input_ids"]) for example in encoded.examples])
+    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed))
+    batches = lengths[order].split(batch_size)
+    return 1 - lengths.sum().item() / sum(len(batch) * batch.max().item() for batch in batches)
+
+
+def count_parameters(model) -> tuple[int, int]:
+    """Trainable and all parameters; one that is tied counts once."""
+    sizes = [(one.numel(), one.requires_grad) for one in model.parameters()]
+    return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
+
+
+def show_plan(
+    model_name: str, model, encoded: EncodedRows, training, sources: dict[str, str]
+) -> None:
+    """The summary before training: what is trained, on what, and how much of it."""
+    dtype, why = training.model_dtype
+    trainable, total = count_parameters(model)
+    counts, world = encoded.counts, training.world_size
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * world
+    padding = expected_padding(encoded, training.per_device_train_batch_size, training.seed)
+    left_out = f", {counts.left_out} left out: too long" if counts.left_out else ""
+    print_table(
+        "Before training",
+        {
+            "model": f"{model_name}, {str(dtype).removeprefix('torch.')} ({why})",
+            "parameters": f"{trainable:,} trainable of {total:,} ({trainable / total:.2%})",
+            **sources,
+            "examples": f"{counts.examples:,} from {counts.rows:,} rows; "
+            f"{counts.shortened:,} shortened{left_out}",
+            "tokens": f"{counts.tokens:,}, of which {counts.supervised_tokens:,} supervised; "
+            f"{padding:.0%} padding on top in random batches",
+            "batch": f"{batch} = {training.per_device_train_batch_size} per device x "
+            f"{training.gradient_accumulation_steps} accumulated x {world} (processes)",
+            "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type}",
+            "output": training.output_dir,
+        },
+    )
+
+
+def save_run(
+    trainer,
+    template: PromptTemplate,
+    encoded: EncodedRows,
+    base: TaskScore,
+    tuned: TaskScore,
+    *,
+    method: str,
+    model_name: str,
+    load_snippet: str,
+    peak_memory_bytes: int,
+    train_seconds: float,
+    skipped_rows: int = 0,
+) -> dict:
+    """Write everything beside the weights: metrics.json last, so that where it stands the run is
+    whole.
+
+    Returns:
+        The content of metrics.json.
+    """
+    training, folder = trainer.args, Path(trainer.args.output_dir)
+    trainer.save_state()
+    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should load
+    trainable, total = count_parameters(trainer.model)
+    counted = [trainer.tokens_seen, trainer.slots_seen, peak_memory_bytes]
+    processes = trainer.accelerator.gather(torch.tensor([counted], device=training.device))
+    tokens_seen, slots_seen, _ = processes.sum(0).tolist()
+    peak = int(processes[:, 2].max())
+    metrics = {
+        "task": template.name,
+        "method": method,
+        "model": model_name,
+        "metric": tuned.metric,
+        "score": tuned.score,
+        "stderr": tuned.stderr,
+        **tuned.details,
+        "base_score": base.score,
+        "base_stderr": base.stderr,
+        "eval_rows": tuned.rows,
+        "eval_rows_left_out": tuned.left_out,
+        "train_rows": encoded.counts.rows,
+        "train_examples": encoded.counts.examples,
+        "train_examples_shortened": encoded.counts.shortened,
+        "train_examples_left_out": encoded.counts.left_out,
+        "bad_rows_skipped": skipped_rows,
+        "train_tokens": tokens_seen,
+        "supervised_tokens": encoded.counts.supervised_tokens,
+        "padding_fraction": 1 - tokens_seen / slots_seen if slots_seen else 0.0,
+        "tokens_per_second": tokens_seen / train_seconds if train_seconds else 0.0,
+        "train_seconds": train_seconds,
+        "eval_seconds": tuned.seconds,
+        "steps": trainer.state.global_step,
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "peak_memory_bytes": peak,
+        "world_size": training.world_size,
+        "distributed_type": str(trainer.accelerator.distributed_type.value),
+        "seed": training.seed,
+        "versions": versions(),
+    }
+    if is_main_process():
+        template.save(folder / "template.yaml")
+        trainer.processing_class.save_pretrained(folder)
+        write_jsonl(folder / "predictions.jsonl", tuned.records)
+        plot_loss(
+            trainer.state.log_history,
+            folder / "loss.png",
+            title=f"{template.name}: {method}",
+            subtitle=f"{model_name}, {encoded.counts.examples:,} examples, "
+            f"{metrics['steps']:,} steps",
+        )
+        card = model_card(
+            title=f"{template.name} ({method})",
+            template_description=template.description,
+            base_model=model_name,
+            method=method,
+            command=shlex.join(["accelerate", "launch", *sys.argv]),
+            metrics=metrics,
+            versions=metrics["versions"],
+            load_snippet=load_snippet,
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_json(folder / "metrics.json", metrics)
+        print_table(
+            "Done",
+            {
+                "base model": base,
+                "tuned": tuned,
+                "training": f"{train_seconds:.0f} s, {metrics['tokens_per_second']:.0f} tokens/s, "
+                f"{metrics['padding_fraction']:.0%} padding, peak memory {peak / 2**30:.2f} GiB",
+                "written to": f"{folder}/: weights, metrics.json, predictions.jsonl, loss.png",
+            },
+        )
+    return metrics
+
+
+def publish(output_dir: str, training) -> None:
+    """Upload a finished run, model card included, checkpoints not, to the hub.
+
+    Raises:
+        UserError: the hub refused or cannot be reached; the run itself stays in `output_dir`.
+    """
+    if not is_main_process():
+        return
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    name = training.hub_model_id or os.path.basename(os.path.abspath(output_dir))
+    api = HfApi(token=training.hub_token)
+    try:
+        repository = api.create_repo(name, private=training.hub_private_repo, exist_ok=True).repo_id
+        api.upload_folder(
+            repo_id=repository, folder_path=output_dir, ignore_patterns=["checkpoint-*", "merged/*"]
+        )
+    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--push_to_hub: {reason}; the run is kept in {output_dir}: log in with "
+            f"'hf auth login' and upload it with 'hf upload {name} {output_dir}'"
+        ) from None
+    say(f"pushed to {repository}")

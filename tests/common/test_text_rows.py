@@ -1,0 +1,212 @@
+import hashlib
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from row_files import ROWS, dump, load, numbered, refusal, write
+
+# Formats
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
+def test_every_format_gives_the_same_rows(tmp_path, suffix):
+    path = write(tmp_path / f"rows.{suffix}", ROWS)
+    loaded = load(path)
+    assert loaded.rows == ROWS
+    assert loaded.source == str(path)
+    assert loaded.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert loaded.skipped == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=5))
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv"])
+def test_any_text_survives_any_text_format(tmp_path_factory, suffix, texts):
+    rows = [{"sentence": text, "label": "0"} for text in texts]
+    path = write(tmp_path_factory.mktemp("any") / f"rows.{suffix}", rows)
+    assert load(path).rows == rows
+
+
+def test_a_json_file_may_hold_one_object_a_line(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text("".join(dump(row) + "\n" for row in ROWS), encoding="utf-8")
+    assert load(path).rows == ROWS
+
+
+def test_an_array_on_one_line_and_blank_lines_between_rows_are_fine(tmp_path):
+    array, lines = tmp_path / "a.json", tmp_path / "b.jsonl"
+    array.write_text(" \n" + dump(ROWS) + "\n\n", encoding="utf-8")
+    lines.write_text("\n" + "\n \t\n".join(map(dump, ROWS)), encoding="utf-8")
+    assert load(array).rows == load(lines).rows == ROWS
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv"])
+def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path, suffix):
+    rows = numbered(3)
+    path = write(tmp_path / f"rows.{suffix}", rows)
+    text = path.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    path.write_bytes(b"\xef\xbb\xbf" + text)
+    assert load(path).rows == rows
+
+
+def test_csv_fields_stay_text_and_may_be_long(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(f"sentence,label,id\n{'x' * 300_000},1,007\n\n")
+    (row,) = load(path).rows
+    assert row["id"] == "007"
+    assert len(row["sentence"]) == 300_000
+
+
+# Bad rows, with their places
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"sentence": "a", "label": }', "no JSON at column 28: Expecting value"),
+        ('{"sentence": "a", "label": "1"} x', "no JSON at column 33: more text after the object"),
+        ('{"sentence": "a", "sentence": "b", "label": "1"}', "the key 'sentence' stands twice"),
+        ('{"sentence": {"a": 1, "a": 2}, "label": "1"}', "the key 'a' stands twice"),
+        ('["a", "1"]', "list instead of an object"),
+        ('{"sentence": NaN, "label": "1"}', "NaN is no JSON"),
+        ('{"sentence": [-Infinity], "label": "1"}', "-Infinity is no JSON"),
+        ('{"sentence": "\\ud83d", "label": "1"}', "\\ud83d is half a character"),
+        ('{"sentence": "a", "label": "5"}', "label: '5' is not in the verbalizer"),
+        ('{"sentence": "a", "label": null}', "label is null"),
+        ('{"sentence": "a"}', "no column 'label'; the row has 'sentence'"),
+        ("[" * 100_000, "no JSON at column 1: maximum recursion"),
+        ('{"sentence": 1' + "0" * 5000 + "}", "no JSON at column 1: Exceeds the limit"),
+    ],
+)
+def test_a_bad_json_line_is_named_by_its_number_in_one_line(tmp_path, line, problem):
+    path = tmp_path / "rows.jsonl"
+    good = dump(ROWS[4])
+    path.write_text(f"{good}\n\n{line}\n{good}\n", encoding="utf-8")
+    text = refusal(path)
+    assert text.startswith(f"rows.jsonl:3: {problem}")
+    assert "\n" not in text
+    assert load(path, skip_bad_rows=True).rows == [ROWS[4]] * 2
+
+
+def test_a_pair_of_surrogates_is_one_character(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"sentence": "\\ud83c\\udfac", "label": "1"}')
+    assert load(path).rows == [{"sentence": "🎬", "label": "1"}]
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ("a,1,2", "3 fields, the header has 2"),
+        ("a", "1 fields, the header has 2"),
+        ('"a" b,1', "text follows a closing quote"),
+        ("a\rb,1", "a carriage return stands outside quotes"),
+        ("a,5", "label: '5' is not in the verbalizer"),
+        ("a,", "label: '' is not in the verbalizer"),
+    ],
+)
+def test_a_bad_csv_row_is_named_by_its_first_line(tmp_path, record, problem):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(f'sentence,label\n"two\nlines",1\n{record}\nb,0\n'.encode())
+    text = refusal(path)
+    assert text.startswith(f"rows.csv:4: {problem}")
+    assert "\n" not in text
+    kept = load(path, skip_bad_rows=True)
+    assert [row["sentence"] for row in kept.rows] == ["two\nlines", "b"]
+    assert kept.skipped == 1
+
+
+def test_a_bad_csv_row_of_several_lines_says_where_it_ends(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('sentence,label\n"a\nb\nc",1,2\n')
+    assert refusal(path).startswith(
+        "rows.csv:2: 3 fields, the header has 2 (the row runs to line 4)"
+    )
+
+
+def test_an_open_quote_does_not_hide_the_rows_after_it(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('sentence,label\n"open,1\nb,0\nc,7\nd,1\n')
+    lines = refusal(path).split("\n")
+    assert lines[0].startswith("rows.csv:2: a quote is opened and never closed")
+    assert lines[1].startswith("rows.csv:4: label: '7'")
+    assert [row["sentence"] for row in load(path, skip_bad_rows=True).rows] == ["b", "d"]
+    path.write_text('sentence,label\n"open,1\nb,0\n"c",1\n')
+    assert refusal(path).startswith("rows.csv:2: text follows a closing quote on line 4")
+    assert [row["sentence"] for row in load(path, skip_bad_rows=True).rows] == ["b", "c"]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_bytes_that_are_not_utf8_are_named_by_their_line(tmp_path, suffix):
+    path = write(tmp_path / f"rows.{suffix}", numbered(4))
+    path.write_bytes(path.read_bytes().replace(b"row 2", b"caf\xe9"))
+    line = 3 if suffix == "jsonl" else 4
+    assert re.match(rf"rows.{suffix}:{line}: not UTF-8 \(byte 0xe9 after .*caf", refusal(path))
+    assert len(load(path, skip_bad_rows=True).rows) == 3
+
+
+def test_bytes_that_are_not_utf8_spoil_a_whole_row_of_several_lines(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b'sentence,label\na,1\n"b\n\xff",1\nc,0\n')
+    assert refusal(path).startswith("rows.csv:3: not UTF-8 (byte 0xff")
+    array = write(tmp_path / "rows.json", numbered(2))
+    array.write_bytes(array.read_bytes().replace(b"row 1", b"\xff"))
+    assert refusal(array).startswith("rows.json:6: not UTF-8 (byte 0xff")
+
+
+def test_a_utf16_file_is_one_error(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("sentence,label\na,1\n", encoding="utf-16")
+    assert refusal(path) == "rows.csv: the file is UTF-16; save it as UTF-8"
+
+
+def test_reading_an_array_goes_on_after_a_broken_element(tmp_path):
+    path = write(tmp_path / "rows.json", [*numbered(3), {"sentence": "x", "label": "9"}])
+    path.write_text(path.read_text().replace('"row 1",', '"row 1"'))
+    lines = refusal(path).split("\n")
+    assert lines[0].startswith("rows.json:6: no JSON at line 8, column 5: Expecting ',' delimiter")
+    assert lines[1].startswith("rows.json:14: label: '9'")
+    kept = load(path, skip_bad_rows=True)
+    assert (kept.rows, kept.skipped) == ([numbered(3)[0], numbered(3)[2]], 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('[{"a": 1},\n{"a": 1}\n{"a": 1}]', "rows.json:3: no comma between two rows"),
+        ('[{"a": 1},\n{"a": 1}', "rows.json:2: no comma between two rows, or no ]"),
+        ('[{"a": 1},\n]', "rows.json:2: a comma after the last row"),
+        ('[{"a": 1}]\n[]', "rows.json:2: more text after the array"),
+        ('[{"a": 1}, {"a": }]', "rows.json:1: no JSON at column 18"),
+        ("[", "rows.json:1: no JSON at column 2"),
+    ],
+)
+def test_an_array_that_cannot_be_read_on_is_one_error_even_if_bad_rows_are_skipped(
+    tmp_path, text, problem
+):
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    assert refusal(path, skip_bad_rows=True).startswith(problem)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv"])
+def test_an_empty_file_is_an_error(tmp_path, suffix):
+    path = tmp_path / f"rows.{suffix}"
+    path.write_text("")
+    assert refusal(path).startswith(f"rows.{suffix}: holds no rows")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("sentence,label\n", "rows.csv: holds no rows"),
+        (",\na,1\n", "rows.csv:1: the header: is empty"),
+        ("\nlabel,label\na,1\n", "rows.csv:2: the header: the column 'label' stands twice"),
+        ('"sentence" x,label\na,1\n', "rows.csv:1: the header: text follows a closing quote"),
+    ],
+)
+def test_a_csv_file_needs_a_header_and_a_row(tmp_path, text, problem):
+    path = tmp_path / "rows.csv"
+    path.write_text(text)
+    assert refusal(path).startswith(problem)
