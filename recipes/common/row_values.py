@@ -16,8 +16,11 @@ def as_list(value: Any) -> list:
 
 
 def read_turns(value: Any, column: str) -> tuple[Mapping[str, str], ...]:
-    """The turns of a conversation: a list of {role, content}, the last of which, at least, is the
-    assistant's.
+    """The turns of a conversation: a list of {role, content} with an assistant's turn, which does
+    not begin with it.
+
+    Raises:
+        RowError: it is no such list.
     """
     turns = as_list(value)
     for number, turn in enumerate(turns, start=1):
@@ -34,6 +37,8 @@ def read_turns(value: Any, column: str) -> tuple[Mapping[str, str], ...]:
             raise RowError(f"{column}: turn {number} is empty; fill it or leave the row out")
     if not any(turn["role"] == "assistant" for turn in turns):
         raise RowError(f"{column}: no assistant turn, so nothing to learn; leave the row out")
+    if next(turn["role"] for turn in turns if turn["role"] != "system") == "assistant":
+        raise RowError(f"{column}: the assistant speaks first; begin with the user's turn")
     return tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)
 
 

@@ -30,9 +30,10 @@ class TextEncoder:
     """Encodes text, chats, clozes and pairs with a fast tokenizer.
 
     Attributes:
-        control_ids: ids that no text may become: added and special tokens, but not unk, nor
-            white space that some tokenizers keep as added tokens (Gemma's newlines), since they
-            have no other id for it.
+        control_ids: ids that no text may become: added and special tokens, but not unk, which
+            stands for what the tokenizer does not know, nor what some tokenizers keep as plain
+            added tokens and have no other id for: white space (Gemma's newlines and runs of "▁")
+            and single characters (DeepSeek Coder's "ü").
         prefix, middle, suffix: what the tokenizer puts before a text, between the two of a
             pair, and behind.
     """
@@ -44,13 +45,14 @@ class TextEncoder:
         """
         if not tokenizer.is_fast:
             raise UserError(
-                f"tokenizer of {tokenizer.name_or_path}: a slow tokenizer gives no offsets; convert it to tokenizer.json"
+                f"tokenizer of {tokenizer.name_or_path}: a slow tokenizer gives no offsets; "
+                "convert it to tokenizer.json"
             )
         self.tokenizer = tokenizer
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
-        added = tokenizer.added_tokens_decoder
+        added = tokenizer.added_tokens_decoder.items()
         self.control_ids = {
-            index for index, token in added.items() if token.special or not token.content.isspace()
+            index for index, token in added if token.special or not _is_plain(token.content)
         }
         self.control_ids |= set(tokenizer.all_special_ids)
         self.control_ids.discard(tokenizer.unk_token_id)
@@ -88,38 +90,32 @@ class TextEncoder:
 
     def _guard(self, text: str) -> str:
         """The text with a break inside everything that the tokenizer would take for a control
-        token.
+        token, the unk token's name included. A special token of a single character cannot be
+        broken: it is left out.
         """
         # A break that the data brings is broken itself: its halves stay text.
         text = text.replace(_BREAK, _BREAK[0] + _BREAK + _BREAK[1])
+        unk_id, unk = self.tokenizer.unk_token_id, self.tokenizer.unk_token
         while True:
             encoding = self._backend.encode(text, add_special_tokens=False)
-            places = set()
+            found = {}
             for index, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-                if index in self.control_ids:
-                    # Some added tokens take the white space beside them into their offsets.
-                    start += len(text[start:end]) - len(text[start:end].lstrip())
-                    if len(text[start:end].rstrip()) > 1:
-                        places.add(start + 1)
-            if not places:
+                # Some added tokens take the white space beside them into their offsets.
+                token = text[start:end].strip() or text[start:end]
+                if index in self.control_ids or (index == unk_id and token == unk):
+                    found[text.index(token, start)] = token
+            if not found:
                 return text
-            for place in sorted(places, reverse=True):
-                text = text[:place] + _BREAK + text[place:]
+            for start, token in sorted(found.items(), reverse=True):
+                first = token[0] if len(token) > 1 else ""
+                text = text[:start] + first + _BREAK + text[start + 1 :]
 
-    def _plain_ids(self, guarded: str, keep: int | None = None) -> list[int]:
-        """Ids of guarded text. A control token of a single character cannot be broken: it becomes
-        unk, or nothing.
-        """
-        ids = []
-        for index in self._backend.encode(guarded, add_special_tokens=False).ids:
-            if index in self.control_ids and index != keep:
-                index = self.tokenizer.unk_token_id
-            if index is not None and index != self._break_id:
-                ids.append(index)
-        return ids
+    def _ids(self, guarded: str) -> list[int]:
+        ids = self._backend.encode(guarded, add_special_tokens=False).ids
+        return [index for index in ids if index != self._break_id]
 
     def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self._plain_ids(self._guard(text)))
+        return tuple(self._ids(self._guard(text)))
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
         """The [start, end) characters of each token of a text."""
@@ -134,8 +130,8 @@ class TextEncoder:
         """
         if self.tokenizer.eos_token_id is None:
             raise UserError(
-                f"tokenizer of {self.tokenizer.name_or_path}: it has no eos_token, so an answer would never end; "
-                "set one in tokenizer_config.json"
+                f"tokenizer of {self.tokenizer.name_or_path}: it has no eos_token, so an answer "
+                "would never end; set one in tokenizer_config.json"
             )
         return [self.tokenizer.eos_token_id]
 
@@ -154,14 +150,11 @@ class TextEncoder:
         mask = self.tokenizer.mask_token
         if mask is None:
             raise UserError(
-                f"tokenizer of {self.tokenizer.name_or_path}: it has no mask token; pass a masked model for a cloze"
+                f"tokenizer of {self.tokenizer.name_or_path}: it has no mask token; pass a masked "
+                "model for a cloze"
             )
         text = self._guard(before) + mask * masks + self._guard(after)
-        ids = [
-            *self.prefix,
-            *self._plain_ids(text, keep=self.tokenizer.mask_token_id),
-            *self.suffix,
-        ]
+        ids = [*self.prefix, *self._ids(text), *self.suffix]
         # Data was kept from becoming the mask, so these are the template's own.
         return ids, [
             place for place, index in enumerate(ids) if index == self.tokenizer.mask_token_id
@@ -189,7 +182,7 @@ class TextEncoder:
         Raises:
             UserError: no chat template, or one that rejects the turns.
         """
-        return self._chat_ids(self._render_chat(messages, add_generation_prompt=True))
+        return self._ids(self._render_chat(messages, add_generation_prompt=True))
 
     def chat_answer(self, text: str) -> list[int]:
         """Ids of an answer in a chat, without the end marker."""
@@ -205,14 +198,10 @@ class TextEncoder:
         if key not in self._chat_probe:
             probe = [{**message, "content": "text"} for message in messages]
             whole = self._render_chat([*probe, {"role": "assistant", "content": _PROBE}])
-            ids = self._chat_ids(whole.rpartition(_PROBE)[2])
+            ids = self._ids(whole.rpartition(_PROBE)[2])
             ends = [place for place, index in enumerate(ids) if index in self.control_ids]
             self._chat_probe[key] = ids[: ends[0] + 1] if ends else [*ids, *self.end]
         return self._chat_probe[key]
-
-    def _chat_ids(self, rendered: str) -> list[int]:
-        ids = self._backend.encode(rendered, add_special_tokens=False).ids
-        return [index for index in ids if index != self._break_id]
 
     def _render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         messages = [{**message, "content": self._guard(message["content"])} for message in messages]
@@ -223,7 +212,8 @@ class TextEncoder:
     def _apply(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         if self.tokenizer.chat_template is None:
             raise UserError(
-                f"tokenizer of {self.tokenizer.name_or_path}: it has no chat template; pass --rendering text"
+                f"tokenizer of {self.tokenizer.name_or_path}: it has no chat template; "
+                "pass --rendering text"
             )
         if self._wants_parts:
             messages = [
@@ -267,6 +257,10 @@ class TextEncoder:
         """Whether the template writes a system turn rather than rejecting or swallowing it."""
         turns = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "text"}]
         return self._probe_writes("system", turns)
+
+
+def _is_plain(added: str) -> bool:
+    return len(added) == 1 or added.replace("▁", " ").isspace()
 
 
 def _join_system(messages: Sequence[Message]) -> list[Message]:

@@ -1,0 +1,367 @@
+"""Text never becomes markup, and otherwise is encoded as the tokenizer itself encodes it: over
+tokenizers of every kind and all chat templates that TRL ships.
+"""
+
+import time
+from collections import Counter
+from functools import lru_cache
+
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from tokenizers_for_tests import (
+    CHATML,
+    MASKED,
+    NAMES,
+    TRL_TEMPLATES,
+    chat_tokenizer,
+    hostile_text,
+    markup_of,
+    plain_text,
+    tokenizer_for,
+)
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+
+from common.errors import UserError
+from common.tokens import TextEncoder
+
+
+@lru_cache
+def encoder_for(name):
+    return TextEncoder(tokenizer_for(name))
+
+
+@lru_cache
+def chat_encoder(template):
+    return TextEncoder(chat_tokenizer(template))
+
+
+def fresh(name, **changes):
+    """A tokenizer that a test may change."""
+    tokenizer = tokenizer_for(name)
+    special = {key: tokenizer.special_tokens_map.get(key) for key in tokenizer.special_tokens_map}
+    special = {key: token for key, token in {**special, **changes}.items() if token is not None}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **special)
+
+
+def visible(text):
+    """Whether a chat template sees a text as more than white space."""
+    return bool(text.strip())
+
+
+def refusal(action):
+    with pytest.raises(UserError) as error:
+        action()
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+# Text
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(data=st.data())
+def test_no_text_becomes_a_control_token(name, data):
+    tokenizer = tokenizer_for(name)
+    text = data.draw(hostile_text(tokenizer))
+
+    assert markup_of(tokenizer, encoder_for(name).encode(text)) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(data=st.data())
+def test_text_without_control_tokens_is_encoded_as_the_tokenizer_encodes_it(name, data):
+    tokenizer = tokenizer_for(name)
+    text = data.draw(st.one_of(plain_text(), hostile_text(tokenizer)))
+    own = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assume(not markup_of(tokenizer, own) and "\ufdd0\ufdd1" not in text)
+    assume(not tokenizer.unk_token or tokenizer.unk_token not in text)
+
+    assert list(encoder_for(name).encode(text)) == own
+
+
+@given(data=st.data())
+@settings(max_examples=400)
+def test_whatever_looks_like_a_control_token_stays_in_the_text(data):
+    tokenizer = tokenizer_for("gpt2")  # whose bytes spell any text
+    text = data.draw(hostile_text(tokenizer))
+
+    assert tokenizer.decode(encoder_for("gpt2").encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "token"),
+    [
+        *[("roberta", "<mask>"), ("xlmr", "</s>"), ("bert", "[SEP]"), ("odd", "<both>")],
+        *[("gemma", "<table>"), ("t5", "<mask>"), ("t5", "＜/s＞"), ("odd", "<TOOL>")],
+        *[("odd", "<<both>>"), ("odd", " spaced out"), ("bert", "<TAG>"), ("llama2", "<s>")],
+    ],
+)
+def test_a_control_token_in_the_text_keeps_its_characters(name, token):
+    tokenizer, encoder = tokenizer_for(name), encoder_for(name)
+    read = tokenizer.decode(encoder.encode(f"a{token}b")).replace(" ", "").lower()
+
+    assert read == f"a{token}b".replace("＜/s＞", "</s>").replace(" ", "").lower()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bundled"])
+def test_the_name_of_the_unknown_token_is_text_where_it_also_ends_documents(name):
+    tokenizer = tokenizer_for(name)
+    ids = encoder_for(name).encode(f"a {tokenizer.unk_token} b")
+
+    assert tokenizer.unk_token == "<|endoftext|>"
+    assert tokenizer.unk_token_id not in ids
+
+
+@pytest.mark.parametrize(("name", "text"), [("bert", "🎬"), ("t5", "中"), ("xlmr", "中")])
+def test_an_unknown_character_stays_unknown(name, text):
+    assert tokenizer_for(name).unk_token_id in encoder_for(name).encode(f"a {text} b")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "token"),
+    [("gemma", "a\n\nb", "\n\n"), ("gemma", "x    y", "▁▁▁▁"), ("odd", "für", "ü")],
+)
+def test_plain_added_tokens_keep_their_ids(name, text, token):
+    tokenizer = tokenizer_for(name)
+
+    assert tokenizer.convert_tokens_to_ids(token) in encoder_for(name).encode(text)
+
+
+def test_a_special_token_of_one_character_is_left_out():
+    encoder = encoder_for("odd")
+
+    assert encoder.encode("a¤b") == encoder.encode("a") + encoder.encode("b")
+
+
+def test_the_characters_of_the_break_stay_text():
+    tokenizer = tokenizer_for("gpt2")
+    text = "\ufdd0\ufdd1 <|endof\ufdd0\ufdd1text|> \ufdd0\ufdd0\ufdd1\ufdd1"
+
+    assert tokenizer.decode(encoder_for("gpt2").encode(text)) == text
+
+
+@pytest.mark.parametrize("name", ["gpt2", "odd", "t5", "bert"])
+def test_long_hostile_text_is_encoded_in_no_time(name):
+    tokenizer = tokenizer_for(name)
+    text = "".join(tokenizer.all_special_tokens) * 1000
+    start = time.perf_counter()
+
+    assert markup_of(tokenizer, encoder_for(name).encode(text)) == []
+    assert time.perf_counter() - start < 5
+
+
+# The tokenizer's frame
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(text=plain_text(min_words=1))
+def test_a_prompt_has_the_frame_in_front_and_nothing_behind(name, text):
+    tokenizer, encoder = tokenizer_for(name), encoder_for(name)
+
+    assert encoder.text_prompt(text) + encoder.suffix == tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(first=plain_text(), second=plain_text(min_words=1))
+def test_a_pair_is_what_the_tokenizer_makes_of_it(name, first, second):
+    tokenizer, encoder = tokenizer_for(name), encoder_for(name)
+    own = tokenizer(first, second, return_token_type_ids=True)
+
+    ids, types = encoder.pair(first, second)
+
+    assert ids == own["input_ids"]
+    assert types == own["token_type_ids"]
+    assert encoder.has_token_types == (name == "bert")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(data=st.data())
+def test_a_hostile_pair_has_no_markup_but_its_frame(name, data):
+    tokenizer, encoder = tokenizer_for(name), encoder_for(name)
+    first, second = data.draw(hostile_text(tokenizer)), data.draw(hostile_text(tokenizer))
+    left, right = list(encoder.encode(first)), list(encoder.encode(second))
+
+    ids, types = encoder.pair(first, second)
+
+    assert ids == encoder.prefix + left + encoder.middle + right + encoder.suffix
+    assert markup_of(tokenizer, ids) == markup_of(tokenizer, tokenizer("a", "a")["input_ids"])
+    assert len(types) == len(ids)
+    behind = len(right) + len(encoder.suffix)
+    assert types == sorted(types)
+    if name == "bert":
+        assert types == [0] * (len(ids) - behind) + [1] * behind
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_end_of_a_text_is_the_end_token(name):
+    assert encoder_for(name).end == [tokenizer_for(name).eos_token_id]
+
+
+# The cloze
+
+
+@pytest.mark.parametrize("name", MASKED)
+@given(before=plain_text(), after=plain_text(), masks=st.integers(1, 4), gap=st.booleans())
+def test_a_cloze_is_what_the_tokenizer_makes_of_it(name, before, after, masks, gap):
+    tokenizer, encoder = tokenizer_for(name), encoder_for(name)
+    before += " " * gap
+
+    ids, places = encoder.cloze(before, after, masks)
+
+    assert ids == tokenizer(before + tokenizer.mask_token * masks + after)["input_ids"]
+    assert [ids[place] for place in places] == [tokenizer.mask_token_id] * masks
+
+
+@pytest.mark.parametrize("name", MASKED)
+@given(data=st.data(), masks=st.integers(1, 4))
+def test_a_hostile_cloze_has_exactly_its_masks(name, data, masks):
+    tokenizer, encoder = tokenizer_for(name), encoder_for(name)
+    before, after = data.draw(hostile_text(tokenizer)), data.draw(hostile_text(tokenizer))
+
+    ids, places = encoder.cloze(before, after, masks)
+
+    mask = tokenizer.mask_token_id
+    assert places == [place for place, index in enumerate(ids) if index == mask]
+    assert len(places) == masks
+    frame = markup_of(tokenizer, encoder.prefix) + [mask] * masks
+    assert markup_of(tokenizer, ids) == frame + markup_of(tokenizer, encoder.suffix)
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "pieces"),
+    [("roberta", "It was ", ["Ġgood"]), ("bert", "It was ", ["good"]), ("t5", "It (", None)],
+)
+def test_a_label_word_is_encoded_as_it_stands_in_the_cloze(name, before, pieces):
+    tokenizer, encoder = tokenizer_for(name), encoder_for(name)
+    whole = tokenizer(before + "good", add_special_tokens=False)["input_ids"]
+
+    word = encoder.word("good", before)
+
+    if pieces:
+        assert whole[-len(word) :] == word
+    else:
+        assert word == tokenizer("good", add_special_tokens=False)["input_ids"]
+
+
+# Chat
+
+ROLES = st.sampled_from(
+    [
+        ("user",),
+        ("system", "user"),
+        ("user", "assistant", "user"),
+        ("system", "user", "assistant", "user"),
+        ("system", "user", "assistant", "user", "assistant", "user"),
+    ]
+)
+
+
+def conversation(roles, contents):
+    return [{"role": role, "content": next(contents)} for role in roles]
+
+
+def drawn(data, texts, roles=None):
+    roles = roles or data.draw(ROLES)
+    return conversation(roles, iter(lambda: data.draw(texts), None))
+
+
+def harmless(messages):
+    """The same turns with a word for every text that a template sees."""
+    return [{**one, "content": "text" if visible(one["content"]) else ""} for one in messages]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(data=st.data())
+@settings(max_examples=60)
+def test_no_text_in_a_chat_becomes_a_control_token(name, data):
+    tokenizer, encoder = tokenizer_for(name), encoder_for(name)
+    messages = drawn(data, hostile_text(tokenizer))
+
+    found = markup_of(tokenizer, encoder.chat_prompt(messages))
+
+    assert found == markup_of(tokenizer, encoder.chat_prompt(harmless(messages)))
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"gemma"}))
+@given(data=st.data())
+@settings(max_examples=60)
+def test_a_chat_is_what_the_tokenizer_makes_of_it(name, data):
+    tokenizer, encoder = tokenizer_for(name), encoder_for(name)
+    messages = drawn(data, plain_text(min_words=1))
+
+    own = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+    assert encoder.chat_prompt(messages) == own
+
+
+@pytest.mark.parametrize("template", TRL_TEMPLATES)
+@given(data=st.data())
+@settings(max_examples=20)
+def test_no_text_becomes_a_control_token_in_any_chat_template(template, data):
+    tokenizer, encoder = chat_tokenizer(template), chat_encoder(template)
+    messages = drawn(data, hostile_text(tokenizer))
+
+    ids = encoder.chat_prompt(messages)
+
+    assert markup_of(tokenizer, ids) == markup_of(tokenizer, encoder.chat_prompt(harmless(messages)))
+
+
+@pytest.mark.parametrize("template", TRL_TEMPLATES)
+@given(data=st.data())
+@settings(max_examples=10)
+def test_every_chat_template_keeps_the_instruction_and_the_question(template, data):
+    tokenizer, encoder = chat_tokenizer(template), chat_encoder(template)
+    texts = hostile_text(tokenizer).filter(visible)
+    messages = drawn(data, texts, roles=("system", "user", "assistant", "user"))
+
+    read = tokenizer.decode(encoder.chat_prompt(messages))
+
+    for message in messages:
+        if message["role"] != "assistant":  # earlier answers are the template's to rewrite
+            assert message["content"].strip() in read
+
+
+def rendered(tokenizer, messages, **options):
+    """The text that the tokenizer itself renders, system turns and lists of parts as the template
+    wants them.
+    """
+    template = tokenizer.chat_template
+    if template == TRL_TEMPLATES["gemma"] and messages[0]["role"] == "system":
+        system, first, *rest = messages
+        content = f"{system['content']}\n\n{first['content']}"
+        messages = [{**first, "content": content}, *rest]
+    if "message['content'][0]['type']" in template:  # those of models that also read images
+        messages = [
+            {**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages
+        ]
+    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+
+def own_ids(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("template", TRL_TEMPLATES)
+@given(data=st.data())
+@settings(max_examples=8)
+def test_a_chat_is_trained_as_its_template_renders_it(template, data):
+    tokenizer, encoder = chat_tokenizer(template), chat_encoder(template)
+    messages = drawn(data, plain_text(min_words=1))
+    answer = data.draw(plain_text(min_words=1))
+    turns = [*messages, {"role": "assistant", "content": f" {answer}\n"}]
+    asked = rendered(tokenizer, messages, add_generation_prompt=True)
+    whole = rendered(tokenizer, turns)
+
+    prompt, end = encoder.chat_prompt(messages), encoder.chat_end(messages)
+    ids = prompt + encoder.chat_answer(turns[-1]["content"]) + end
+
+    assert prompt == own_ids(tokenizer, asked)
+    assert tokenizer.decode(ids).startswith(asked + answer)
+    assert len(markup_of(tokenizer, end)) == 1
+    assert markup_of(tokenizer, end) == end[-1:]
+    written = whole.rpartition(answer)[2]
+    assert tokenizer.decode(end) == written[: len(tokenizer.decode(end))] or not written.strip()
+    if whole.startswith(asked + answer) and written.strip():
+        assert ids == own_ids(tokenizer, whole)[: len(ids)]

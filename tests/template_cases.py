@@ -1,0 +1,227 @@
+"""For each shipped template three rows in the columns of the data set that it names, a typical one
+and awkward ones, and what must come of them.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Case:
+    """Three rows and what must come of them.
+
+    `prompt`, `target` and `cloze` are the first row's first question's; `golds` holds each row's
+    label, its references, its entities by type, or for conversations the number of turns.
+    """
+
+    rows: list[dict]
+    golds: list
+    prompt: str = ""
+    target: str | None = None
+    cloze: str = ""
+
+
+def entailment(labels):
+    return [
+        {
+            "premise": "Two dogs run on a beach.",
+            "hypothesis": "Dogs are outside.",
+            "label": labels[0],
+        },
+        {"premise": 'He said "no" {{ 7*7 }}.', "hypothesis": "He agreed.", "label": labels[1]},
+        {"premise": "It rained.\nThen it stopped.", "hypothesis": "Très bien?", "label": labels[2]},
+    ]
+
+
+def answered(context, question, *answers):
+    starts = [context.rindex(answer) for answer in answers]
+    return {
+        "id": "1",
+        "title": "Title",
+        "context": context,
+        "question": question,
+        "answers": {"text": list(answers), "answer_start": starts},
+    }
+
+
+def tagged(*pairs):
+    tokens, tags = zip(*(pair.rsplit("/", 1) for pair in pairs), strict=True)
+    return {"tokens": list(tokens), "ner_tags": list(tags)}
+
+
+REVIEW = "The movie review is: A warm, witty film. It was [M]."
+PASSAGES = Case(
+    rows=[
+        answered("Ada wrote the first program in 1843.", "Who wrote it?", "Ada", "Ada wrote"),
+        # The gold answer is the second "1", which only the offset tells.
+        answered("Room 1 costs 1.", " What does it cost?\n", "1"),
+        answered("Der Fluß heißt «Spree».", "Which river?", "Spree»."),
+    ],
+    golds=[("Ada", "Ada wrote"), ("1",), ("Spree».",)],
+    prompt="Ada wrote the first program in 1843.\n\nQuestion: Who wrote it?\nAnswer:",
+    target=" Ada",
+)
+
+CASES = {
+    "movie_reviews": Case(
+        rows=[
+            {"sentence": "A warm, witty film.", "label": "positive"},
+            {"sentence": "Bloated.", "label": "negative"},
+            {"sentence": "", "label": " negative "},
+        ],
+        golds=["positive", "negative", "negative"],
+        prompt="The movie review is: A warm, witty film.\nIt was",
+        target=" great",
+        cloze=REVIEW,
+    ),
+    "sst2": Case(
+        rows=[
+            {"sentence": "A warm, witty film.", "label": 1},
+            {"sentence": "one long string of cliches .", "label": 0.0},  # a column with gaps
+            {"sentence": "it 's <mask> {{ text }}", "label": "1"},  # from a CSV file
+        ],
+        golds=["1", "0", "1"],
+        prompt="The movie review is: A warm, witty film.\nIt was",
+        target=" great",
+        cloze=REVIEW,
+    ),
+    "trec": Case(
+        rows=[
+            {
+                "text": "How far is it from Denver to Aspen ?",
+                "coarse_label": "NUM",
+                "fine_label": "x",
+            },
+            {"text": "What does `` NASA '' stand for ?", "coarse_label": "ABBR"},
+            {"text": "Who?", "coarse_label": "HUM"},
+        ],
+        golds=["NUM", "ABBR", "HUM"],
+        prompt=(
+            "Question: How far is it from Denver to Aspen ?\n"
+            "Does it ask for an abbreviation, an entity, a description, a person, a place or a "
+            "number?\nIt asks for:"
+        ),
+        target=" number",
+        cloze="How far is it from Denver to Aspen ? This question asks for: [M].",
+    ),
+    "rte": Case(
+        rows=entailment(["entailment", "not_entailment", "not_entailment"]),
+        golds=["entailment", "not_entailment", "not_entailment"],
+        prompt=(
+            "Text: Two dogs run on a beach.\nStatement: Dogs are outside.\n"
+            "Does the statement follow from the text, yes or no?\nAnswer:"
+        ),
+        target=" yes",
+        cloze='"Dogs are outside."? [M], "Two dogs run on a beach."',
+    ),
+    "esnli": Case(
+        rows=[
+            row | {"explanation_1": reason, "explanation_2": None}
+            for row, reason in zip(
+                entailment(["entailment", "contradiction", "neutral"]),
+                [" A beach is outside . ", "The answer is yes would be a lie.", "Nobody can tell."],
+                strict=True,
+            )
+        ],
+        golds=["entailment", "contradiction", "neutral"],
+        prompt=(
+            "Premise: Two dogs run on a beach.\nHypothesis: Dogs are outside.\n"
+            "If the premise is true, is the hypothesis true as well: yes, maybe or no?\nAnswer:"
+        ),
+        target=" A beach is outside .\nThe answer is yes",
+        cloze='"Two dogs run on a beach."? [M], "Dogs are outside."',
+    ),
+    "gsm8k": Case(
+        rows=[
+            {
+                "question": "A box holds 600 nails. How many do 3 hold?",
+                "answer": "3 boxes hold 3*600 = <<3*600=1800>>1,800 nails.\n#### 1,800",
+            },
+            {"question": "How cold is it?", "answer": "It fell by <<2+3=5>>5.\n\nSo: -5\n#### -5"},
+            {"question": "Half of 1?", "answer": "1/2 = <<1/2=0.5>>$0.5\n#### 0.5"},
+        ],
+        golds=[("1800",), ("-5",), ("0.5",)],
+        prompt="Question: A box holds 600 nails. How many do 3 hold?\nAnswer:",
+        target=" 3 boxes hold 3*600 = 1,800 nails.\nThe answer is 1800",
+    ),
+    "squad": PASSAGES,
+    "xquad": PASSAGES,
+    "wnut17": Case(
+        rows=[
+            tagged("Paris/B-location", "Hilton/B-person", "met/O", "Ed/B-person", "Lee/I-person"),
+            # Two of a type side by side, one that I- begins, and a name with the usual separators.
+            tagged("Rome/B-location", "Oslo/B-location", "M&amp;M/I-product", ",/I-product"),
+            tagged("nothing/O", "here/O", "|/O"),
+        ],
+        golds=[
+            {"location": ["Paris"], "person": ["Hilton", "Ed Lee"]},
+            {"location": ["Rome", "Oslo"], "product": ["M&amp;M ,"]},
+            {},
+        ],
+        prompt=(
+            "Text: Paris Hilton met Ed Lee\nQuestion: Which companies does the text name? "
+            "(Separated by ||; none if there are none.)\nAnswer:"
+        ),
+        target=" none",
+    ),
+    "banking77": Case(
+        rows=[
+            {"text": "Where is my new card?", "label": "card_arrival"},
+            {"text": "Was this payment undone?", "label": "reverted_card_payment?"},
+            {"text": "Still no refund\n", "label": "Refund_not_showing_up"},
+        ],
+        golds=["card_arrival", "reverted_card_payment?", "Refund_not_showing_up"],
+        prompt="Customer: Where is my new card?\nThe customer's concern:",
+        target=" card arrival",
+        cloze="Where is my new card? My concern: [M].",
+    ),
+    "alpaca": Case(
+        rows=[
+            {"instruction": "Sort these.", "input": "b, a", "output": "a, b", "text": "unused"},
+            {"instruction": "Say hello.", "input": "", "output": "Hello!\n\n### Hello"},
+            {"instruction": "Say hello.", "output": " Hello! "},
+        ],
+        golds=[("a, b",), ("Hello!\n\n### Hello",), ("Hello!",)],
+        prompt="### Instruction:\nSort these.\n\n### Input:\nb, a\n\n### Response:",
+        target="\na, b",
+    ),
+    "conversations": Case(
+        rows=[
+            {
+                "full_topic": "Travel",
+                "messages": [
+                    {"role": "user", "content": "Hi"},
+                    {"role": "assistant", "content": "Hello! {{ 7*7 }}"},
+                ],
+            },
+            {
+                "messages": [
+                    {"role": "system", "content": "Be brief."},
+                    {"role": "user", "content": "Hi"},
+                    {"role": "assistant", "content": "Hello!"},
+                    {"role": "user", "content": "Bye"},
+                ]
+            },
+            {
+                "messages": [
+                    {"role": "user", "content": " 你好 \n"},
+                    {"role": "assistant", "content": "<think>\n"},
+                ]
+            },
+        ],
+        golds=[2, 4, 2],
+    ),
+    "next_sentence": Case(
+        rows=[
+            {"text": "The striker scored twice.", "label": "Sports"},
+            {"text": "A new chip\\is faster.", "label": "Sci/Tech"},
+            {"text": "", "label": "World"},
+        ],
+        golds=["Sports", "Sci/Tech", "World"],
+        prompt=(
+            "The striker scored twice.\nThis article is about politics.\n"
+            "Does the last sentence fit the article, yes or no?\nAnswer:"
+        ),
+        target=" no",
+        cloze="The striker scored twice. This article is about [M].",
+    ),
+}
