@@ -4,6 +4,7 @@ from hypothesis import HealthCheck, settings
 
 settings.register_profile(
     "suite",
+    max_examples=50,
     deadline=None,
     derandomize=True,
     database=None,

@@ -81,7 +81,7 @@ def show_plan(
             f"{padding:.0%} padding on top in random batches",
             "batch": f"{batch} = {training.per_device_train_batch_size} per device x "
             f"{training.gradient_accumulation_steps} accumulated x {world} (processes)",
-            "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type}",
+            "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type.value}",
             "output": training.output_dir,
         },
     )

@@ -2,15 +2,14 @@
 tokenizers of every kind and all chat templates that TRL ships.
 """
 
+import copy
 import time
-from collections import Counter
 from functools import lru_cache
 
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers_for_tests import (
-    CHATML,
     MASKED,
     NAMES,
     TRL_TEMPLATES,
@@ -37,11 +36,12 @@ def chat_encoder(template):
 
 
 def fresh(name, **changes):
-    """A tokenizer that a test may change."""
+    """A tokenizer without a chat template that a test may change."""
     tokenizer = tokenizer_for(name)
-    special = {key: tokenizer.special_tokens_map.get(key) for key in tokenizer.special_tokens_map}
-    special = {key: token for key, token in {**special, **changes}.items() if token is not None}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **special)
+    special = {**tokenizer.special_tokens_map, **changes}
+    special = {key: token for key, token in special.items() if token is not None}
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
 def visible(text):
@@ -82,7 +82,7 @@ def test_text_without_control_tokens_is_encoded_as_the_tokenizer_encodes_it(name
 
 
 @given(data=st.data())
-@settings(max_examples=400)
+@settings(max_examples=300)
 def test_whatever_looks_like_a_control_token_stays_in_the_text(data):
     tokenizer = tokenizer_for("gpt2")  # whose bytes spell any text
     text = data.draw(hostile_text(tokenizer))
@@ -274,7 +274,7 @@ def harmless(messages):
 
 @pytest.mark.parametrize("name", NAMES)
 @given(data=st.data())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_no_text_in_a_chat_becomes_a_control_token(name, data):
     tokenizer, encoder = tokenizer_for(name), encoder_for(name)
     messages = drawn(data, hostile_text(tokenizer))
@@ -286,7 +286,7 @@ def test_no_text_in_a_chat_becomes_a_control_token(name, data):
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"gemma"}))
 @given(data=st.data())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_a_chat_is_what_the_tokenizer_makes_of_it(name, data):
     tokenizer, encoder = tokenizer_for(name), encoder_for(name)
     messages = drawn(data, plain_text(min_words=1))
@@ -298,19 +298,21 @@ def test_a_chat_is_what_the_tokenizer_makes_of_it(name, data):
 
 @pytest.mark.parametrize("template", TRL_TEMPLATES)
 @given(data=st.data())
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_no_text_becomes_a_control_token_in_any_chat_template(template, data):
     tokenizer, encoder = chat_tokenizer(template), chat_encoder(template)
     messages = drawn(data, hostile_text(tokenizer))
 
     ids = encoder.chat_prompt(messages)
 
-    assert markup_of(tokenizer, ids) == markup_of(tokenizer, encoder.chat_prompt(harmless(messages)))
+    assert markup_of(tokenizer, ids) == markup_of(
+        tokenizer, encoder.chat_prompt(harmless(messages))
+    )
 
 
 @pytest.mark.parametrize("template", TRL_TEMPLATES)
 @given(data=st.data())
-@settings(max_examples=10)
+@settings(max_examples=6)
 def test_every_chat_template_keeps_the_instruction_and_the_question(template, data):
     tokenizer, encoder = chat_tokenizer(template), chat_encoder(template)
     texts = hostile_text(tokenizer).filter(visible)
@@ -323,16 +325,25 @@ def test_every_chat_template_keeps_the_instruction_and_the_question(template, da
             assert message["content"].strip() in read
 
 
+# Templates of models that also read images, which want a list of parts.
+READS_PARTS = [
+    text
+    for name, text in TRL_TEMPLATES.items()
+    if name.startswith(("idefics3", "llava_next", "smolvlm"))
+]
+TAKES_NO_SYSTEM = [TRL_TEMPLATES["gemma"], TRL_TEMPLATES["gemma_training"]]
+
+
 def rendered(tokenizer, messages, **options):
     """The text that the tokenizer itself renders, system turns and lists of parts as the template
     wants them.
     """
     template = tokenizer.chat_template
-    if template == TRL_TEMPLATES["gemma"] and messages[0]["role"] == "system":
+    if template in TAKES_NO_SYSTEM and messages[0]["role"] == "system":
         system, first, *rest = messages
         content = f"{system['content']}\n\n{first['content']}"
         messages = [{**first, "content": content}, *rest]
-    if "message['content'][0]['type']" in template:  # those of models that also read images
+    if template in READS_PARTS:
         messages = [
             {**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages
         ]
@@ -345,23 +356,89 @@ def own_ids(tokenizer, text):
 
 @pytest.mark.parametrize("template", TRL_TEMPLATES)
 @given(data=st.data())
-@settings(max_examples=8)
+@settings(max_examples=4)
 def test_a_chat_is_trained_as_its_template_renders_it(template, data):
     tokenizer, encoder = chat_tokenizer(template), chat_encoder(template)
     messages = drawn(data, plain_text(min_words=1))
-    answer = data.draw(plain_text(min_words=1))
-    turns = [*messages, {"role": "assistant", "content": f" {answer}\n"}]
+    answer = data.draw(plain_text(min_words=3))
     asked = rendered(tokenizer, messages, add_generation_prompt=True)
-    whole = rendered(tokenizer, turns)
+    whole = rendered(tokenizer, [*messages, {"role": "assistant", "content": answer}])
+    before, _, behind = whole.rpartition(answer)
 
     prompt, end = encoder.chat_prompt(messages), encoder.chat_end(messages)
-    ids = prompt + encoder.chat_answer(turns[-1]["content"]) + end
+    ids = prompt + encoder.chat_answer(f" {answer}\n") + end
 
     assert prompt == own_ids(tokenizer, asked)
-    assert tokenizer.decode(ids).startswith(asked + answer)
-    assert len(markup_of(tokenizer, end)) == 1
+    assert tokenizer.decode(ids) == asked + answer + tokenizer.decode(end)
     assert markup_of(tokenizer, end) == end[-1:]
-    written = whole.rpartition(answer)[2]
-    assert tokenizer.decode(end) == written[: len(tokenizer.decode(end))] or not written.strip()
-    if whole.startswith(asked + answer) and written.strip():
-        assert ids == own_ids(tokenizer, whole)[: len(ids)]
+    if markup_of(tokenizer, own_ids(tokenizer, behind)):
+        assert behind.startswith(tokenizer.decode(end))
+    else:
+        assert end == [tokenizer.eos_token_id]
+    together = own_ids(tokenizer, whole)
+    if before == asked and together[: len(prompt)] == prompt:  # no token across the seam
+        assert ids == together[: len(ids)]
+
+
+@pytest.mark.parametrize("template", ["qwen2_5", "gemma3", "llama3", "smolvlm"])
+def test_a_system_turn_that_a_template_takes_is_given_to_it(template):
+    tokenizer, encoder = chat_tokenizer(template), chat_encoder(template)
+    messages = conversation(("system", "user"), iter(["Be brief.", "Hello"]))
+
+    own = rendered(tokenizer, messages, add_generation_prompt=True)
+
+    assert tokenizer.decode(encoder.chat_prompt(messages)) == own
+
+
+@pytest.mark.parametrize("template", ["rejects", "swallows"])
+def test_a_system_turn_that_a_template_does_not_take_joins_the_first_user_turn(template):
+    rejects = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    skips = "{% if m['role'] != 'system' %}{{ m['role'] }}: {{ m['content'] }}\n{% endif %}"
+    each = "{% for m in messages %}" + skips + "{% endfor %}"
+    tokenizer = fresh("gpt2")
+    tokenizer.chat_template = rejects + each if template == "rejects" else each
+    messages = conversation(("system", "user", "assistant", "user"), iter("ABCD"))
+
+    read = tokenizer.decode(TextEncoder(tokenizer).chat_prompt(messages))
+
+    assert read == "user: A\n\nB\nassistant: C\nuser: D\n"
+
+
+def test_options_of_a_chat_template_reach_it():
+    encoder = TextEncoder(chat_tokenizer("qwen3"), {"enable_thinking": False})
+    read = encoder.tokenizer.decode(encoder.chat_prompt([{"role": "user", "content": "Hi"}]))
+
+    assert read.endswith("<think>\n\n</think>\n\n")
+
+
+# What a user reads
+
+
+def test_a_slow_tokenizer_is_refused():
+    assert "slow tokenizer" in refusal(lambda: TextEncoder(ByT5Tokenizer()))
+
+
+def test_a_tokenizer_without_an_end_token_is_refused_where_an_answer_must_end():
+    encoder = TextEncoder(fresh("t5", eos_token=None))
+
+    assert "no eos_token" in refusal(lambda: encoder.end)
+
+
+def test_a_tokenizer_without_a_mask_is_refused_for_a_cloze():
+    assert "no mask token" in refusal(lambda: encoder_for("gpt2").cloze("a", "b", 1))
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused_in_a_chat():
+    encoder = TextEncoder(fresh("gpt2"))
+
+    message = refusal(lambda: encoder.chat_prompt([{"role": "user", "content": "a"}]))
+
+    assert "no chat template" in message
+
+
+def test_turns_that_a_chat_template_rejects_are_refused_with_its_reason():
+    turns = conversation(("user", "user"), iter("ab"))
+
+    message = refusal(lambda: chat_encoder("gemma").chat_prompt(turns))
+
+    assert "roles must alternate" in message
