@@ -48,7 +48,7 @@ def tagged(*pairs):
     return {"tokens": list(tokens), "ner_tags": list(tags)}
 
 
-REVIEW = "The movie review is: A warm, witty film. It was [M]."
+REVIEW = "The movie review is: A warm, witty film. The sentiment of the review is [M]."
 PASSAGES = Case(
     rows=[
         answered("Ada wrote the first program in 1843.", "Who wrote it?", "Ada", "Ada wrote"),
@@ -69,8 +69,8 @@ CASES = {
             {"sentence": "", "label": " negative "},
         ],
         golds=["positive", "negative", "negative"],
-        prompt="The movie review is: A warm, witty film.\nIt was",
-        target=" great",
+        prompt="The movie review is: A warm, witty film.\nThe sentiment of the review is",
+        target=" positive",
         cloze=REVIEW,
     ),
     "sst2": Case(
@@ -80,8 +80,8 @@ CASES = {
             {"sentence": "it 's <mask> {{ text }}", "label": "1"},  # from a CSV file
         ],
         golds=["1", "0", "1"],
-        prompt="The movie review is: A warm, witty film.\nIt was",
-        target=" great",
+        prompt="The movie review is: A warm, witty film.\nThe sentiment of the review is",
+        target=" positive",
         cloze=REVIEW,
     ),
     "trec": Case(

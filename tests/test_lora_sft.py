@@ -94,7 +94,7 @@ def test_a_run_leaves_everything_that_the_design_names(run):
     assert metrics["train_rows"] == len(ROWS)
     # one-word answers: the word's tokens and the end marker
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    words = [len(tokenizer(text).input_ids) + 1 for text in (" great", " terrible")]
+    words = [len(tokenizer(text).input_ids) + 1 for text in (" positive", " negative")]
     assert metrics["supervised_tokens"] == sum(words) * len(ROWS) // 2
     records = read_jsonl(folder / "predictions.jsonl")
     assert [record["row"] for record in records] == [0, 1, 2, 3, 4]
@@ -166,7 +166,7 @@ def test_pissa_is_saved_as_plain_lora_that_fits_the_untouched_base(run, model_fo
     record = read_jsonl(folder / "predictions.jsonl")[0]
     prompt = tokenizer(record["prompt"]).input_ids
     total = {}
-    for label, words in {"negative": (" terrible", " bad"), "positive": (" great", " good")}.items():
+    for label, words in {"negative": (" negative", " bad"), "positive": (" positive", " good")}.items():
         values = []
         for word in words:
             answer = tokenizer(word).input_ids
@@ -217,8 +217,8 @@ def test_preview_loads_the_tokenizer_only(run, model_folder, tmp_path, capsys):
     folder = run("--model_name_or_path", str(tokenizer_only), "--preview", "2")
     shown = capsys.readouterr().out
     assert "a fine film, number 0" in shown
-    assert "⟦ great</s>⟧" in shown
-    assert "⟦ terrible</s>⟧" in shown
+    assert "⟦ positive</s>⟧" in shown
+    assert "⟦ negative</s>⟧" in shown
     assert not folder.exists()
 
 

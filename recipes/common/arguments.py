@@ -6,20 +6,36 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from common.errors import UserError
 from common.schema import load_yaml
 
+USAGE = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]"
+
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field with its help text; a list becomes a default factory."""
+    metadata["help"] = help.replace("%", "%%")  # argparse formats it
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
-    return field(default=default, metadata={"help": help, **metadata})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def require_at_least(arguments: Any, **least: float) -> None:
+    """Refuse numbers that would fail late or mean nothing; None is left alone.
+
+    Raises:
+        UserError: the first argument that is smaller than the number given under its name.
+    """
+    for name, limit in least.items():
+        value = getattr(arguments, name)
+        if value is not None and not value >= limit:
+            raise UserError(f"--{name} {value}: must be {limit} or more")
 
 
 @dataclass
@@ -54,8 +70,8 @@ class RecipeArguments:
     rendering: str = option(
         "text", "text, or chat: through the tokenizer's chat template.", choices=["text", "chat"]
     )
-    chat_template_kwargs: str = option(
-        "{}", "JSON passed to the chat template, for instance '{\"enable_thinking\": false}'."
+    chat_template_kwargs: dict | str | None = option(
+        None, "JSON passed to the chat template, for instance '{\"enable_thinking\": false}'."
     )
     max_new_tokens: int = option(256, "Longest answer when a task is scored by generating.")
     eval_batch_tokens: int = option(
@@ -69,13 +85,17 @@ class RecipeArguments:
     )
 
     def __post_init__(self):
-        if isinstance(self.chat_template_kwargs, str):
-            try:
-                self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"--chat_template_kwargs: no JSON ({error}); write it as '{{\"key\": value}}'"
-                ) from None
+        at_least_one = ("max_train_samples", "max_eval_samples", "max_new_tokens")
+        require_at_least(self, **dict.fromkeys(at_least_one, 1), eval_batch_tokens=1, preview=0)
+        if not isinstance(self.chat_template_kwargs, str):
+            return
+        cure = "write it as '{\"key\": value}'"
+        try:
+            self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"--chat_template_kwargs: no JSON ({error}); {cure}") from None
+        if not isinstance(self.chat_template_kwargs, dict):
+            raise UserError(f"--chat_template_kwargs: JSON, but no object; {cure}")
 
 
 def _print_help(arguments: type, description: str, defaults: Mapping[str, Any]) -> None:
@@ -83,27 +103,58 @@ def _print_help(arguments: type, description: str, defaults: Mapping[str, Any]) 
     common = {one.name for one in dataclasses.fields(RecipeArguments)}
     parser = argparse.ArgumentParser(
         description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=26),
         add_help=False,
-        usage="%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]",
+        usage=USAGE,
     )
     titles = {False: "this method", True: "every recipe"}
     groups = {key: parser.add_argument_group(title) for key, title in titles.items()}
     for one in dataclasses.fields(arguments):
-        default = one.default if one.default is not dataclasses.MISSING else None
-        shown = "" if default in (None, False, 0, "{}") else f" [{default}]"
+        default = one.default
+        if default is dataclasses.MISSING:
+            default = " ".join(one.default_factory()) or None
+        shown = f" [{default}]".replace("%", "%%")
+        shown = "" if default is None or default is False else shown
+        # A flag has no metavar, so none is printed; nothing is parsed here.
         groups[one.name in common].add_argument(
-            f"--{one.name}", metavar="", help=(one.metadata["help"] + shown).replace("%", "%%")
+            f"--{one.name}", action="store_true", help=one.metadata["help"] + shown
         )
     trainer = parser.add_argument_group("the trainer's, as this recipe sets them (all: --help_all)")
     for name, value in defaults.items():
-        trainer.add_argument(f"--{name}", metavar="", help=f"[{value}]")
+        trainer.add_argument(f"--{name}", action="store_true", help=f"[{value}]")
     parser.print_help()
 
 
-def _closest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, 1)
-    return f"did you mean {close[0]}?" if close else "see --help and --help_all"
+def _closest(name: str, known: Iterable[str], dashes: str = "") -> str:
+    starts = [one for one in known if name and one.startswith(name)]  # no abbreviation is taken
+    close = difflib.get_close_matches(name, known, 1, cutoff=0.75) or starts
+    return f"did you mean {dashes}{close[0]}?" if close else "see --help and --help_all"
+
+
+def _read_config(parser: argparse.ArgumentParser, path: Path, hints: Mapping[str, Any]) -> dict:
+    """The values of a --config file, checked and converted as the command line's are."""
+    actions = {one.dest: one for one in reversed(parser._actions)}  # --bf16 before --no_bf16
+    values = {}
+    for key, value in load_yaml(path).items():
+        if key not in actions:
+            raise UserError(f"{path}: {key}: unknown key; {_closest(key, actions)}")
+        kinds = {get_origin(one) or one for one in (hints[key], *get_args(hints[key]))}
+        several = isinstance(value, list) and value and actions[key].nargs == "+"
+        if (value is None or isinstance(value, list | dict)) and not several:
+            if type(value) not in kinds:
+                names = {list: "a list", dict: "keys and values"}
+                problem = f"cannot be {names.get(type(value), 'null')}"
+                raise UserError(f"{path}: {key}: {problem}; see --help_all")
+            values[key] = value
+            continue
+        try:
+            words = [str(one) for one in (value if several else [value])]
+            values[key] = parser._get_values(actions[key], words)
+        except argparse.ArgumentError as error:
+            word = isinstance(value, bool) and actions[key].choices  # YAML's no is False
+            quote = "; put a word such as no into quotes" if word else ""
+            raise UserError(f"{path}: {key}: {error.message}{quote}") from None
+    return values
 
 
 def parse_arguments(
@@ -135,12 +186,12 @@ def parse_arguments(
         def error(self, message: str):
             raise UserError(f"command line: {message}")
 
-    parser = Parser((arguments, RecipeConfig), allow_abbrev=False, add_help=False)
+    parser = Parser((arguments, RecipeConfig), allow_abbrev=False, add_help=False, usage=USAGE)
     parser.set_defaults_with_config(**defaults)
     if "--help_all" in argv:
         parser.print_help()
         sys.exit(0)
-    known = [one.dest for one in parser._actions]
+    hints = get_type_hints(RecipeConfig) | get_type_hints(arguments)
     for place, argument in enumerate(argv):
         if argument.startswith("--config="):
             argv[place : place + 1] = argument.split("=", 1)
@@ -148,28 +199,19 @@ def parse_arguments(
         place = argv.index("--config")
         if place + 1 == len(argv):
             raise UserError("command line: --config needs a file")
-        path = Path(argv[place + 1])
-        config = load_yaml(path)
-        for key in config:
-            if key not in known:
-                raise UserError(f"{path}: {key}: unknown key; {_closest(key, known)}")
-        # Numbers as text, so that argparse checks and converts them like the command line's.
-        parser.set_defaults_with_config(
-            **{
-                key: str(value) if type(value) in (int, float) else value
-                for key, value in config.items()
-            }
-        )
+        parser.set_defaults(**_read_config(parser, Path(argv[place + 1]), hints))
         del argv[place : place + 2]
     try:
         parsed, training, rest = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
-    except (ValueError, TypeError) as error:  # a trainer's own checks, such as an unknown scheduler
+    # The trainer's own checks: a value, a file or a package that is missing.
+    except (ValueError, TypeError, OSError, ImportError) as error:
         raise UserError(f"arguments: {' '.join(str(error).split())}") from None
     if rest:
-        name = rest[0].split("=")[0].lstrip("-")
-        raise UserError(f"command line: unknown argument {rest[0]}; {_closest(name, known)}")
+        name = rest[0].split("=")[0].lstrip("-").replace("-", "_")
+        cure = _closest(name, [one.dest for one in parser._actions], "--")
+        raise UserError(f"command line: unknown argument {rest[0]}; {cure}")
     return parsed, training
 
 

@@ -1,6 +1,7 @@
 """Finding the checkpoint to go on from."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -28,38 +29,47 @@ def find_checkpoint(output_dir: str, which: str | None) -> str | None:
             a folder.
 
     A fresh start clears what a finished run (one with a metrics.json) left there, and refuses to
-    mix with the checkpoints of an unfinished one.
+    mix with the checkpoints of an unfinished one. Going on, the run is unfinished again. The main
+    process alone looks and clears, since the others might look while it does.
 
     Raises:
         UserError: nothing to resume from, or a fresh start beside another run's checkpoints.
     """
     folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {output_dir}: is a file; name a folder")
     found = sorted(
-        (one for one in folder.glob("checkpoint-*") if one.name.split("-")[1].isdigit()),
-        key=lambda one: int(one.name.split("-")[1]),
+        (int(one.name.split("-")[1]), one)
+        for one in folder.glob("checkpoint-*")
+        if re.fullmatch("checkpoint-[0-9]+", one.name) and one.is_dir()
     )
     if which is None:
-        if (folder / "metrics.json").exists():
-            if is_main_process():
-                (folder / "metrics.json").unlink()
-                for one in found:
-                    shutil.rmtree(one)
-        elif found:
-            raise UserError(
-                f"--output_dir {output_dir}: holds {found[-1].name} of an unfinished run; pass "
-                "--resume_from_checkpoint last to go on, another --output_dir, or delete it"
-            )
+        if is_main_process():
+            _make_way(folder, [one for _, one in found])
         return None
-    if which != "last":
-        if not _is_whole(Path(which)):
-            raise UserError(
-                f"--resume_from_checkpoint {which}: no whole checkpoint (its trainer_state.json is "
-                "missing or cut short); pass another, or 'last'"
-            )
-        return which
-    whole = [one for one in found if _is_whole(one)]
-    if not whole:
+    whole = [one for _, one in found if _is_whole(one)]
+    if which == "last" and not whole:
         raise UserError(
             f"--resume_from_checkpoint last: no whole checkpoint in {output_dir}; start without it"
         )
-    return str(whole[-1])
+    checkpoint = whole[-1] if which == "last" else Path(which)
+    if not _is_whole(checkpoint):
+        raise UserError(
+            f"--resume_from_checkpoint {which}: no whole checkpoint (its trainer_state.json is "
+            "missing or cut short); pass another, or 'last'"
+        )
+    if is_main_process():
+        (folder / "metrics.json").unlink(missing_ok=True)
+    return str(checkpoint)
+
+
+def _make_way(folder: Path, checkpoints: list[Path]) -> None:
+    if (folder / "metrics.json").exists():
+        for one in checkpoints:
+            shutil.rmtree(one)
+        (folder / "metrics.json").unlink()  # last: an interrupted clearing is taken up again
+    elif checkpoints:
+        raise UserError(
+            f"--output_dir {folder}: holds {checkpoints[-1].name} of an unfinished run; pass "
+            "--resume_from_checkpoint last to go on, another --output_dir, or delete it"
+        )

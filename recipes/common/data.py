@@ -14,7 +14,7 @@ from typing import Any
 from common.errors import UserError
 from common.launch import say
 from common.row_values import RowError
-from common.sources import Entry, Hub, Source, locate, one_line, open_source
+from common.sources import Entry, Hub, Source, has_split, locate, one_line, open_source
 from common.template import PromptTemplate
 
 _SHOWN_BAD_ROWS = 20
@@ -91,8 +91,9 @@ def load_splits(
 ) -> tuple[Rows, Rows]:
     """Training and evaluation rows that share none.
 
-    Where both would come from the same rows (a single file, or one split), a tenth of them, at
-    least one and at most 1,000, is drawn for evaluation and kept out of training.
+    Where both would come from the same rows (a single file, one split, or no evaluation split
+    named nor there), a tenth of them, at least one and at most 1,000, is drawn for evaluation and
+    kept out of training.
 
     Args:
         args: a recipe's `dataset`, `train_split`, `eval_split`, `max_train_samples`,
@@ -102,10 +103,11 @@ def load_splits(
         UserError: as `load_rows`, or a single row for both.
     """
     place = locate(template, args.dataset, None)
-    splits = (
-        args.train_split or template.dataset.get("train") or "train",
-        args.eval_split or template.dataset.get("eval") or "validation",
-    )
+    train_split = args.train_split or template.dataset.get("train") or "train"
+    eval_split = args.eval_split or template.dataset.get("eval")
+    if eval_split is None:  # nobody names one: a validation file is taken, else rows are held out
+        eval_split = "validation" if has_split(place, "validation") else train_split
+    splits = (train_split, eval_split)
     limits = (args.max_train_samples, args.max_eval_samples)
     one_file = isinstance(place, Path) and place.is_file()
     if not one_file and splits[0] != splits[1]:

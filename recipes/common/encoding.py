@@ -67,9 +67,7 @@ class Counts:
 
 @dataclass
 class EncodedRows:
-    """Training examples, `input_ids` and `labels` of equal length each, with the row each came
-    from.
-    """
+    """Training examples, each `input_ids` and `labels` of equal length, and the row of each."""
 
     examples: list[dict[str, list[int]]] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
@@ -309,8 +307,8 @@ class PromptEncoder:
             offsets = {name: self.text.offsets(text) for name, text in texts.items() if text}
             if not offsets:
                 raise DoesNotFit(
-                    f"{len(ids)} tokens with everything cut that 'shorten' allows, over {budget}; "
-                    "raise --max_length"
+                    f"{len(ids)} tokens are left with all cut that 'shorten' allows and "
+                    f"{max(budget, 0)} fit; raise --max_length"
                 )
             lengths = sorted((len(places) for places in offsets.values()), reverse=True)
             ties = lengths.count(lengths[0])
@@ -385,6 +383,8 @@ def encode_rows(
             encoded.add(number, ids, labels)
             encoded.counts.shortened += prompt.shortened
             encoded.counts.dropped_demonstrations += prompt.dropped
+    if not encoded.examples:
+        raise UserError(f"--max_length {encoder.max_length}: no training row fits; raise it")
     return encoded
 
 

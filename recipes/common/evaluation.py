@@ -8,10 +8,12 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import numpy as np
 
 from common.encoding import IGNORED, Counts, DoesNotFit, EncodedPrompt, PromptEncoder
+from common.errors import UserError
 from common.launch import progress
 from common.metrics import load_metric, score_rows
 from common.scoring import generate, log_likelihoods
@@ -27,7 +29,7 @@ class TaskScore:
         metric, score, stderr: the template's metric, its value and its standard error over the
             rows.
         details: further figures of the metric, such as `exact_match` beside SQuAD's F1.
-        records: one dict per row, for predictions.jsonl.
+        records: one dict per row, for a loss one per answer, for predictions.jsonl.
         rows, left_out: rows scored, and rows whose prompt did not fit.
         seconds: how long it took.
     """
@@ -71,8 +73,15 @@ def evaluate_task(
         max_new_tokens: the longest answer where the task is scored by generating.
         batch_tokens: tokens in one forward pass, padding included.
         answers: False for rows without answers: the records then hold predictions only.
+    Raises:
+        UserError: conversations that are to be scored otherwise than by their loss, or answered.
     """
     template = encoder.template
+    if template.messages and not (template.metric == "loss" and answers):
+        raise UserError(
+            f"{template.path}: messages: conversations are scored by their loss (metric: loss) and "
+            "cannot be answered; use a template with a prompt for that"
+        )
     start = time.perf_counter()
     model.eval()
     if template.metric == "loss" and answers:
@@ -217,12 +226,13 @@ def _by_loss(model, encoder, rows, batch_tokens, description) -> TaskScore:
             except DoesNotFit:
                 continue
             for ids, labels in examples:
-                # The last supervised run of a conversation: the answer that all the rest leads to.
-                start = len(labels) - next(
-                    (n for n, label in enumerate(reversed(labels)) if label == IGNORED), len(labels)
-                )
-                requests.append((ids[:start], [ids[start:]]))
-                kept.append(number)
+                start = 0
+                for ignored, run in groupby(labels, lambda label: label == IGNORED):
+                    end = start + len(list(run))
+                    if not ignored:  # an answer; a conversation has several
+                        requests.append((ids[:start], [ids[start:end]]))
+                        kept.append(number)
+                    start = end
     scores = log_likelihoods(
         model, requests, batch_tokens=batch_tokens, progress=progress(description, "batch")
     )
@@ -246,7 +256,7 @@ def _by_loss(model, encoder, rows, batch_tokens, description) -> TaskScore:
     if not n:
         return TaskScore("loss", math.nan, math.nan, left_out=len(rows))
     loss = sums.sum() / counts.sum()
-    # The standard error of a ratio of two sums over rows (linearized).
+    # The standard error of a ratio of two sums over rows (linearized); none from a single row.
     residuals = (sums - loss * counts)[used]
-    stderr = math.sqrt(n / max(n - 1, 1)) * float(np.sqrt((residuals**2).sum())) / counts.sum()
+    stderr = math.sqrt(n / (n - 1) * (residuals**2).sum()) / counts.sum() if n > 1 else math.nan
     return TaskScore("loss", float(loss), stderr, {}, records, n, len(rows) - n)

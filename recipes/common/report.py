@@ -33,19 +33,19 @@ def print_table(title: str, rows: Mapping[str, object]) -> None:
     from rich.text import Text
 
     plain = {} if sys.stdout.isatty() else {"width": 100, "force_terminal": False}
-    table = Table(title=Text(_shown(title), "bold"), title_justify="left", show_header=False)
+    table = Table(title=Text(printable(title), "bold"), title_justify="left", show_header=False)
     table.add_column(style="cyan", overflow="fold")
     table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(Text(_shown(name)), Text(_shown(value)))  # Text: [brackets] are no markup
+    for name, value in rows.items():  # as Text, in which [brackets] are no markup
+        table.add_row(Text(printable(name)), Text(printable(value)))
     Console(**plain).print(table)
 
 
-def _shown(value: object) -> str:
+def printable(value: object) -> str:
+    """A value as text, without what would spoil a terminal or a stream that is not UTF-8."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:,.0f}"
     text = "-" if value is None else str(value)
-    # Neither a control character in a value nor a stream that is not UTF-8 may spoil the summary.
     text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
     encoding = sys.stdout.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)

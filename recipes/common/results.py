@@ -13,7 +13,16 @@ from common.encoding import IGNORED, EncodedRows
 from common.errors import UserError
 from common.evaluation import TaskScore
 from common.launch import is_main_process, say
-from common.report import model_card, plot_loss, print_table, versions, write_json, write_jsonl
+from common.model_cache import first_line
+from common.report import (
+    model_card,
+    plot_loss,
+    print_table,
+    printable,
+    versions,
+    write_json,
+    write_jsonl,
+)
 from common.template import PromptTemplate
 
 
@@ -30,17 +39,19 @@ def preview(encoded: EncodedRows, tokenizer, count: int) -> None:
         supervised = [label != IGNORED for label in example["labels"]]
         tokens = f"{len(supervised)} tokens, {sum(supervised)} supervised"
         console.rule(f"example {number + 1}: {tokens}")
-        text, start = Text(), 0
+        text, shown, start = Text(), "", 0
         for end in range(1, len(supervised) + 1):
             if end < len(supervised) and supervised[end] == supervised[start]:
                 continue
-            piece = tokenizer.decode(example["input_ids"][start:end])
+            # Decoded from the beginning: a piece by itself may lose the space in front of it.
+            whole = tokenizer.decode(example["input_ids"][:end], clean_up_tokenization_spaces=False)
+            piece, shown = whole[len(shown) :], whole
             if not supervised[start]:
-                text.append(piece)
+                text.append(printable(piece))
             elif console.is_terminal:
-                text.append(piece, style="bold white on dark_green")
+                text.append(printable(piece), style="bold white on dark_green")
             else:
-                text.append(f"⟦{piece}⟧")
+                text.append(printable(f"⟦{piece}⟧"))
             start = end
         console.print(text)
 
@@ -158,12 +169,15 @@ def save_run(
             subtitle=f"{model_name}, {encoded.counts.examples:,} examples, "
             f"{metrics['steps']:,} steps",
         )
+        command = shlex.join(["accelerate", "launch", *sys.argv])
+        if training.hub_token:  # the card may be published
+            command = command.replace(training.hub_token, "HUB_TOKEN")
         card = model_card(
             title=f"{template.name} ({method})",
             template_description=template.description,
             base_model=model_name,
             method=method,
-            command=shlex.join(["accelerate", "launch", *sys.argv]),
+            command=command,
             metrics=metrics,
             versions=metrics["versions"],
             load_snippet=load_snippet,
@@ -184,7 +198,9 @@ def save_run(
 
 
 def publish(output_dir: str, training) -> None:
-    """Upload a finished run, model card included, checkpoints not, to the hub.
+    """Upload a finished run, its model card included, its checkpoints not, to the hub.
+
+    The card then names the repository where it named the folder.
 
     Raises:
         UserError: the hub refused or cannot be reached; the run itself stays in `output_dir`.
@@ -192,19 +208,21 @@ def publish(output_dir: str, training) -> None:
     if not is_main_process():
         return
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     name = training.hub_model_id or os.path.basename(os.path.abspath(output_dir))
     api = HfApi(token=training.hub_token)
     try:
         repository = api.create_repo(name, private=training.hub_private_repo, exist_ok=True).repo_id
+        card = Path(output_dir) / "README.md"
+        text = card.read_text(encoding="utf-8")
+        card.write_text(text.replace(repr(output_dir), repr(repository)), encoding="utf-8")
         api.upload_folder(
             repo_id=repository, folder_path=output_dir, ignore_patterns=["checkpoint-*", "merged/*"]
         )
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (HTTPError, HFValidationError, OSError) as error:
         raise UserError(
-            f"--push_to_hub: {reason}; the run is kept in {output_dir}: log in with "
+            f"--push_to_hub: {first_line(error)}; the run is kept in {output_dir}: log in with "
             f"'hf auth login' and upload it with 'hf upload {name} {output_dir}'"
         ) from None
     say(f"pushed to {repository}")

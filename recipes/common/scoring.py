@@ -91,6 +91,8 @@ def log_likelihoods(
             logits_to_keep=torch.tensor(columns, device=device),
             use_cache=False,
         ).logits
+        if logits.shape[1] != len(columns):  # a model that does not know logits_to_keep
+            logits = logits[:, columns]
         where = {column: place for place, column in enumerate(columns)}
         picked = logits[[p for p, _ in wanted], [where[c] for _, c in wanted]].float()
         log_probs = dict(zip(wanted, picked.log_softmax(-1), strict=True))

@@ -132,6 +132,15 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     return exact or [file for _, file in sorted(shards, key=lambda one: int(one[0]["number"]))]
 
 
+def has_split(place: Path | Hub, split: str) -> bool:
+    """Whether a local folder has a file for a split; of the hub nothing is known beforehand."""
+    if not isinstance(place, Path) or not place.is_dir():
+        return False
+    files = [file.name for folder in (place, place / "data") for file in folder.glob(f"{split}*")]
+    matches = [_SHARD.fullmatch(name) or _FILE.fullmatch(name) for name in files]
+    return any(match and match["split"] == split for match in matches)
+
+
 def _shown(path: Path) -> str:
     """A path as the user gave it; bundled data relative to the repository."""
     bundled = path.is_relative_to(TEMPLATE_FOLDER)

@@ -4,16 +4,36 @@ answers only.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    get_scheduler,
+)
+from transformers.integrations import get_reporting_integration_callbacks
 from trl import SFTConfig, SFTTrainer
 
 from common.encoding import IGNORED
-from common.launch import is_main_process, use_all_cores
+from common.errors import UserError
+from common.launch import is_main_process, say, use_all_cores
+
+# Arguments of SFTConfig about what the recipes do themselves, in `encoding.py` and in the loss.
+_NOT_OURS = (
+    "assistant_only_loss",
+    "chat_template_path",
+    "completion_only_loss",
+    "eos_token",
+    "loss_type",
+    "packing",
+    "padding_free",
+)
 
 
 def fast_bf16() -> bool:
@@ -38,9 +58,12 @@ class RecipeConfig(SFTConfig):
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
 
     def __post_init__(self):
+        for name in _NOT_OURS:
+            if getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise UserError(f"--{name}: the template decides what is trained; leave it out")
         if self.bf16 is None:
-            self.bf16 = fast_bf16() and not self.fp16
-        if not torch.cuda.is_available():
+            self.bf16 = fast_bf16() and not self.fp16 and not self.use_cpu
+        if not torch.cuda.is_available() or self.use_cpu:
             use_all_cores()
             self.dataloader_pin_memory = False
         # The trainer would upload checkpoints from the start; we upload the finished run.
@@ -49,6 +72,35 @@ class RecipeConfig(SFTConfig):
         # answers.
         self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__post_init__()
+        if self.n_gpu > 1:  # torch's DataParallel, which would scatter what the loss passes on
+            say(f"using one of {self.n_gpu} GPUs; accelerate launch uses all")
+            self._n_gpu = 1
+        self._check_early()
+
+    def _check_early(self) -> None:
+        """Raise now what the trainer would raise minutes later, after the base model was scored."""
+        if self.fp16 and self.device.type == "cpu":
+            raise UserError("--fp16: needs a GPU; leave it out")
+
+        def report() -> None:
+            for callback in get_reporting_integration_callbacks(self.report_to):
+                callback()
+
+        def schedule() -> None:
+            optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+            options = {"scheduler_specific_kwargs": self.lr_scheduler_kwargs}
+            get_scheduler(self.lr_scheduler_type, optimizer, 0, 1, **options)
+
+        def optimize() -> None:
+            with suppress(ValueError):  # of those that need the model, too
+                Trainer.get_optimizer_cls_and_kwargs(self)
+
+        checks = {"report_to": report, "lr_scheduler_type": schedule, "optim": optimize}
+        for name, check in checks.items():
+            try:
+                check()
+            except (ImportError, RuntimeError, TypeError, ValueError) as error:
+                raise UserError(f"--{name}: {' '.join(str(error).split())}") from None
 
     @property
     def model_dtype(self) -> tuple[torch.dtype, str]:
@@ -57,7 +109,7 @@ class RecipeConfig(SFTConfig):
             return torch.bfloat16, "the GPU computes bfloat16 fast"
         if self.fp16:
             return torch.float32, "fp16 needs float32 weights to scale the loss"
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and not self.use_cpu:
             return torch.float32, "bf16 is off"
         return torch.float32, "on a CPU bfloat16 is slower than float32"
 
@@ -66,6 +118,8 @@ class LossBar(TrainerCallback):
     """One progress bar with the latest loss, where transformers prints a line for every logged
     step.
     """
+
+    bar = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Open the bar, at the step that is resumed from."""
@@ -86,12 +140,13 @@ class LossBar(TrainerCallback):
         """Show the figures that were logged."""
         logs = logs or {}
         shown = {name: f"{logs[name]:.3f}" for name in ("loss", "eval_loss") if name in logs}
-        if shown:
+        if shown and self.bar is not None:
             self.bar.set_postfix(shown)
 
     def on_train_end(self, args, state, control, **kwargs):
         """Close the bar."""
         self.bar.close()
+        self.bar = None
 
 
 class RecipeTrainer(SFTTrainer):

@@ -13,5 +13,7 @@ def label_scores(words: Mapping[str, Sequence[float]]) -> dict[str, float]:
     scores = {}
     for label, values in words.items():
         best = max(values)
-        scores[label] = best + math.log(sum(math.exp(value - best) for value in values))
+        # Where all are impossible, -inf less -inf would be no number.
+        rest = sum(math.exp(value - best) for value in values) if best > -math.inf else 1.0
+        scores[label] = best + math.log(rest)
     return scores

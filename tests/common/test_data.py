@@ -223,3 +223,17 @@ def test_progress_sees_every_row(tmp_path):
     path = write(tmp_path / "rows.jsonl", numbered(5))
     load(path, progress=lambda rows: [seen.append(row) or row for row in rows])
     assert len(seen) == 5
+
+
+def test_without_a_named_evaluation_split_a_validation_file_is_taken_else_rows_are_held_out(
+    tmp_path,
+):
+    template = ask(dataset={"path": "someone/rows", "train": "train"})
+    rows = [{"question_text": f"q{number}", "hint": "", "gold": "g"} for number in range(20)]
+    write(tmp_path / "train.jsonl", rows)
+    train, evaluation = load_splits(template, arguments(tmp_path), 0)
+    assert (len(train.rows), len(evaluation.rows)) == (18, 2)
+    write(tmp_path / "validation.jsonl", [{"question_text": "v", "hint": "", "gold": "g"}])
+    train, evaluation = load_splits(template, arguments(tmp_path), 0)
+    assert len(train.rows) == 20
+    assert [row["question_text"] for row in evaluation.rows] == ["v"]

@@ -112,17 +112,18 @@ def limited(encoder, max_length):
 
 
 @st.composite
-def rows(draw, form, texts):
-    """A row of a task, every field of it drawn from `texts`."""
-    row = {"kind": draw(texts), "title": draw(texts), "text": draw(texts), "text_end": draw(texts)}
+def rows(draw, form, texts, cut=None):
+    """A row of a task, every field of it drawn from `texts`, those that may be cut from `cut`."""
+    cut = texts if cut is None else cut
+    row = {"kind": draw(texts), "title": draw(cut), "text": draw(cut), "text_end": draw(texts)}
     row |= {"output": draw(texts), "reason": draw(texts), "label": draw(st.sampled_from("012"))}
     if form == "span":
-        before, answer, after = draw(texts), draw(texts.filter(bool)), draw(texts)
+        before, answer, after = draw(cut), draw(texts.filter(bool)), draw(cut)
         row["context"] = before + answer + after
         row["answers"] = {"text": [answer], "start": [len(before)]}
     if form == "entities":
-        tokens = draw(st.lists(st.sampled_from(WORDS), min_size=1, max_size=8))
-        tokens[0] = draw(texts) or "x"
+        tokens = draw(st.lists(st.sampled_from(WORDS), min_size=1, max_size=30))
+        tokens[-1] = draw(texts) or "x"
         tags = st.sampled_from(["O", "B-PER", "I-PER", "B-LOC"])
         row["tokens"], row["tags"] = tokens, [draw(tags) for _ in tokens]
     return row
@@ -137,8 +138,8 @@ def questions(form, row):
 
 
 @st.composite
-def asked(draw, form, texts):
-    return draw(st.sampled_from(questions(form, draw(rows(form, texts)))))
+def asked(draw, form, texts, cut=None):
+    return draw(st.sampled_from(questions(form, draw(rows(form, texts, cut)))))
 
 
 def demonstrations(texts):
@@ -158,7 +159,8 @@ def prompt_ids(encoder, question, demonstrations, phrasing=0):
     if encoder.chat:
         turns = [{"role": "system", "content": system}] if system else []
         for one, answer in demonstrations:
-            turns += [{"role": "user", "content": one}, {"role": "assistant", "content": answer}]
+            turns.append({"role": "user", "content": one})
+            turns.append({"role": "assistant", "content": answer.strip()})
         return encoder.text.chat_prompt([*turns, {"role": "user", "content": last}])
     text = "\n\n".join([one + answer for one, answer in demonstrations] + [last])
     return encoder.text.text_prompt(f"{system}\n\n{text}" if system else text)
@@ -223,15 +225,87 @@ def test_no_row_brings_markup(name, data):
 
     ids, _, prompt = encoder.training_example(question, shown)
 
-    if rendering == "text":
-        frame = markup_of(tokenizer, encoder.text.prefix)
-    else:
-        system = [{"role": "system", "content": "a"}] if template(form).system(question) else []
-        filled = [(one, answer) for one, answer in shown]
-        turns = [*system]
-        for one, answer in filled:
-            turns.append({"role": "user", "content": one and "a"})
-            turns.append({"role": "assistant", "content": answer.strip() and "a"})
-        frame = encoder.text.chat_prompt([*turns, {"role": "user", "content": "a"}])
-        frame = markup_of(tokenizer, frame)
-    assert markup_of(tokenizer, ids) == frame + markup_of(tokenizer, prompt.end)
+    frame = encoder.text.prefix
+    if rendering == "chat":
+        roles = ["system"] if encoder.template.system(question) else []
+        roles += ["user", "assistant"] * len(shown) + ["user"]
+        frame = encoder.text.chat_prompt([{"role": role, "content": "a"} for role in roles])
+    assert markup_of(tokenizer, ids) == markup_of(tokenizer, frame + prompt.end)
+
+
+# Nothing but what may be cut
+
+SHORT = ("title", "text", "context", "sentence")
+
+
+def check_cut(encoder, question, kept):
+    """What is left of each field is a part of it, from the side that the template says; a context
+    keeps the answers.
+    """
+    for field, value in question.variables.items():
+        left = kept.variables[field]
+        side = encoder.template.shorten.get(field)
+        if side is None or left == value:
+            assert left == value
+        elif field == encoder.template.context and question.spans:
+            assert left in value
+        elif side == "left":
+            assert value.endswith(left)
+        else:
+            assert value.startswith(left)
+    context = encoder.template.context
+    for before, after in zip(question.spans, kept.spans, strict=True):
+        whole, left = question.variables[context], kept.variables[context]
+        assert left[slice(*after)] == whole[slice(*before)]
+
+
+def smallest(encoder, question):
+    """The question with everything cut that may be: a context down to its answers."""
+    fields = dict.fromkeys(encoder.template.shorten, "")
+    if question.spans:
+        first, last = min(question.spans)[0], max(end for _, end in question.spans)
+        text = question.variables[encoder.template.context]
+        fields[encoder.template.context] = text[first:last]
+    return question.change(**fields)
+
+
+def long(texts):
+    """Now and then a text that is far over any budget."""
+    many = st.tuples(texts, st.integers(5, 60)).map(lambda drawn: drawn[0] * drawn[1])
+    return st.one_of(texts, many, many)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(data=st.data())
+def test_an_example_fits_or_is_refused_and_only_shortens_what_it_may(name, data):
+    form, rendering = data.draw(FORMS), data.draw(RENDERINGS)
+    texts = hostile_text(tokenizer_for(name))
+    encoder = limited(encoder_for(form, name, rendering), ROOMY)
+    question = data.draw(asked(form, texts, long(texts)))
+    shown = data.draw(demonstrations(texts))
+    whole, labels, roomy = encoder.training_example(question, shown)
+    target = [label for label in labels if label != IGNORED]
+    least = len(prompt_ids(encoder, smallest(encoder, question), [])) + len(target)
+    max_length = data.draw(st.integers(max(1, min(least, len(whole)) - 2), len(whole)))
+    room = max_length - len(target)
+
+    try:
+        ids, labels, prompt = limited(encoder, max_length).training_example(question, shown)
+    except DoesNotFit as error:
+        message_of(error)
+        slack = 8 if question.spans else 0  # of words that the answer begins or ends in
+        assert least + slack > max_length
+        return
+
+    assert len(ids) == len(labels) <= max_length
+    assert labels == [IGNORED] * len(prompt.ids) + target
+    assert ids == prompt_ids(encoder, prompt.question, shown[prompt.dropped :]) + target
+    check_cut(encoder, question, prompt.question)
+    assert prompt.shortened == (prompt.question != question)
+    if len(whole) <= max_length:
+        assert (ids, prompt) == (whole, roomy)
+    if prompt.dropped:
+        assert len(prompt_ids(encoder, question, shown[prompt.dropped - 1 :])) > room
+    if prompt.shortened:
+        assert prompt.dropped == len(shown)
+        assert len(prompt_ids(encoder, question, [])) > room
