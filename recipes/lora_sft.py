@@ -12,10 +12,11 @@ about 1 % of them, usually to the same score. With a lot of data full tuning can
     accelerate launch recipes/lora_sft.py --template my_task.yaml --dataset rows.jsonl --preview 3
 """
 
+import shutil
 import time
 from dataclasses import dataclass
 
-from common.arguments import RecipeArguments, option, run_recipe
+from common.arguments import RecipeArguments, option, require_at_least, run_recipe
 
 DEFAULTS = {
     "output_dir": "runs/lora_sft",
@@ -60,6 +61,10 @@ class LoraArguments(RecipeArguments):
     )
     merge: bool = option(False, "Also write the merged model to OUTPUT_DIR/merged.")
 
+    def __post_init__(self):
+        super().__post_init__()
+        require_at_least(self, r=1, alpha=1, lora_dropout=0, loraplus_ratio=0)
+
 
 def main(args: LoraArguments, training) -> dict | None:
     """Train a LoRA adapter and score it beside the base model.
@@ -79,7 +84,7 @@ def main(args: LoraArguments, training) -> dict | None:
     from common.encoding import PromptEncoder, encode_rows
     from common.evaluation import evaluate_task
     from common.launch import progress, say
-    from common.models import describe_model, load_model, load_tokenizer, resolve_model
+    from common.models import describe_model, load_model, load_tokenizer, require_modules
     from common.predicting import answer_file
     from common.report import MemoryMeter
     from common.results import preview, publish, save_run, show_plan
@@ -92,7 +97,6 @@ def main(args: LoraArguments, training) -> dict | None:
     load = {"revision": args.revision, "trust_remote_code": training.trust_remote_code}
 
     template = PromptTemplate.load(args.template, columns=parse_columns(args.columns))
-    checkpoint = find_checkpoint(output_dir, training.resume_from_checkpoint)
     train, evaluation = load_splits(template, args, training.seed, progress=progress("checking"))
     if shared := overlap(train, evaluation, template):
         say(f"warning: {shared} evaluation rows are training rows too; the score will flatter")
@@ -104,6 +108,7 @@ def main(args: LoraArguments, training) -> dict | None:
     if args.preview:
         return preview(encoded, tokenizer, args.preview)
 
+    checkpoint = find_checkpoint(output_dir, training.resume_from_checkpoint)
     memory = MemoryMeter()
     model = load_model(
         model_name,
@@ -111,6 +116,8 @@ def main(args: LoraArguments, training) -> dict | None:
         attn_implementation=args.attn_implementation,
         **load,
     ).to(training.device)
+    if "all-linear" not in args.target_modules:
+        require_modules(model, args.target_modules)
     budget = {"max_new_tokens": args.max_new_tokens, "batch_tokens": args.eval_batch_tokens}
     base = evaluate_task(model, encoder, evaluation.rows, description="scoring base", **budget)
     say(f"base model: {base}")
@@ -161,17 +168,20 @@ def main(args: LoraArguments, training) -> dict | None:
         model.save_pretrained(
             output_dir, path_initial_model_for_weight_conversion=f"{output_dir}/pissa_start"
         )
+        shutil.rmtree(f"{output_dir}/pissa_start")
     else:
         trainer.save_model(output_dir)
     metrics = save_run(
         trainer,
-        template,
+        encoder,
         encoded,
         base,
         tuned,
         method="lora",
         model_name=name,
-        load_snippet=LOAD_SNIPPET.format(base=resolve_model(model_name), adapter=output_dir),
+        load_snippet=LOAD_SNIPPET.format(
+            base=model.get_base_model().name_or_path, adapter=output_dir
+        ),
         peak_memory_bytes=memory.stop(),
         train_seconds=seconds,
         skipped_rows=train.skipped,

@@ -1,10 +1,10 @@
-"""Scores several tasks, in this process or as one of several: run as a script by a test.
-
-    python tests/scoring_process.py FOLDER RANK PROCESSES
+"""Scores several tasks, alone or as one of two processes. A test runs it as a script to be the
+second, with a folder.
 """
 
 import json
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -43,25 +43,38 @@ def encoder_for(name: str) -> PromptEncoder:
     return PromptEncoder(template, TOKENIZER, 400, RENDERINGS.get(name, "text"))
 
 
-def score_all() -> dict[str, list[dict]]:
-    """The records of an odd number of rows in small batches, and of a single batch."""
-    model, found = outspoken_llama(), {}
+def score_all() -> dict[str, dict]:
+    """The records of an odd number of rows in small batches, and of a single row; with the number
+    of forward passes that this process made.
+    """
+    model, passes, found = outspoken_llama(), [], {}
+    model.register_forward_hook(lambda *_: passes.append(1))
     for name in RENDERINGS:
-        encoder, rows = encoder_for(name), CASES[name].rows
-        options = {"max_new_tokens": 6, "batch_tokens": 150}
-        found[f"{name}, odd"] = evaluate_task(model, encoder, [*rows, *rows[:2]], **options).records
-        found[f"{name}, one"] = evaluate_task(model, encoder, rows[:1], **options).records
+        rows = CASES[name].rows
+        for size, some in {"odd": [*rows, *rows[:2]], "one": rows[:1]}.items():
+            passes.clear()
+            result = evaluate_task(
+                model, encoder_for(name), some, max_new_tokens=6, batch_tokens=150
+            )
+            found[f"{name}, {size}"] = {"records": result.records, "passes": len(passes)}
     return found
 
 
-if __name__ == "__main__":
-    folder, rank, processes = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+def score_as_one_of_two(folder: Path, rank: int) -> dict[str, dict]:
+    """`score_all` by two processes, which meet in a file in `folder`."""
     torch.distributed.init_process_group(
         "gloo",
         init_method=f"file://{folder.resolve()}/meeting",
         rank=rank,
-        world_size=processes,
+        world_size=2,
+        timeout=timedelta(minutes=3),
     )
-    records = score_all()
-    (folder / f"{rank}.json").write_text(json.dumps(records))
-    torch.distributed.destroy_process_group()
+    try:
+        return score_all()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    records = score_as_one_of_two(Path(sys.argv[1]), rank=1)
+    Path(sys.argv[1], "records.json").write_text(json.dumps(records))

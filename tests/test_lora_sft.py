@@ -10,12 +10,13 @@ from pathlib import Path
 import lora_sft
 import pytest
 import torch
-from common.arguments import parse_arguments, run_recipe
-from common.errors import UserError
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_llama import save_tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common.arguments import parse_arguments, run_recipe
+from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
@@ -166,7 +167,10 @@ def test_pissa_is_saved_as_plain_lora_that_fits_the_untouched_base(run, model_fo
     record = read_jsonl(folder / "predictions.jsonl")[0]
     prompt = tokenizer(record["prompt"]).input_ids
     total = {}
-    for label, words in {"negative": (" negative", " bad"), "positive": (" positive", " good")}.items():
+    for label, words in {
+        "negative": (" negative", " bad"),
+        "positive": (" positive", " good"),
+    }.items():
         values = []
         for word in words:
             answer = tokenizer(word).input_ids
@@ -236,7 +240,10 @@ def test_predict_answers_rows_without_answers_as_the_run_did(run, data_folder, t
 
 def test_a_task_with_reasoning_is_trained_on_it_and_scored_by_generating(run, tmp_path):
     rows = [
-        {"question": f"{n} pens and {n} more?", "answer": f"{n}+{n}=<<{n}+{n}={2 * n}>>{2 * n}\n#### {2 * n}"}
+        {
+            "question": f"{n} pens and {n} more?",
+            "answer": f"{n}+{n}=<<{n}+{n}={2 * n}>>{2 * n}\n#### {2 * n}",
+        }
         for n in range(1, 9)
     ]
     file = tmp_path / "sums.jsonl"
@@ -249,7 +256,7 @@ def test_a_task_with_reasoning_is_trained_on_it_and_scored_by_generating(run, tm
 
 
 def test_rows_that_do_not_fit_are_shortened_and_counted(run):
-    folder = run("--max_length", "48")
+    folder = run("--max_length", "72")
     metrics = read_json(folder / "metrics.json")
     assert metrics["train_examples_shortened"] == len(ROWS)
     assert metrics["train_examples_left_out"] == 0

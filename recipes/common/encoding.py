@@ -211,17 +211,14 @@ class PromptEncoder:
 
         One example holds the whole conversation where the chat template only ever appends. Where
         later turns rewrite earlier ones, or earlier ones were dropped, an assistant turn becomes
-        its own example, as generation will see it. An answer before any question, or one that does
-        not fit even behind the last question alone, is left out and counted.
+        its own example, as generation will see it. An answer that does not fit even behind the last
+        question alone is left out and counted.
         """
         examples: list[tuple[list[int], list[int]]] = []
         for place, turn in enumerate(question.turns):
             if turn["role"] != "assistant":
                 continue
             before, whole = question.turns[:place], True
-            if all(one["role"] != "user" for one in before):
-                counts.left_out += 1
-                continue
             target = self.text.chat_answer(turn["content"]) + self.text.chat_end(before)
             prompt = self.text.chat_prompt(before)
             if len(prompt) + len(target) > self.max_length:
@@ -322,11 +319,11 @@ class PromptEncoder:
                 spans = question.spans
                 first, last = min(spans)[0], max(end for _, end in spans)
                 if window:
-                    # Around the answer: cut the side that has more left.
-                    left = [place for place in offsets[name] if 0 < place[1] <= first]
-                    right = [place for place in offsets[name] if last <= place[0] < len(text)]
-                    side = "left" if len(left) > len(right) else "right"
-                    count = min(count, max(len(left), len(right)))
+                    # Around the answer: the side that has more left, then on with both.
+                    left = sum(0 < end <= first for _, end in offsets[name])
+                    right = sum(last <= start < len(text) for start, _ in offsets[name])
+                    side = "left" if left > right else "right"
+                    count = min(count, max(left, right), (count + abs(left - right) + 1) // 2)
                     if not count:
                         names.remove(name)
                         continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,6 +149,22 @@ def load_model(
 
 
 # Local folders -----------------------------------------------------------------------------------
+
+
+def require_modules(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """Check that each name is, or ends, that of a layer, before anything slow is done.
+
+    Raises:
+        UserError: a name that fits no layer; the line says which there are.
+    """
+    layers = dict(model.named_modules())
+    for wanted in names:
+        if not any(f".{name}".endswith(f".{wanted}") for name in layers):
+            known = {name.split(".")[-1] for name, one in layers.items() if hasattr(one, "weight")}
+            raise UserError(
+                f"--target_modules {wanted}: the model has no such layer; it has "
+                f"{', '.join(sorted(known))}"
+            )
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 
 from common.data import load_rows, parse_columns
 from common.encoding import PromptEncoder
@@ -17,7 +18,8 @@ from common.template import PromptTemplate
 
 
 def answer_file(args, training) -> None:
-    """Answer the rows of `args.predict` with the adapter and the template in `training.output_dir`.
+    """Answer the rows of `args.predict` with the adapter and the template in `training.output_dir`,
+    on the model that it was trained on unless another is named.
 
     The predictions go to `predictions_<file>.jsonl` in that folder.
 
@@ -25,17 +27,19 @@ def answer_file(args, training) -> None:
         UserError: no trained adapter there, or rows that the template cannot read.
     """
     folder = Path(training.output_dir)
-    if not (folder / "adapter_config.json").exists():
-        raise UserError(f"--output_dir {folder}: holds no trained adapter; train one first")
+    if not (folder / "metrics.json").exists():
+        raise UserError(f"--output_dir {folder}: holds no finished run; train one first")
     template = PromptTemplate.load(
         str(folder / "template.yaml"), columns=parse_columns(args.columns)
     )
     rows = load_rows(
         template, args.predict, "train", skip_bad_rows=args.skip_bad_rows, answers=False
     )
+    # Asked as it was trained.
+    run = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     tokenizer = load_tokenizer(str(folder))
     model = load_model(
-        args.model_name_or_path,
+        args.model_name_or_path or PeftConfig.from_pretrained(folder).base_model_name_or_path,
         dtype=training.model_dtype[0],
         revision=args.revision,
         attn_implementation=args.attn_implementation,
@@ -43,7 +47,7 @@ def answer_file(args, training) -> None:
     )
     model = PeftModel.from_pretrained(model.to(training.device), folder)
     encoder = PromptEncoder(
-        template, tokenizer, training.max_length, args.rendering, args.chat_template_kwargs
+        template, tokenizer, run["max_length"], run["rendering"], run["chat_template_kwargs"]
     )
     result = evaluate_task(
         model,

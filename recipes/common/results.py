@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from common.encoding import IGNORED, EncodedRows
+from common.encoding import IGNORED, EncodedRows, PromptEncoder
 from common.errors import UserError
 from common.evaluation import TaskScore
 from common.launch import is_main_process, say
@@ -23,7 +23,6 @@ from common.report import (
     write_json,
     write_jsonl,
 )
-from common.template import PromptTemplate
 
 
 def preview(encoded: EncodedRows, tokenizer, count: int) -> None:
@@ -100,7 +99,7 @@ def show_plan(
 
 def save_run(
     trainer,
-    template: PromptTemplate,
+    encoder: PromptEncoder,
     encoded: EncodedRows,
     base: TaskScore,
     tuned: TaskScore,
@@ -119,6 +118,7 @@ def save_run(
         The content of metrics.json.
     """
     training, folder = trainer.args, Path(trainer.args.output_dir)
+    template = encoder.template
     trainer.save_state()
     (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should load
     trainable, total = count_parameters(trainer.model)
@@ -153,6 +153,9 @@ def save_run(
         "trainable_parameters": trainable,
         "total_parameters": total,
         "peak_memory_bytes": peak,
+        "rendering": "chat" if encoder.chat else "text",
+        "chat_template_kwargs": encoder.text.chat_template_kwargs,
+        "max_length": encoder.max_length,
         "world_size": training.world_size,
         "distributed_type": str(trainer.accelerator.distributed_type.value),
         "seed": training.seed,

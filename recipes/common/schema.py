@@ -36,7 +36,7 @@ TEXTS = ("system", "prompt", "answer", "cloze", "first", "second", "question", "
 EXPRESSIONS = ("references", "start")
 CURE = "a template may use its variables and what common/sandbox.py allows"
 
-_KINDS: dict[str, tuple[type, ...]] = {
+KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(TEXTS + EXPRESSIONS, (str,)),
     **dict.fromkeys(
         ("name", "description", "form", "label", "metric", "messages", "context"), (str,)
@@ -146,22 +146,22 @@ def check_fields(fields: dict[str, Any], path: Path) -> dict[str, Any]:
 
     fields = copy.deepcopy(fields)
     for key, value in fields.items():
-        if key not in _KINDS:
-            close = difflib.get_close_matches(key, _KINDS, 1)
+        if key not in KINDS:
+            close = difflib.get_close_matches(key, KINDS, 1)
             hint = (
                 f"did you mean {close[0]!r}?"
                 if close
-                else f"known keys: {', '.join(sorted(_KINDS))}"
+                else f"known keys: {', '.join(sorted(KINDS))}"
             )
             raise wrong(key, f"unknown key; {hint}")
-        if not isinstance(value, _KINDS[key]) or isinstance(value, bool):
+        if not isinstance(value, KINDS[key]) or isinstance(value, bool):
             names = {
                 "str": "text",
                 "dict": "keys and values",
                 "list": "a list",
                 "int": "a whole number",
             }
-            kinds = " or ".join(names[kind.__name__] for kind in _KINDS[key])
+            kinds = " or ".join(names[kind.__name__] for kind in KINDS[key])
             raise wrong(key, f"must be {kinds}, not {value!r}; put text into quotes")
         for inner, part in value.items() if key in _INNER else ():
             if inner not in _INNER[key]:

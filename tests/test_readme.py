@@ -1,0 +1,75 @@
+"""What the README says is so: its commands parse, its files are there, its template loads."""
+
+import re
+import shlex
+from pathlib import Path
+
+import lora_sft
+import pytest
+import yaml
+
+from common.arguments import parse_arguments
+from common.schema import KINDS
+from common.template import PromptTemplate
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECIPES = {"recipes/lora_sft.py": lora_sft}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def recipe_commands() -> list[list[str]]:
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    lines += re.findall(r"`(accelerate launch [^`]*)`", README)
+    words = (shlex.split(line, comments=True) for line in lines)
+    return [one for one in words if any(word.startswith("recipes/") for word in one)]
+
+
+def test_there_are_commands_to_check():
+    assert len(recipe_commands()) >= 5
+
+
+@pytest.mark.parametrize("command", recipe_commands(), ids=" ".join)
+def test_every_command_is_one_that_the_recipe_takes(command, tmp_path, monkeypatch):
+    (tmp_path / "my_run.yaml").write_text("learning_rate: 1e-4\n")
+    monkeypatch.chdir(tmp_path)
+    place = next(n for n, word in enumerate(command) if word.startswith("recipes/"))
+    recipe = RECIPES[command[place]]
+    argv = command[place + 1 :]
+    if "--help" not in argv:
+        # Seeds and folders that the text leaves open.
+        argv = [re.sub(r"^(SEED|N)$", "0", word) for word in argv]
+        assert parse_arguments(recipe.LoraArguments, "", recipe.DEFAULTS, argv)
+
+
+def test_every_recipe_is_in_the_table():
+    for recipe in (ROOT / "recipes").glob("*.py"):
+        assert f"recipes/{recipe.name}" in README
+
+
+def test_every_named_file_exists():
+    named = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert named
+    for name in named:
+        assert (ROOT / name).exists(), name
+
+
+def test_the_template_shown_is_one(tmp_path):
+    (text,) = [one for one in blocks("yaml") if one.startswith("name:")]
+    template = PromptTemplate(yaml.safe_load(text), tmp_path / "readme.yaml")
+    (question,) = template.questions({"sentence": "Not a dull moment.", "stars": 1})
+    assert template.prompt(question).endswith("The sentiment of the review is")
+    assert question.answer == " positive"
+
+
+def test_every_field_of_a_template_is_explained_and_no_other():
+    table = README.split("| field |")[1].split("\n\n")[0]
+    explained = set(re.findall(r"`([a-z_]+)`", "\n".join(re.findall(r"^\|([^|]*)\|", table, re.M))))
+    assert explained == set(KINDS)
+
+
+def test_it_can_be_read_in_five_minutes():
+    assert len(README.split()) < 1500
