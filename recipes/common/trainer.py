@@ -192,6 +192,9 @@ class RecipeTrainer(SFTTrainer):
             if self.args.average_tokens_across_devices:
                 # DDP and FSDP average the gradients over the processes.
                 loss = loss * self.accelerator.num_processes
+        if self.aux_loss_enabled:  # of a mixture of experts: a mean over each batch, as in TRL
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
         if model.training:
             self.tokens_seen += int(inputs["attention_mask"].sum())
             self.slots_seen += inputs["attention_mask"].numel()

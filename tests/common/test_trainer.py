@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 from functools import cached_property
 
 import pytest
@@ -11,10 +10,10 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny_llama import tiny_llama
 from tokenizers_for_tests import tokenizer_for
-from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 from transformers.trainer_pt_utils import LabelSmoother
+from trl import SFTConfig
 
-from common import launch
 from common.arguments import RecipeArguments, parse_arguments
 from common.encoding import PromptEncoder, encode_rows
 from common.errors import UserError
@@ -90,11 +89,7 @@ def own_loss(model, rows) -> torch.Tensor:
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
-    return {
-        name: weight.grad.clone()
-        for name, weight in model.named_parameters()
-        if weight.grad is not None
-    }
+    return {name: weight.grad.clone() for name, weight in model.named_parameters()}
 
 
 # The loss ----------------------------------------------------------------------------------------
@@ -160,6 +155,23 @@ def test_label_smoothing_is_transformers_own(tmp_path):
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     expected = smoother({"logits": logits}, batch["labels"].clone(), shift_labels=True)
     assert trainer.compute_loss(model, batch).item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_a_mixture_of_experts_is_also_trained_to_spread_its_tokens(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    config = MixtralConfig(vocab_size=VOCABULARY, router_aux_loss_coef=0.5, **sizes, **heads)
+    model = MixtralForCausalLM(config)
+    plain = own_loss(model, ROWS[:5]).item()
+    trainer = trainer_for(tmp_path, model)
+    batch = trainer.data_collator(ROWS[:5])
+    expected = model(**batch).loss.item()  # the model's own holds it too
+    assert trainer.compute_loss(model, batch).item() == pytest.approx(expected, abs=1e-6)
+    assert expected - plain > 0.5
+    trainer.current_gradient_accumulation_steps = 4
+    quarter = trainer.compute_loss(model, batch, num_items_in_batch=4 * sum(SUPERVISED[:5])).item()
+    assert quarter == pytest.approx(expected / 4, abs=1e-6)
 
 
 # Training ----------------------------------------------------------------------------------------
@@ -281,6 +293,10 @@ def test_one_bar_shows_the_steps_and_the_latest_loss(tmp_path, capfd):
     assert "2/2" in last
     assert f"loss={trainer.state.log_history[-2]['loss']:.3f}" in last
     assert "'loss'" not in captured.out
+    trainer_for(tmp_path, disable_tqdm=True, num_train_epochs=1).train()
+    captured = capfd.readouterr()
+    assert "training" not in captured.err
+    assert "'loss'" not in captured.out
 
 
 # Arguments ---------------------------------------------------------------------------------------
@@ -341,8 +357,8 @@ def test_several_gpus_in_one_process_are_one(monkeypatch, capsys):
         return torch.device("cpu")
 
     devices = cached_property(set_up)
-    devices.__set_name__(TrainingArguments, "_setup_devices")
-    monkeypatch.setattr(TrainingArguments, "_setup_devices", devices)
+    devices.__set_name__(SFTConfig, "_setup_devices")
+    monkeypatch.setattr(SFTConfig, "_setup_devices", devices)
     config = RecipeConfig(output_dir="runs/nowhere", use_cpu=True)
     assert config.n_gpu == 1
     assert config.train_batch_size == config.per_device_train_batch_size
@@ -369,62 +385,15 @@ REFUSED = {
 
 @pytest.mark.parametrize("command", REFUSED)
 def test_what_would_fail_after_minutes_is_refused_at_once_in_one_line(command, monkeypatch):
-    if command.split()[-1] in ("wandb", "adamw_bnb_8bit"):  # the same where they are installed
-        missing = lambda *_: False  # noqa: E731
-        monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", missing)
-        module = "transformers.integrations.integration_utils"
-        monkeypatch.setattr(f"{module}.is_wandb_available", missing)
+    # As where nothing is installed.
+    for check in ("integrations.integration_utils.is_wandb", "trainer_optimizer.is_bitsandbytes"):
+        monkeypatch.setattr(f"transformers.{check}_available", lambda: False)
     with pytest.raises(UserError, match=REFUSED[command]) as refused:
         parse("--use_cpu", "true", *command.split())
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "--optim sgd",
-        "--optim adafactor",
-        '--lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs {"num_decay_steps":5}',
-        "--report_to none",
-    ],
-)
-def test_what_works_is_taken(command):
-    assert parse("--use_cpu", "true", *command.split()).output_dir == "runs/nowhere"
-
-
-@pytest.mark.parametrize(
-    ("environment", "threads"),
-    [
-        ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, 12),
-        (
-            {
-                "OMP_NUM_THREADS": "1",
-                "ACCELERATE_MIXED_PRECISION": "no",
-                "LOCAL_WORLD_SIZE": "5",
-            },
-            2,
-        ),
-        (
-            {
-                "OMP_NUM_THREADS": "1",
-                "ACCELERATE_MIXED_PRECISION": "no",
-                "LOCAL_WORLD_SIZE": "99",
-            },
-            1,
-        ),
-        ({"OMP_NUM_THREADS": "3", "ACCELERATE_MIXED_PRECISION": "no"}, None),
-        ({"OMP_NUM_THREADS": "1"}, None),
-        ({"ACCELERATE_MIXED_PRECISION": "no"}, None),
-        ({}, None),
-    ],
-)
-def test_threads_are_set_only_where_the_launcher_left_one(environment, threads, monkeypatch):
-    for name in ("OMP_NUM_THREADS", "ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)), raising=False)
-    chosen = []
-    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    launch.use_all_cores()
-    assert chosen == ([] if threads is None else [threads])
+def test_what_works_is_taken():
+    stable = '--lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs {"num_decay_steps":5}'
+    for command in ("--optim sgd", "--optim adafactor", "--report_to none", stable):
+        assert parse("--use_cpu", "true", *command.split()).output_dir == "runs/nowhere"
