@@ -163,7 +163,7 @@ class PromptEncoder:
 
     def answer(self, text: str) -> list[int]:
         """Ids of an answer without its end marker; in chat it is stripped first."""
-        return self.text.chat_answer(text) if self.chat else list(self.text.encode(text))
+        return self.text.chat_answer(text) if self.chat else self.text.continuation(text)
 
     def candidates(self, question: Question, end: Sequence[int]) -> dict[str, list[list[int]]]:
         """For each class, the ids of the answers that stand for it.
@@ -300,8 +300,9 @@ class PromptEncoder:
         ids = build(question)
         names, stuck = list(self.template.shorten), Counter()
         while len(ids) > budget:
-            texts = {name: str(question.variables.get(name, "")) for name in names}
-            offsets = {name: self.text.offsets(text) for name, text in texts.items() if text}
+            texts = {name: question.variables.get(name) for name in names}
+            texts = {name: text for name, text in texts.items() if isinstance(text, str) and text}
+            offsets = {name: self.text.offsets(text) for name, text in texts.items()}
             if not offsets:
                 raise DoesNotFit(
                     f"{len(ids)} tokens are left with all cut that 'shorten' allows and "
@@ -314,9 +315,9 @@ class PromptEncoder:
             # nothing (white space, a field that this phrasing lacks), twice as much.
             step = min(lengths[0] - [*lengths, 0][ties], -((budget - len(ids)) // ties))
             count = max(step, 2 ** stuck[name])
-            side, text, spans = self.template.shorten[name], texts[name], ()
-            if name == self.template.context and question.spans:
-                spans = question.spans
+            side, text = self.template.shorten[name], texts[name]
+            spans = question.spans if name == self.template.context else ()
+            if spans:
                 first, last = min(spans)[0], max(end for _, end in spans)
                 if window:
                     # Around the answer: the side that has more left, then on with both.
@@ -332,8 +333,7 @@ class PromptEncoder:
                 raise DoesNotFit("its answer would be cut out of the context; raise --max_length")
             question = question.change(**{name: text[start:end]})
             if spans:
-                spans = tuple((a - start, b - start) for a, b in spans)
-                question = replace(question, spans=spans)
+                question = replace(question, spans=tuple((a - start, b - start) for a, b in spans))
             before, ids = ids, build(question)
             stuck[name] = stuck[name] + 1 if ids == before else 0
         return question, ids
@@ -368,8 +368,11 @@ def encode_rows(
         draw = random.Random(f"{seed}-{number}")
         for question in drawn_questions(template, row, draw):
             if template.messages:
-                for ids, labels in encoder.conversation(question, encoded.counts):
-                    encoded.add(number, ids, labels)
+                try:
+                    for example in encoder.conversation(question, encoded.counts):
+                        encoded.add(number, *example)
+                except UserError as error:  # the chat template rejects the turns
+                    raise UserError(f"training row {number + 1}: {error}") from None
                 continue
             phrasing = draw.randrange(len(template.prompts))
             try:

@@ -63,7 +63,10 @@ class TextEncoder:
         self._backend.add_special_tokens([AddedToken(_BREAK, normalized=False, special=True)])
         self._break_id = self._backend.token_to_id(_BREAK)
         self._find_frame()
-        self.encode = lru_cache(maxsize=4096)(self._encode)  # answers recur in their thousands
+        one, two = ("".join(self._plain_tokens(text)) for text in ("a", " a"))
+        self._doubles_space = one[0] in "▁Ġ" and two != one
+        # For answers, which recur in their thousands; prompts would only fill it.
+        self.encode = lru_cache(maxsize=4096)(self._encode)
         self._chat_probe: dict = {}
 
     def _find_frame(self) -> None:
@@ -90,8 +93,8 @@ class TextEncoder:
 
     def _guard(self, text: str) -> str:
         """The text with a break inside everything that the tokenizer would take for a control
-        token, the unk token's name included. A special token of a single character cannot be
-        broken: it is left out.
+        token, the unk token's name included. A control token that a single character stands for
+        cannot be broken: it is left out.
         """
         # A break that the data brings is broken itself: its halves stay text.
         text = text.replace(_BREAK, _BREAK[0] + _BREAK + _BREAK[1])
@@ -110,12 +113,21 @@ class TextEncoder:
                 first = token[0] if len(token) > 1 else ""
                 text = text[:start] + first + _BREAK + text[start + 1 :]
 
+    def _plain_tokens(self, text: str) -> list[str]:
+        return self._backend.encode(text, add_special_tokens=False).tokens
+
     def _ids(self, guarded: str) -> list[int]:
         ids = self._backend.encode(guarded, add_special_tokens=False).ids
         return [index for index in ids if index != self._break_id]
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._ids(self._guard(text)))
+
+    def continuation(self, text: str) -> list[int]:
+        """Ids of a text that follows another. Tokenizers of Llama 2's kind put a space before every
+        text, even one that begins with a space: they are given it without its own.
+        """
+        return list(self.encode(text[1:] if self._doubles_space and text[:1] == " " else text))
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
         """The [start, end) characters of each token of a text."""
@@ -137,7 +149,7 @@ class TextEncoder:
 
     def text_prompt(self, text: str) -> list[int]:
         """A prompt as generation sees it: the tokenizer's frame in front, nothing behind."""
-        return [*self.prefix, *self.encode(text)]
+        return [*self.prefix, *self._encode(text)]
 
     # Masked models
 
@@ -168,7 +180,7 @@ class TextEncoder:
 
     def pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
         """Ids and token types of a sentence pair in the tokenizer's frame."""
-        left = [*self.prefix, *self.encode(first)]
+        left = [*self.prefix, *self._encode(first)]
         right = [*self.encode(second), *self.suffix]
         types = [self._pair_types[0]] * len(left) + [self._pair_types[1]] * len(self.middle)
         return left + self.middle + right, types + [self._pair_types[2]] * len(right)
@@ -247,9 +259,11 @@ class TextEncoder:
     def _wants_parts(self) -> bool:
         """Whether the template reads a content as a list of parts, as those of vision models do."""
         if "parts" not in self._chat_probe:
+            turns = [{"role": "user", "content": _PROBE}]
             self._chat_probe["parts"] = False
-            plain = self._probe_writes("plain", [{"role": "user", "content": _PROBE}])
-            self._chat_probe["parts"] = not plain
+            if not self._probe_writes("plain", turns):
+                self._chat_probe["parts"] = True
+                self._chat_probe["parts"] = self._probe_writes("as parts", turns)
         return self._chat_probe["parts"]
 
     @property

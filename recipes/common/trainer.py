@@ -4,6 +4,7 @@ answers only.
 
 from __future__ import annotations
 
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -23,6 +24,9 @@ from trl import SFTConfig, SFTTrainer
 from common.encoding import IGNORED
 from common.errors import UserError
 from common.launch import is_main_process, say, use_all_cores
+
+# PEFT reads transformers' old name for activation checkpointing; a user can do nothing about it.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
 # Arguments of SFTConfig about what the recipes do themselves, in `encoding.py` and in the loss.
 _NOT_OURS = (

@@ -269,12 +269,12 @@ def drawn(data, texts, roles=None):
 
 def harmless(messages):
     """The same turns with a word for every text that a template sees."""
-    return [{**one, "content": "text" if visible(one["content"]) else ""} for one in messages]
+    return [{**one, "content": "text"} if visible(one["content"]) else one for one in messages]
 
 
 @pytest.mark.parametrize("name", NAMES)
 @given(data=st.data())
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_no_text_in_a_chat_becomes_a_control_token(name, data):
     tokenizer, encoder = tokenizer_for(name), encoder_for(name)
     messages = drawn(data, hostile_text(tokenizer))
@@ -286,7 +286,7 @@ def test_no_text_in_a_chat_becomes_a_control_token(name, data):
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"gemma"}))
 @given(data=st.data())
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_a_chat_is_what_the_tokenizer_makes_of_it(name, data):
     tokenizer, encoder = tokenizer_for(name), encoder_for(name)
     messages = drawn(data, plain_text(min_words=1))
@@ -298,7 +298,7 @@ def test_a_chat_is_what_the_tokenizer_makes_of_it(name, data):
 
 @pytest.mark.parametrize("template", TRL_TEMPLATES)
 @given(data=st.data())
-@settings(max_examples=12)
+@settings(max_examples=6)
 def test_no_text_becomes_a_control_token_in_any_chat_template(template, data):
     tokenizer, encoder = chat_tokenizer(template), chat_encoder(template)
     messages = drawn(data, hostile_text(tokenizer))
@@ -404,6 +404,19 @@ def test_a_system_turn_that_a_template_does_not_take_joins_the_first_user_turn(t
     assert read == "user: A\n\nB\nassistant: C\nuser: D\n"
 
 
+def test_a_template_that_wants_a_system_turn_first_is_not_taken_for_one_that_wants_parts():
+    tokenizer = fresh("gpt2")
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+        "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    )
+    encoder = TextEncoder(tokenizer)
+    messages = conversation(("system", "user"), iter("AB"))
+
+    assert tokenizer.decode(encoder.chat_prompt(messages)) == "A\nB\n"
+    assert "no system turn" in refusal(lambda: encoder.chat_prompt(messages[1:]))
+
+
 def test_options_of_a_chat_template_reach_it():
     encoder = TextEncoder(chat_tokenizer("qwen3"), {"enable_thinking": False})
     read = encoder.tokenizer.decode(encoder.chat_prompt([{"role": "user", "content": "Hi"}]))
@@ -442,3 +455,14 @@ def test_turns_that_a_chat_template_rejects_are_refused_with_its_reason():
     message = refusal(lambda: chat_encoder("gemma").chat_prompt(turns))
 
     assert "roles must alternate" in message
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_answer_follows_its_prompt_behind_one_space(name):
+    # Llama 2's kind of tokenizer puts a space before every text, one with a space included.
+    encoder = TextEncoder(tokenizer_for(name))
+    prompt, answer = "a letter", " after"
+    ids = [*encoder.encode(prompt), *encoder.continuation(answer)]
+    assert encoder.tokenizer.decode(ids).strip() == prompt + answer
+    if name == "bundled":  # it knows the words, so that no merge crosses the seam
+        assert ids == list(encoder.encode(prompt + answer))
