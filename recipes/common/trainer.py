@@ -4,6 +4,7 @@ answers only.
 
 from __future__ import annotations
 
+import os
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -79,6 +80,14 @@ class RecipeConfig(SFTConfig):
         if self.n_gpu > 1:  # torch's DataParallel, which would scatter what the loss passes on
             say(f"using one of {self.n_gpu} GPUs; accelerate launch uses all")
             self._n_gpu = 1
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if (
+            started > self.world_size
+        ):  # accelerate without a GPU: each would train a model of its own
+            raise UserError(
+                f"{started} processes were started but none knows of the others; on a machine "
+                "without GPUs pass --use_cpu true"
+            )
         self._check_early()
 
     def _check_early(self) -> None:

@@ -397,3 +397,9 @@ def test_what_works_is_taken():
     stable = '--lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs {"num_decay_steps":5}'
     for command in ("--optim sgd", "--optim adafactor", "--report_to none", stable):
         assert parse("--use_cpu", "true", *command.split()).output_dir == "runs/nowhere"
+
+
+def test_processes_that_do_not_know_of_each_other_do_not_train(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes were started but none knows of the others"):
+        RecipeConfig(output_dir=str(tmp_path))
