@@ -116,8 +116,11 @@ def main(args: LoraArguments, training) -> dict | None:
         attn_implementation=args.attn_implementation,
         **load,
     ).to(training.device)
-    if "all-linear" not in args.target_modules:
-        require_modules(model, args.target_modules)
+    target_modules = args.target_modules
+    if target_modules == ["all-linear"]:
+        target_modules = "all-linear"
+    else:
+        require_modules(model, target_modules)
     budget = {"max_new_tokens": args.max_new_tokens, "batch_tokens": args.eval_batch_tokens}
     base = evaluate_task(model, encoder, evaluation.rows, description="scoring base", **budget)
     say(f"base model: {base}")
@@ -127,9 +130,7 @@ def main(args: LoraArguments, training) -> dict | None:
         r=args.r,
         lora_alpha=args.alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=args.target_modules[0]
-        if len(args.target_modules) == 1
-        else args.target_modules,
+        target_modules=target_modules,
         init_lora_weights="pissa" if args.pissa else "gaussian",
         use_rslora=args.rslora,
         use_dora=args.dora,
@@ -138,7 +139,7 @@ def main(args: LoraArguments, training) -> dict | None:
     set_seed(training.seed)
     model = get_peft_model(model, lora)
     if args.pissa:
-        save_start(model, f"{output_dir}/pissa_start")
+        save_start(model, output_dir)
     optimizer = None
     if args.loraplus_ratio:
         optimizer = create_loraplus_optimizer(
@@ -162,13 +163,8 @@ def main(args: LoraArguments, training) -> dict | None:
     seconds = time.perf_counter() - start
 
     tuned = evaluate_task(model, encoder, evaluation.rows, description="scoring tuned", **budget)
-    if (
-        args.pissa
-    ):  # PiSSA changed W; the difference goes into the adapter, which then fits the base
-        model.save_pretrained(
-            output_dir, path_initial_model_for_weight_conversion=f"{output_dir}/pissa_start"
-        )
-        shutil.rmtree(f"{output_dir}/pissa_start")
+    if args.pissa:
+        save_as_lora(model, output_dir)
     else:
         trainer.save_model(output_dir)
     metrics = save_run(
@@ -195,12 +191,19 @@ def main(args: LoraArguments, training) -> dict | None:
     return metrics
 
 
-def save_start(model, folder: str) -> None:
-    """Save PiSSA's start: the trained adapter less this one is a plain LoRA of the base model."""
+def save_start(model, output_dir: str) -> None:
+    """Keep the adapter that PiSSA starts from, of which it has taken the product out of W."""
     config = model.peft_config["default"]
     method, config.init_lora_weights = config.init_lora_weights, True
-    model.save_pretrained(folder)
+    model.save_pretrained(f"{output_dir}/pissa_start")
     config.init_lora_weights = method
+
+
+def save_as_lora(model, output_dir: str) -> None:
+    """Save PiSSA's adapter less its start: a plain LoRA of rank 2r that fits the untouched base."""
+    start = f"{output_dir}/pissa_start"
+    model.save_pretrained(output_dir, path_initial_model_for_weight_conversion=start)
+    shutil.rmtree(start)
 
 
 if __name__ == "__main__":

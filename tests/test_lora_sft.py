@@ -309,3 +309,16 @@ def test_accelerate_launch_runs_the_recipe(model_folder, data_folder, tmp_path):
     assert "Before training" in done.stdout
     assert "written to" in done.stdout
     assert read_json(tmp_path / "out" / "metrics.json")["steps"] == 2
+
+
+def test_named_layers_alone_are_adapted_and_a_wrong_name_is_one_line(run):
+    folder = run("--target_modules", "q_proj")
+    names = load_file(folder / "adapter_model.safetensors")
+    assert len(names) == 4
+    assert all("q_proj" in name for name in names)
+    with pytest.raises(
+        UserError, match="--target_modules q_prj: the model has no such layer"
+    ) as no:
+        run("--target_modules", "q_prj", output="wrong")
+    assert "q_proj" in str(no.value)
+    assert "\n" not in str(no.value)
