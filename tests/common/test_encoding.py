@@ -211,6 +211,17 @@ def test_counts_add_up(form):
     assert counts.dropped_demonstrations == 0
 
 
+def test_rows_that_do_not_fit_are_left_out_and_counted():
+    encoder, some = limited(encoder_for("class", "gpt2"), ROOMY), many_rows(6)
+    longest = max(len(one["input_ids"]) for one in encode_rows(encoder, some).examples)
+    some[1]["kind"] = some[4]["kind"] = "much too long " * longest
+
+    encoded = encode_rows(limited(encoder, longest), some)
+
+    assert encoded.rows == [0, 2, 3, 5]
+    assert (encoded.counts.rows, encoded.counts.left_out) == (6, 2)
+
+
 def test_rows_of_which_none_fits_are_refused():
     encoder = limited(encoder_for("class", "gpt2"), 5)
 
