@@ -221,7 +221,10 @@ def publish(output_dir: str, training) -> None:
         text = card.read_text(encoding="utf-8")
         card.write_text(text.replace(repr(output_dir), repr(repository)), encoding="utf-8")
         api.upload_folder(
-            repo_id=repository, folder_path=output_dir, ignore_patterns=["checkpoint-*", "merged/*"]
+            repo_id=repository,
+            folder_path=output_dir,
+            # The predictions hold the user's rows, which nobody asked to publish.
+            ignore_patterns=["checkpoint-*", "merged/*", "predictions*.jsonl"],
         )
     except (HTTPError, HFValidationError, OSError) as error:
         raise UserError(

@@ -389,6 +389,7 @@ def test_a_run_is_published_without_checkpoints_under_the_name_and_token_given(f
     assert token == ("token", "hf_secret")
     assert create == ("create", "team/reviews", True, True)
     assert repository == "team/reviews"
+    assert "predictions.jsonl" not in uploaded  # it holds rows of the user
     assert {"adapter.safetensors", "README.md", "metrics.json", "template.yaml"} <= uploaded
     assert not [one for one in uploaded if one.startswith(("checkpoint", "merged"))]
     assert "from_pretrained(model, 'team/reviews')" in card
