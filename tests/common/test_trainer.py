@@ -113,11 +113,11 @@ def test_loss_and_gradients_are_those_of_the_model_on_rows_without_padding(name,
         model.zero_grad()
         loss = trainer.compute_loss(model, batch)
         loss.backward()
-        assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
         found = gradients(model)
         assert found.keys() == wanted.keys()
         for weight, gradient in wanted.items():
-            torch.testing.assert_close(found[weight], gradient, atol=1e-6, rtol=0)
+            torch.testing.assert_close(found[weight], gradient, atol=5e-6, rtol=1e-5)
             if not weight.endswith("c_attn.bias"):  # the keys' part has no gradient but rounding
                 assert gradient.norm() > 1e-3
 
@@ -143,7 +143,7 @@ def test_the_mean_over_processes_that_ddp_takes_is_undone_where_tokens_count_ove
     shared = trainer.compute_loss(trainer.model, batch, num_items_in_batch=50)
     assert shared.item() == pytest.approx(alone.item() * (3 if devices else 1))
     mean = trainer.compute_loss(trainer.model, batch)
-    assert mean.item() == pytest.approx(own_loss(trainer.model, ROWS[:5]).item(), abs=1e-6)
+    assert mean.item() == pytest.approx(own_loss(trainer.model, ROWS[:5]).item(), rel=1e-5)
 
 
 def test_label_smoothing_is_transformers_own(tmp_path):
@@ -154,7 +154,7 @@ def test_label_smoothing_is_transformers_own(tmp_path):
     smoother = LabelSmoother(epsilon=0.2)
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     expected = smoother({"logits": logits}, batch["labels"].clone(), shift_labels=True)
-    assert trainer.compute_loss(model, batch).item() == pytest.approx(expected.item(), abs=1e-6)
+    assert trainer.compute_loss(model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_a_mixture_of_experts_is_also_trained_to_spread_its_tokens(tmp_path):
@@ -167,11 +167,11 @@ def test_a_mixture_of_experts_is_also_trained_to_spread_its_tokens(tmp_path):
     trainer = trainer_for(tmp_path, model)
     batch = trainer.data_collator(ROWS[:5])
     expected = model(**batch).loss.item()  # the model's own holds it too
-    assert trainer.compute_loss(model, batch).item() == pytest.approx(expected, abs=1e-6)
+    assert trainer.compute_loss(model, batch).item() == pytest.approx(expected, rel=1e-5)
     assert expected - plain > 0.5
     trainer.current_gradient_accumulation_steps = 4
     quarter = trainer.compute_loss(model, batch, num_items_in_batch=4 * sum(SUPERVISED[:5])).item()
-    assert quarter == pytest.approx(expected / 4, abs=1e-6)
+    assert quarter == pytest.approx(expected / 4, rel=1e-5)
 
 
 # Training ----------------------------------------------------------------------------------------
@@ -339,10 +339,10 @@ def test_activations_are_recomputed_when_asked_and_change_nothing(lora, tmp_path
         assert len(calls) == (4 if recompute else 2)
         results.append((losses, change))
     (losses, change), (recomputed, changed) = results
-    assert recomputed == pytest.approx(losses, abs=1e-6)
+    assert recomputed == pytest.approx(losses, rel=1e-5)
     assert sum(difference.norm() > 0 for difference in change.values()) >= 4
     for name, difference in change.items():
-        torch.testing.assert_close(changed[name], difference, atol=1e-6, rtol=0)
+        torch.testing.assert_close(changed[name], difference, atol=5e-6, rtol=1e-5)
 
 
 def test_pushing_to_the_hub_is_left_to_the_recipe():
