@@ -81,9 +81,7 @@ class RecipeConfig(SFTConfig):
             say(f"using one of {self.n_gpu} GPUs; accelerate launch uses all")
             self._n_gpu = 1
         started = int(os.environ.get("WORLD_SIZE", "1"))
-        if (
-            started > self.world_size
-        ):  # accelerate without a GPU: each would train a model of its own
+        if started > 1 == self.world_size:  # accelerate without a GPU: unrelated models
             raise UserError(
                 f"{started} processes were started but none knows of the others; on a machine "
                 "without GPUs pass --use_cpu true"
