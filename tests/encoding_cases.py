@@ -89,12 +89,12 @@ def _shared_template(form):
 
 
 @lru_cache
-def _text_encoder(tokenizer, chat_template_kwargs=None):
+def text_encoder(tokenizer, chat_template_kwargs=None):
     return TextEncoder(tokenizer, chat_template_kwargs)
 
 
 def _encoder(template, tokenizer, rendering="text"):
-    with mock.patch("common.encoding.TextEncoder", _text_encoder):  # made once per tokenizer
+    with mock.patch("common.encoding.TextEncoder", text_encoder):  # made once per tokenizer
         return PromptEncoder(template, tokenizer, ROOMY, rendering)
 
 

@@ -273,6 +273,15 @@ def tokenizer_for(name: str) -> PreTrainedTokenizerFast:
     return _BUILDERS[name]()
 
 
+def fresh(name, **changes):
+    """A tokenizer without a chat template that a test may change."""
+    tokenizer = tokenizer_for(name)
+    special = {**tokenizer.special_tokens_map, **changes}
+    special = {key: token for key, token in special.items() if token is not None}
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
 @lru_cache
 def chat_tokenizer(template: str) -> PreTrainedTokenizerFast:
     """A byte-level BPE with one of TRL's chat templates and the control tokens it writes. Those
