@@ -5,7 +5,7 @@ y = W x + (alpha / r) B A x. A starts Gaussian and B zero, so training begins at
 model. Afterwards B A can be added into W, and the tuned model is as fast as the base.
 
 Choose it when one model serves many tasks, or when tuning all parameters does not fit: it trains
-about 1 % of them, usually to the same score. With a lot of data full tuning can learn more.
+a few percent of them, usually to the same score. With a lot of data full tuning can learn more.
 
     accelerate launch recipes/lora_sft.py
     accelerate launch recipes/lora_sft.py --template sst2 --max_train_samples 800 --merge true
@@ -149,10 +149,14 @@ def main(args: LoraArguments, training) -> dict | None:
             loraplus_lr_ratio=args.loraplus_ratio,
             weight_decay=training.weight_decay,
         )
+    held_out = None
+    if training.eval_strategy != "no":  # the loss on the evaluation rows, while training
+        held_out = Dataset.from_list(encode_rows(encoder, evaluation.rows).examples)
     trainer = RecipeTrainer(
         model,
         training,
         train_dataset=Dataset.from_list(encoded.examples),
+        eval_dataset=held_out,
         processing_class=tokenizer,
         optimizers=(optimizer, None),
     )

@@ -322,3 +322,17 @@ def test_named_layers_alone_are_adapted_and_a_wrong_name_is_one_line(run):
         run("--target_modules", "q_prj", output="wrong")
     assert "q_proj" in str(no.value)
     assert "\n" not in str(no.value)
+
+
+def test_the_loss_on_the_evaluation_rows_is_followed_on_request(run):
+    folder = run("--eval_strategy", "steps", "--eval_steps", "2")
+    history = read_json(folder / "trainer_state.json")["log_history"]
+    followed = {one["step"]: one["eval_loss"] for one in history if "eval_loss" in one}
+    assert set(followed) == {2, 4}
+    assert all(math.isfinite(loss) for loss in followed.values())
+
+
+@pytest.mark.parametrize("name", ["max_length", "per_device_train_batch_size"])
+def test_sizes_of_zero_are_refused_at_once(run, name):
+    with pytest.raises(UserError, match=f"--{name} 0: must be 1 or more"):
+        run(f"--{name}", "0")

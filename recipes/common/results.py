@@ -88,7 +88,7 @@ def show_plan(
             "examples": f"{counts.examples:,} from {counts.rows:,} rows; "
             f"{counts.shortened:,} shortened{left_out}",
             "tokens": f"{counts.tokens:,}, of which {counts.supervised_tokens:,} supervised; "
-            f"{padding:.0%} padding on top in random batches",
+            f"{padding:.0%} padding in random batches",
             "batch": f"{batch} = {training.per_device_train_batch_size} per device x "
             f"{training.gradient_accumulation_steps} accumulated x {world} (processes)",
             "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type.value}",

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.integrations import get_reporting_integration_callbacks
 from trl import SFTConfig, SFTTrainer
 
+from common.arguments import require_at_least
 from common.encoding import IGNORED
 from common.errors import UserError
 from common.launch import is_main_process, say, use_all_cores
@@ -66,6 +67,11 @@ class RecipeConfig(SFTConfig):
         for name in _NOT_OURS:
             if getattr(self, name) != self.__dataclass_fields__[name].default:
                 raise UserError(f"--{name}: the template decides what is trained; leave it out")
+        if self.max_length is None:
+            raise UserError("--max_length: must be a number of tokens, such as 1024")
+        require_at_least(
+            self, max_length=1, per_device_train_batch_size=1, gradient_accumulation_steps=1
+        )
         if self.bf16 is None:
             self.bf16 = fast_bf16() and not self.fp16 and not self.use_cpu
         if not torch.cuda.is_available() or self.use_cpu:
