@@ -46,7 +46,7 @@ def _across_processes(
     return {index: value for part in gathered for index, value in part.items()}
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what FSDP gathers meanwhile is trained afterwards
 def log_likelihoods(
     model,
     requests: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],
@@ -117,7 +117,7 @@ def log_likelihoods(
     return scores
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what FSDP gathers meanwhile is trained afterwards
 def generate(
     model,
     tokenizer,

@@ -4,13 +4,16 @@ answers only.
 
 from __future__ import annotations
 
-import os
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import (
     PrinterCallback,
@@ -19,13 +22,24 @@ from transformers import (
     TrainerCallback,
     get_scheduler,
 )
+from transformers.distributed.fsdp import update_fsdp_plugin_peft
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_pt_utils import BatchRebalanceSampler
 from trl import SFTConfig, SFTTrainer
 
 from common.arguments import require_at_least
 from common.encoding import IGNORED
 from common.errors import UserError
-from common.launch import is_main_process, say, use_all_cores
+from common.launch import (
+    check_joined,
+    fsdp_option,
+    is_main_process,
+    join_on_cpu,
+    say,
+    use_all_cores,
+    uses_fsdp,
+)
+from common.quantization import prepare_four_bit
 
 # PEFT reads transformers' old name for activation checkpointing; a user can do nothing about it.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -72,6 +86,7 @@ class RecipeConfig(SFTConfig):
         require_at_least(
             self, max_length=1, per_device_train_batch_size=1, gradient_accumulation_steps=1
         )
+        self.use_cpu = join_on_cpu(self.use_cpu)
         if self.bf16 is None:
             self.bf16 = fast_bf16() and not self.fp16 and not self.use_cpu
         if not torch.cuda.is_available() or self.use_cpu:
@@ -83,21 +98,21 @@ class RecipeConfig(SFTConfig):
         # answers.
         self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__post_init__()
+        check_joined(self.world_size)
         if self.n_gpu > 1:  # torch's DataParallel, which would scatter what the loss passes on
             say(f"using one of {self.n_gpu} GPUs; accelerate launch uses all")
             self._n_gpu = 1
-        started = int(os.environ.get("WORLD_SIZE", "1"))
-        if started > 1 == self.world_size:  # accelerate without a GPU: unrelated models
-            raise UserError(
-                f"{started} processes were started but none knows of the others; on a machine "
-                "without GPUs pass --use_cpu true"
-            )
         self._check_early()
 
     def _check_early(self) -> None:
         """Raise now what the trainer would raise minutes later, after the base model was scored."""
         if self.fp16 and self.device.type == "cpu":
             raise UserError("--fp16: needs a GPU; leave it out")
+        if self.activation_checkpointing and fsdp_option("ACTIVATION_CHECKPOINTING") == "true":
+            raise UserError(
+                "activation checkpointing has two owners: drop --activation_checkpointing, or set "
+                "fsdp_activation_checkpointing: false in the accelerate config"
+            )
 
         def report() -> None:
             for callback in get_reporting_integration_callbacks(self.report_to):
@@ -176,11 +191,96 @@ class RecipeTrainer(SFTTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if uses_fsdp() and not self.is_fsdp_enabled:
+            raise UserError(
+                "the accelerate config asks for FSDP, but accelerate did not turn it on; install "
+                "the versions of requirements.txt, or launch with accelerate_configs/ddp.yaml"
+            )
+        if getattr(self.model, "is_loaded_in_4bit", False):
+            prepare_four_bit(self.model)
         self.tokens_seen = 0  # without padding, by this process
         self.slots_seen = 0  # with padding
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(LossBar)
+
+    def shard(self):
+        """Under FSDP, shard the model now and not when training starts, so that the model can be
+        scored before; otherwise do nothing.
+
+        Returns:
+            The model to score and to train. Where it is sharded, each process holds its part, all
+            processes have to make equally many forward passes.
+        Raises:
+            UserError: what should be sharded is not.
+        """
+        if not self.is_fsdp_enabled:
+            return self.model
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version == 2:
+            self.create_optimizer()  # whose parameters accelerate then exchanges for the shards
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+            register_fsdp_forward_method(self.model, "generate")
+            # Done; the trainer prepares again, and would wrap what is wrapped.
+            plugin.activation_checkpointing = False
+        else:
+            if isinstance(self.model, PeftModel):
+                update_fsdp_plugin_peft(self.model, self.accelerator)
+            self.model = self.accelerator.prepare(self.model)
+        self.model_wrapped = self.model
+        parameters = list(self.model.parameters())
+        total = sum(one.numel() for one in parameters)
+        held = sum(one.to_local().numel() for one in parameters if isinstance(one, DTensor))
+        held += sum(one.numel() for one in parameters if not isinstance(one, DTensor))
+        if plugin.fsdp_version == 2:
+            if self.accelerator.num_processes > 1 and held == total:
+                raise UserError(
+                    "FSDP left every parameter whole; install the versions of requirements.txt"
+                )
+            say(
+                f"sharded by FSDP2: {held:,} of {total:,} parameters ({held / total:.1%}) in each "
+                f"of {self.accelerator.num_processes} processes"
+            )
+        return self.model
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, BatchRebalanceSampler):  # which has a seed of its own
+            sampler.seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return sampler
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """Save the model, or the adapter, whole, whatever the accelerate config; called by all
+        processes.
+
+        Checkpoints on the way (`_internal_call`) with sharded state dicts hold shards, which
+        `recipes/consolidate.py` puts together.
+        """
+        output_dir = output_dir or self.args.output_dir
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is None or plugin.fsdp_version == 1:
+            super().save_model(output_dir, _internal_call=_internal_call)
+        elif _internal_call and "SHARDED" in str(plugin.state_dict_type):
+            if self.args.should_save:  # what the consolidated weights will need beside them
+                config = (
+                    self.model.peft_config["default"]
+                    if isinstance(self.model, PeftModel)
+                    else self.model.config
+                )
+                config.save_pretrained(output_dir)
+        else:
+            self._save(output_dir, state_dict=self.whole_state_dict())
+
+    def whole_state_dict(self) -> dict[str, torch.Tensor]:
+        """The weights gathered from all processes (on the main one; the others get an empty dict);
+        of an adapted model those of the adapter only.
+        """
+        options = StateDictOptions(
+            full_state_dict=True,
+            cpu_offload=True,
+            ignore_frozen_params=isinstance(self.model, PeftModel),
+        )
+        return get_model_state_dict(self.model, options=options)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy summed over the supervised tokens, divided by their number in the whole

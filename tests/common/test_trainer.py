@@ -354,6 +354,7 @@ def test_pushing_to_the_hub_is_left_to_the_recipe():
 def test_several_gpus_in_one_process_are_one(monkeypatch, capsys):
     def set_up(self):
         self._n_gpu = 2
+        self.distributed_state = None
         return torch.device("cpu")
 
     devices = cached_property(set_up)
@@ -401,5 +402,5 @@ def test_what_works_is_taken():
 
 def test_processes_that_do_not_know_of_each_other_do_not_train(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="2 processes were started but none knows of the others"):
+    with pytest.raises(UserError, match="2 processes were started, but this one knows of 1"):
         RecipeConfig(output_dir=str(tmp_path))
