@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 from common.errors import UserError
-from common.launch import is_main_process
+from common.launch import fsdp_option, is_main_process, uses_fsdp
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
     """The trainer writes a checkpoint in place, `trainer_state.json` last: without it, or with half
     of it, the rest may be half-written too.
     """
@@ -18,6 +18,32 @@ def _is_whole(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def checkpoint_kind(folder: Path) -> str:
+    """How a checkpoint's training state is kept: "plain" (one process, or data parallel), "full"
+    (FSDP, gathered) or "sharded" (FSDP, a part from each process).
+    """
+    if (folder / "pytorch_model_fsdp_0").is_dir():
+        return "sharded"
+    return "full" if (folder / "pytorch_model_fsdp.bin").is_file() else "plain"
+
+
+def _check_kind(folder: Path) -> None:
+    """Refuse a checkpoint that the trainer could not read under this launch's config."""
+    configs = {
+        "plain": "without FSDP",
+        "full": "under FSDP with full state dicts (accelerate_configs/fsdp2.yaml)",
+        "sharded": "under FSDP with sharded state dicts (accelerate_configs/fsdp2_sharded.yaml)",
+    }
+    asked = "plain"
+    if uses_fsdp():
+        asked = "sharded" if fsdp_option("STATE_DICT_TYPE") == "sharded_state_dict" else "full"
+    if (found := checkpoint_kind(folder)) != asked:
+        raise UserError(
+            f"--resume_from_checkpoint {folder}: was written {configs[found]}, and this run is "
+            f"{configs[asked]}; launch as it was (the number of processes may differ)"
+        )
 
 
 def find_checkpoint(output_dir: str, which: str | None) -> str | None:
@@ -33,7 +59,8 @@ def find_checkpoint(output_dir: str, which: str | None) -> str | None:
     process alone looks and clears, since the others might look while it does.
 
     Raises:
-        UserError: nothing to resume from, or a fresh start beside another run's checkpoints.
+        UserError: nothing to resume from, a checkpoint of another kind of launch, or a fresh start
+            beside another run's checkpoints.
     """
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
@@ -47,17 +74,18 @@ def find_checkpoint(output_dir: str, which: str | None) -> str | None:
         if is_main_process():
             _make_way(folder, [one for _, one in found])
         return None
-    whole = [one for _, one in found if _is_whole(one)]
+    whole = [one for _, one in found if is_whole(one)]
     if which == "last" and not whole:
         raise UserError(
             f"--resume_from_checkpoint last: no whole checkpoint in {output_dir}; start without it"
         )
     checkpoint = whole[-1] if which == "last" else Path(which)
-    if not _is_whole(checkpoint):
+    if not is_whole(checkpoint):
         raise UserError(
             f"--resume_from_checkpoint {which}: no whole checkpoint (its trainer_state.json is "
             "missing or cut short); pass another, or 'last'"
         )
+    _check_kind(checkpoint)
     if is_main_process():
         (folder / "metrics.json").unlink(missing_ok=True)
     return str(checkpoint)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from common.checkpoints import find_checkpoint
+from common.checkpoints import checkpoint_kind, find_checkpoint
 from common.errors import UserError
 
 STATE = json.dumps({"global_step": 20, "log_history": [{"loss": 0.5, "step": 1}]}, indent=2)
@@ -145,3 +145,31 @@ def test_an_output_dir_that_is_a_file_is_one_line(folder):
     folder.write_text("")
     with pytest.raises(UserError, match="run: is a file; name a folder"):
         find_checkpoint(str(folder), None)
+
+
+LAUNCHES = {
+    "plain": {},
+    "full": {"ACCELERATE_USE_FSDP": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"},
+    "sharded": {"ACCELERATE_USE_FSDP": "true", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
+}
+
+
+@pytest.mark.parametrize("kind", LAUNCHES)
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_a_checkpoint_is_resumed_by_the_kind_of_launch_that_wrote_it(
+    folder, monkeypatch, kind, launch
+):
+    checkpoint = put(folder, "checkpoint-2")
+    if kind == "full":
+        (checkpoint / "pytorch_model_fsdp.bin").write_bytes(b"weights")
+    if kind == "sharded":
+        (checkpoint / "pytorch_model_fsdp_0").mkdir()
+    for name, value in LAUNCHES[launch].items():
+        monkeypatch.setenv(name, value)
+    assert checkpoint_kind(checkpoint) == kind
+    if kind == launch:
+        assert find_checkpoint(str(folder), "last") == str(checkpoint)
+        return
+    with pytest.raises(UserError, match="checkpoint-2: was written .*; launch as it was") as error:
+        find_checkpoint(str(folder), "last")
+    assert "\n" not in str(error.value)

@@ -12,8 +12,6 @@ import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Response
 from huggingface_hub.utils import filter_repo_objects
-from hypothesis import given
-from hypothesis import strategies as st
 from tiny_llama import tiny_llama
 from tokenizers_for_tests import NAMES, tokenizer_for
 from transformers import LlamaForCausalLM
@@ -22,7 +20,7 @@ from common import results
 from common.encoding import IGNORED, EncodedRows, PromptEncoder, encode_rows
 from common.errors import UserError
 from common.evaluation import TaskScore
-from common.results import count_parameters, expected_padding, preview, publish, save_run, show_plan
+from common.results import count_parameters, preview, publish, save_run, show_plan
 from common.template import PromptTemplate
 from common.tokens import TextEncoder
 
@@ -121,20 +119,6 @@ def test_a_terminal_shows_the_marks_as_color(capsys, monkeypatch):
 
 
 # Counting
-
-
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 12), st.integers(0, 9))
-def test_expected_padding_is_that_of_random_batches_counted_one_by_one(lengths, batch_size, seed):
-    encoded = encoded_rows(*[[(list(range(length)), True)] for length in lengths])
-    share = expected_padding(encoded, batch_size, seed)
-    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
-    padding = slots = 0
-    for start in range(0, len(order), batch_size):
-        batch = [lengths[place] for place in order[start : start + batch_size]]
-        padding += sum(max(batch) - length for length in batch)
-        slots += max(batch) * len(batch)
-    assert share == pytest.approx(padding / slots)
-    assert (share == 0) == (padding == 0)
 
 
 def test_parameters_that_are_tied_count_once():
@@ -311,6 +295,8 @@ def test_the_plan_says_what_is_trained_on_what(task, capsys, monkeypatch):
         per_device_train_batch_size=4,
         gradient_accumulation_steps=3,
         seed=0,
+        data_seed=None,
+        train_sampling_strategy="random",
         learning_rate=5e-4,
         lr_scheduler_type=SimpleNamespace(value="cosine"),
         output_dir="runs/mine",

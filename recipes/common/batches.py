@@ -1,0 +1,41 @@
+"""Which rows are computed together."""
+
+from collections.abc import Sequence
+
+import torch
+
+
+def micro_batches(lengths: Sequence[int], training) -> list[list[int]]:
+    """One pass over the examples as it will be cut into forward passes, those of all processes.
+
+    Args:
+        lengths: tokens of each example.
+        training: the trainer's arguments; of its sampling strategies "batch_rebalance" (parts of
+            a step that are of similar length) is followed exactly, any other is taken as random.
+
+    Returns:
+        The examples' indices, batch by batch.
+    """
+    seed = training.seed if training.data_seed is None else training.data_seed
+    groups = training.gradient_accumulation_steps * training.world_size
+    if training.train_sampling_strategy == "batch_rebalance":
+        from transformers.trainer_pt_utils import BatchRebalanceSampler
+
+        sampler = BatchRebalanceSampler(
+            lengths=lengths,
+            effective_batch_size=training.per_device_train_batch_size * groups,
+            dp_size=1,  # the groups of all processes
+            grad_accum=groups,
+            seed=seed,
+            drop_last=training.dataloader_drop_last,
+        )
+        return list(sampler)
+    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed))
+    return [batch.tolist() for batch in order.split(training.per_device_train_batch_size)]
+
+
+def expected_padding(lengths: Sequence[int], training) -> float:
+    """The share of padding in one pass: padding tokens over all tokens."""
+    batches = [[lengths[index] for index in batch] for batch in micro_batches(lengths, training)]
+    slots = sum(len(batch) * max(batch) for batch in batches)
+    return 1 - sum(sum(batch) for batch in batches) / slots if slots else 0.0
