@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import (
@@ -75,6 +75,10 @@ class RecipeConfig(SFTConfig):
         default="none", metadata={"help": "Where to log besides the files: wandb, tensorboard, ..."}
     )
     logging_steps: float = field(default=1, metadata={"help": "Log the loss every so many steps."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,  # the search costs a walk over the graph in every step
+        metadata={"help": "Search for parameters that a step leaves out; only data parallel."},
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
 
     def __post_init__(self):
@@ -92,6 +96,10 @@ class RecipeConfig(SFTConfig):
         if not torch.cuda.is_available() or self.use_cpu:
             use_all_cores()
             self.dataloader_pin_memory = False
+        if uses_fsdp() and self.accelerator_config is None:
+            # Otherwise each process keeps the whole gradient until the last micro-batch of a step.
+            sync = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+            self.accelerator_config = sync
         # The trainer would upload checkpoints from the start; we upload the finished run.
         self.publish, self.push_to_hub = self.push_to_hub, False
         # Rows come encoded and checked; the trainer's own preparation would cut the ends of long
@@ -100,7 +108,7 @@ class RecipeConfig(SFTConfig):
         super().__post_init__()
         check_joined(self.world_size)
         if self.n_gpu > 1:  # torch's DataParallel, which would scatter what the loss passes on
-            say(f"using one of {self.n_gpu} GPUs; accelerate launch uses all")
+            say(f"using one of {self.n_gpu} GPUs; accelerate_configs/ddp.yaml uses all")
             self._n_gpu = 1
         self._check_early()
 
@@ -242,6 +250,15 @@ class RecipeTrainer(SFTTrainer):
                 f"of {self.accelerator.num_processes} processes"
             )
         return self.model
+
+    def train(self, *args, **kwargs):
+        """Train; the model may have been scored since it was sharded."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                # Scoring leaves parameters gathered that the optimizer and a checkpoint have to
+                # find as shards: those outside the layers, without fsdp_reshard_after_forward all.
+                module.reshard()
+        return super().train(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)

@@ -170,6 +170,6 @@ def test_a_checkpoint_is_resumed_by_the_kind_of_launch_that_wrote_it(
     if kind == launch:
         assert find_checkpoint(str(folder), "last") == str(checkpoint)
         return
-    with pytest.raises(UserError, match="checkpoint-2: was written .*; launch as it was") as error:
+    with pytest.raises(UserError, match=r"checkpoint-2: was written .*; launch as it was") as error:
         find_checkpoint(str(folder), "last")
     assert "\n" not in str(error.value)

@@ -363,7 +363,7 @@ def test_several_gpus_in_one_process_are_one(monkeypatch, capsys):
     config = RecipeConfig(output_dir="runs/nowhere", use_cpu=True)
     assert config.n_gpu == 1
     assert config.train_batch_size == config.per_device_train_batch_size
-    assert "using one of 2 GPUs; accelerate launch uses all" in capsys.readouterr().out
+    assert "using one of 2 GPUs; accelerate_configs/ddp.yaml uses all" in capsys.readouterr().out
 
 
 REFUSED = {
