@@ -8,6 +8,7 @@ Choose it when one model serves many tasks, or when tuning all parameters does n
 a few percent of them, usually to the same score. With a lot of data full tuning can learn more.
 
     accelerate launch recipes/lora_sft.py
+    accelerate launch --config_file accelerate_configs/fsdp2.yaml recipes/lora_sft.py
     accelerate launch recipes/lora_sft.py --template sst2 --max_train_samples 800 --merge true
     accelerate launch recipes/lora_sft.py --template my_task.yaml --dataset rows.jsonl --preview 3
 """
@@ -64,7 +65,7 @@ class LoraArguments(RecipeArguments):
         None, "LoRA+: B learns so many times faster than A; the paper's is 16 (Hayou 2024)."
     )
     load_in_4bit: bool = option(
-        False, "QLoRA: the frozen base in 4 bits; a quarter of bf16's memory, slower (Dettmers 2023)."
+        False, "QLoRA: the frozen base in 4 bits; a quarter of bf16's memory (Dettmers 2023)."
     )
     merge: bool = option(False, "Also write the merged model to OUTPUT_DIR/merged.")
 
@@ -152,15 +153,6 @@ def main(args: LoraArguments, training) -> dict | None:
     model = get_peft_model(model, lora)
     if args.pissa and is_main_process():
         save_start(model, output_dir)
-    optimizer = None
-    if args.loraplus_ratio:
-        optimizer = create_loraplus_optimizer(
-            model,
-            AdamW,
-            lr=training.learning_rate,
-            loraplus_lr_ratio=args.loraplus_ratio,
-            weight_decay=training.weight_decay,
-        )
     held_out = None
     if training.eval_strategy != "no":  # the loss on the evaluation rows, while training
         held_out = Dataset.from_list(encode_rows(encoder, evaluation.rows).examples)
@@ -170,8 +162,15 @@ def main(args: LoraArguments, training) -> dict | None:
         train_dataset=Dataset.from_list(encoded.examples),
         eval_dataset=held_out,
         processing_class=tokenizer,
-        optimizers=(optimizer, None),
     )
+    if args.loraplus_ratio:
+        trainer.optimizer = create_loraplus_optimizer(
+            model,
+            AdamW,
+            lr=training.learning_rate,
+            loraplus_lr_ratio=args.loraplus_ratio,
+            weight_decay=training.weight_decay,
+        )
     model = trainer.shard()
     budget = {"max_new_tokens": args.max_new_tokens, "batch_tokens": args.eval_batch_tokens}
     base = evaluate_task(model, encoder, evaluation.rows, description="scoring base", **budget)

@@ -24,14 +24,14 @@ def tiny_backend() -> Tokenizer:
     return backend
 
 
-def tiny_llama(vocabulary: int) -> LlamaForCausalLM:
+def tiny_llama(vocabulary: int, hidden_size: int = 32) -> LlamaForCausalLM:
     """The same float32 weights at every call."""
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocabulary,
-            hidden_size=32,
-            intermediate_size=64,
+            hidden_size=hidden_size,
+            intermediate_size=2 * hidden_size,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
@@ -41,11 +41,11 @@ def tiny_llama(vocabulary: int) -> LlamaForCausalLM:
     )
 
 
-def save_tiny_llama(folder: Path) -> Path:
+def save_tiny_llama(folder: Path, hidden_size: int = 32) -> Path:
     """The model and its tokenizer, which has no pad token, as `from_pretrained` takes them."""
     backend = tiny_backend()
     PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)
-    tiny_llama(backend.get_vocab_size()).save_pretrained(folder)
+    tiny_llama(backend.get_vocab_size(), hidden_size).save_pretrained(folder)
     return folder

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -178,6 +179,8 @@ def parse_arguments(
         _print_help(arguments, description, defaults)
         sys.exit(0)
 
+    # Where it is installed it recommends, on some CPUs, a package for a path that we keep shut.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from trl import TrlParser
 
     from common.trainer import RecipeConfig

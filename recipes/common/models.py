@@ -148,6 +148,19 @@ def load_model(
         )
 
 
+def stored_config(model_name_or_path: str | None = None, *, revision: str | None = None) -> dict:
+    """What the model's config.json says, without loading the model.
+
+    Raises:
+        UserError: what `resolve_model` raises, or a hub that refuses.
+    """
+    source = resolve_model(model_name_or_path)
+    with _hub_errors_in_one_line(model_name_or_path or BUNDLED_NAME, source, revision):
+        from transformers import PretrainedConfig
+
+        return PretrainedConfig.get_config_dict(source, revision=revision or "main")[0]
+
+
 # Local folders -----------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from peft import PeftConfig, PeftModel
@@ -13,6 +14,7 @@ from common.errors import UserError
 from common.evaluation import evaluate_task
 from common.launch import is_main_process, say
 from common.models import load_model, load_tokenizer
+from common.quantization import four_bit_loading, prepare_four_bit
 from common.report import write_jsonl
 from common.template import PromptTemplate
 
@@ -38,14 +40,21 @@ def answer_file(args, training) -> None:
     # Asked as it was trained.
     run = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     tokenizer = load_tokenizer(str(folder))
+    quantized = four_bit_loading(training) if run.get("quantization") else {}
+    # Nothing is sharded here: every process answers its part of the rows with a model of its own,
+    # of which transformers would otherwise read the weights in one process only.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     model = load_model(
         args.model_name_or_path or PeftConfig.from_pretrained(folder).base_model_name_or_path,
         dtype=training.model_dtype[0],
         revision=args.revision,
         attn_implementation=args.attn_implementation,
         trust_remote_code=training.trust_remote_code,
+        **quantized,
     )
     model = PeftModel.from_pretrained(model.to(training.device), folder)
+    if quantized:
+        prepare_four_bit(model)
     encoder = PromptEncoder(
         template, tokenizer, run["max_length"], run["rendering"], run["chat_template_kwargs"]
     )

@@ -11,7 +11,7 @@ import re
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -243,11 +243,10 @@ def _limits(losses: np.ndarray, eval_losses: np.ndarray) -> tuple[float, float]:
 def versions() -> dict[str, str]:
     """Python's version and those of the libraries that decide a result, as far as installed."""
     found = {"python": platform.python_version()}
-    for package in ["torch", "transformers", "trl", "peft", "accelerate", "datasets", "evaluate"]:
-        try:
+    packages = ["torch", "transformers", "trl", "peft", "accelerate", "datasets", "evaluate"]
+    for package in [*packages, "bitsandbytes"]:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 
+from common.batches import expected_padding
 from common.encoding import IGNORED, EncodedRows, PromptEncoder
 from common.errors import UserError
 from common.evaluation import TaskScore
 from common.launch import is_main_process, say
 from common.model_cache import first_line
+from common.quantization import describe_quantization
 from common.report import (
     model_card,
     plot_loss,
@@ -55,17 +57,14 @@ def preview(encoded: EncodedRows, tokenizer, count: int) -> None:
         console.print(text)
 
 
-def expected_padding(encoded: EncodedRows, batch_size: int, seed: int) -> float:
-    """The padding share of randomly drawn batches: padding tokens over all tokens."""
-    lengths = torch.tensor([len(example["input_ids"]) for example in encoded.examples])
-    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed))
-    batches = lengths[order].split(batch_size)
-    return 1 - lengths.sum().item() / sum(len(batch) * batch.max().item() for batch in batches)
-
-
 def count_parameters(model) -> tuple[int, int]:
-    """Trainable and all parameters; one that is tied counts once."""
-    sizes = [(one.numel(), one.requires_grad) for one in model.parameters()]
+    """Trainable and all parameters; one that is tied counts once, 4-bit ones by their real size."""
+    packed = {  # by the layer, since a shard does not know what it is a shard of
+        id(one.weight): one.quant_state.shape.numel()
+        for one in model.modules()
+        if getattr(one, "quant_state", None) is not None
+    }
+    sizes = [(packed.get(id(one), one.numel()), one.requires_grad) for one in model.parameters()]
     return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
 
 
@@ -74,21 +73,24 @@ def show_plan(
 ) -> None:
     """The summary before training: what is trained, on what, and how much of it."""
     dtype, why = training.model_dtype
+    frozen = describe_quantization(model)
     trainable, total = count_parameters(model)
     counts, world = encoded.counts, training.world_size
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * world
-    padding = expected_padding(encoded, training.per_device_train_batch_size, training.seed)
+    lengths = [len(example["input_ids"]) for example in encoded.examples]
+    padding = expected_padding(lengths, training)
     left_out = f", {counts.left_out} left out: too long" if counts.left_out else ""
     print_table(
         "Before training",
         {
             "model": f"{model_name}, {str(dtype).removeprefix('torch.')} ({why})",
+            **({"frozen weights": frozen} if frozen else {}),
             "parameters": f"{trainable:,} trainable of {total:,} ({trainable / total:.2%})",
             **sources,
             "examples": f"{counts.examples:,} from {counts.rows:,} rows; "
             f"{counts.shortened:,} shortened{left_out}",
             "tokens": f"{counts.tokens:,}, of which {counts.supervised_tokens:,} supervised; "
-            f"{padding:.0%} padding in random batches",
+            f"{padding:.0%} padding",
             "batch": f"{batch} = {training.per_device_train_batch_size} per device x "
             f"{training.gradient_accumulation_steps} accumulated x {world} (processes)",
             "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type.value}",
@@ -153,6 +155,7 @@ def save_run(
         "trainable_parameters": trainable,
         "total_parameters": total,
         "peak_memory_bytes": peak,
+        "quantization": describe_quantization(trainer.model),
         "rendering": "chat" if encoder.chat else "text",
         "chat_template_kwargs": encoder.text.chat_template_kwargs,
         "max_length": encoder.max_length,

@@ -225,12 +225,15 @@ class RecipeTrainer(SFTTrainer):
         if not self.is_fsdp_enabled:
             return self.model
         plugin = self.accelerator.state.fsdp_plugin
+        if plugin.activation_checkpointing:
+            # accelerate would wrap the layers, in which PEFT then finds no adapter to save. The
+            # trainer's own way computes and, under FSDP2, gathers just as much.
+            plugin.activation_checkpointing = False
+            self.args.activation_checkpointing = True
         if plugin.fsdp_version == 2:
             self.create_optimizer()  # whose parameters accelerate then exchanges for the shards
             self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
             register_fsdp_forward_method(self.model, "generate")
-            # Done; the trainer prepares again, and would wrap what is wrapped.
-            plugin.activation_checkpointing = False
         else:
             if isinstance(self.model, PeftModel):
                 update_fsdp_plugin_peft(self.model, self.accelerator)
@@ -297,7 +300,13 @@ class RecipeTrainer(SFTTrainer):
             cpu_offload=True,
             ignore_frozen_params=isinstance(self.model, PeftModel),
         )
-        return get_model_state_dict(self.model, options=options)
+        weights = get_model_state_dict(self.model, options=options)
+        # Of tied weights each came by itself: shared as in the model, they are saved once.
+        names: dict[int, str] = {}
+        for name, one in self.model.named_parameters(remove_duplicate=False):
+            if name in weights:
+                weights[name] = weights[names.setdefault(id(one), name)]
+        return weights
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy summed over the supervised tokens, divided by their number in the whole
