@@ -1,0 +1,47 @@
+"""Tunes all parameters of a model with `RecipeTrainer`, as a recipe of its own would: a test runs
+it under `accelerate launch`, or calls `main`.
+"""
+
+import sys
+
+from datasets import Dataset
+
+from common.arguments import RecipeArguments, parse_arguments
+from common.checkpoints import find_checkpoint
+from common.data import load_splits
+from common.encoding import PromptEncoder, encode_rows
+from common.evaluation import evaluate_task
+from common.launch import say
+from common.models import load_model, load_tokenizer
+from common.template import PromptTemplate
+from common.trainer import RecipeTrainer
+
+
+def main(argv: list[str]) -> None:
+    args, training = parse_arguments(RecipeArguments, "", {}, argv)
+    template = PromptTemplate.load(args.template)
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    encoder = PromptEncoder(template, tokenizer, training.max_length)
+    train, evaluation = load_splits(template, args, training.seed)
+    checkpoint = find_checkpoint(training.output_dir, training.resume_from_checkpoint)
+    model = load_model(args.model_name_or_path, dtype=training.model_dtype[0])
+    calls = []
+    norm = model.model.layers[0].input_layernorm
+    norm.register_forward_hook(lambda *_: calls.append(1))
+    trainer = RecipeTrainer(
+        model,
+        training,
+        train_dataset=Dataset.from_list(encode_rows(encoder, train.rows).examples),
+        processing_class=tokenizer,
+    )
+    model = trainer.shard()
+    say(f"before: {evaluate_task(model, encoder, evaluation.rows)}")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    say(f"after: {evaluate_task(model, encoder, evaluation.rows)}")
+    trainer.save_model(training.output_dir)
+    trainer.save_state()
+    say(f"first layer computed {len(calls)} times")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

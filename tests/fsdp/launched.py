@@ -1,0 +1,34 @@
+"""Run by `accelerate launch` in the tests: runs scripts one after another in the processes that
+were started, since importing the libraries takes longer than all the runs together.
+
+The only argument is a JSON file: {name: [script, argument, ...], ...}. Each run sees what
+`accelerate launch SCRIPT ARGUMENTS` would give it; its output follows a line with its name, and a
+script that exits with a code does not keep the next from running.
+"""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from common.launch import say
+
+MARK = "=====run:"
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    # `use_all_cores` would take more, for which the models are too small and other launches run.
+    torch.set_num_threads = lambda count: None
+    for name, (script, *arguments) in json.loads(Path(sys.argv[1]).read_text()).items():
+        say(f"{MARK}{name}")
+        sys.argv = [script, *arguments]
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            say(f"exit code {end.code}")
+        # What a process of its own would not have: accelerate's memory of the run before.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()

@@ -1,0 +1,175 @@
+"""FSDP2 over two processes trains, scores and saves what one process does: the recipes under
+`accelerate launch`, on CPUs.
+"""
+
+import re
+
+import pytest
+import torch
+from comparing import ADAPTER, MODEL, assert_equal_losses, assert_equal_updates
+from launching import losses, read_json, records
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common.arguments import RecipeArguments, parse_arguments
+from common.data import load_splits
+from common.encoding import PromptEncoder
+from common.evaluation import evaluate_task
+from common.template import PromptTemplate
+
+pytestmark = pytest.mark.slow
+
+SHARDED = re.compile(r"sharded by FSDP2: ([\d,]+) of ([\d,]+) parameters \((.*)%\) in each of (\d)")
+
+
+def assert_sharded_over_two(said: str) -> None:
+    (line,) = SHARDED.findall(said)
+    held, total = (int(one.replace(",", "")) for one in line[:2])
+    assert held / total <= 0.55
+    assert float(line[2]) == pytest.approx(100 * held / total, abs=0.1)
+    assert line[3] == "2"
+
+
+# Training ----------------------------------------------------------------------------------------
+
+
+def test_a_line_says_that_each_of_two_processes_holds_half(two):
+    assert two.failed == [], two.errors
+    for name, said in two.said.items():
+        assert "no GPU: a rehearsal, FSDP2 over 2 gloo processes" in said, name
+        assert_sharded_over_two(said)
+
+
+def test_every_step_and_what_is_learned_are_those_of_one_process(root, two, single, initial):
+    assert_equal_losses(root / "two", single)
+    assert_equal_updates(root / "two", single, initial)
+    assert losses(single)[-1] < losses(single)[0] - 1
+    metrics, alone = (read_json(run / "metrics.json") for run in (root / "two", single))
+    assert (metrics["world_size"], metrics["distributed_type"]) == (2, "FSDP")
+    for name in ("train_tokens", "trainable_parameters", "total_parameters", "score", "base_score"):
+        assert metrics[name] == alone[name], name
+
+
+def test_rows_grouped_by_length_are_the_same_in_each_step(root, two, alone, initial):
+    grouped = alone("single_rebalanced", train_sampling_strategy="batch_rebalance")
+    assert_equal_losses(root / "two_rebalanced", grouped)
+    assert_equal_updates(root / "two_rebalanced", grouped, initial)
+
+
+def test_recomputing_activations_changes_nothing(root, two, recomputing, single, initial, alone):
+    assert recomputing.failed == ["two_owners"], recomputing.errors
+    assert_equal_losses(root / "two_recomputed", single, 6)
+    assert_equal_losses(root / "recomputing_lora", single, 6)
+    assert_equal_updates(root / "recomputing_lora", root / "two_recomputed", initial)
+    full = alone("single_full_recomputed", full=True, max_steps=6)
+    assert_equal_losses(root / "recomputing", full, 6)
+    # Six steps of two micro-batches, each layer computed twice; and scored before and after.
+    assert "first layer computed 26 times" in recomputing.said["recomputing"]
+
+
+def test_activation_checkpointing_with_two_owners_is_refused_by_a_line_that_says_which_to_drop(
+    root, recomputing
+):
+    said = recomputing.said["two_owners"]
+    assert said.splitlines()[-1] == "exit code 2"
+    assert "sharded" not in said
+    assert not (root / "two_owners").exists()
+    (line,) = [one for one in recomputing.errors.splitlines() if one.startswith("error: ")]
+    assert "drop --activation_checkpointing, or set fsdp_activation_checkpointing: false" in line
+
+
+def test_all_parameters_tuned_are_those_of_one_process_and_saved_once(root, two, alone):
+    full = alone("single_full", full=True)
+    assert_sharded_over_two(two.said["two_full"])
+    assert_equal_losses(root / "two_full", full)
+    # The names too: a tied head is the embedding, not a second copy.
+    assert_equal_updates(root / "two_full", full, root / "model", MODEL)
+    assert "first layer computed 42 times" in two.said["two_full"]  # nothing twice
+
+
+# Scoring -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "data", "budget"),
+    [
+        ("two", "movie_reviews", "reviews", 300),
+        ("two_written", "gsm8k", "sums", 200),
+        ("two_loss", "questions.yaml", "sums", 250),
+    ],
+    ids=["by likelihood", "by generating", "by loss"],
+)
+def test_an_adapter_scores_as_in_one_process_each_of_an_odd_number_of_rows_once(
+    root, two, arguments, name, template, data, budget
+):
+    template = str(root / template) if template.endswith(".yaml") else template
+    argv = arguments(name, template=template, dataset=root / data)
+    args, training = parse_arguments(RecipeArguments, "", {}, argv)
+    tokenizer = AutoTokenizer.from_pretrained(root / name)
+    encoder = PromptEncoder(PromptTemplate.load(template), tokenizer, training.max_length)
+    rows = load_splits(encoder.template, args, training.seed)[1].rows
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(root / "model"), root / name
+    )
+    batches, writes = [], []
+    model.register_forward_pre_hook(lambda *_: batches.append(1))
+    write = model.generate
+
+    def counted(**inputs):
+        writes.append(1)
+        return write(**inputs)
+
+    model.generate = counted
+    expected = evaluate_task(model, encoder, rows, max_new_tokens=6, batch_tokens=budget)
+    count = len(writes or batches)
+    assert count > 2
+    assert count % 2 == 1  # at the end one of the processes has none left
+    found = records(root / name)
+    assert [one["row"] for one in found] == list(range(7))
+    metrics = read_json(root / name / "metrics.json")
+    assert metrics["eval_rows"] == 7
+    assert metrics["score"] == pytest.approx(expected.score, abs=1e-5)
+    assert metrics["stderr"] == pytest.approx(expected.stderr, abs=1e-5)
+    for one, other in zip(found, expected.records, strict=True):
+        scores = one.pop("log_likelihoods", {}), other.pop("log_likelihoods", {})
+        assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+        assert one.pop("score") == pytest.approx(other.pop("score"), abs=1e-5)
+        assert one == other
+    said = {str(one) for one in found}
+    assert len(said) == 7  # no two rows alike, so that a row in another's place would show
+
+
+# Saving ------------------------------------------------------------------------------------------
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor([[5, 17, 42, 99, 7, 3, 64, 12]])).logits
+
+
+def test_pissa_and_the_merged_model_are_those_of_one_process(root, two, alone):
+    options = {"pissa": "true", "merge": "true", "r": 4}
+    single = alone("single_pissa", **options)
+    start = alone("initial_pissa", **options, learning_rate=0, max_steps=1)
+    assert_equal_losses(root / "two_pissa", single)
+    assert_equal_updates(root / "two_pissa", single, start)
+    assert_equal_updates(root / "two_pissa" / "merged", single / "merged", root / "model", MODEL)
+    config, other = (read_json(one / "adapter_config.json") for one in (root / "two_pissa", single))
+    assert config["r"] == other["r"] == 8
+    base = AutoModelForCausalLM.from_pretrained(root / "model")
+    adapted = logits(PeftModel.from_pretrained(base, root / "two_pissa"))
+    merged = logits(AutoModelForCausalLM.from_pretrained(root / "two_pissa" / "merged"))
+    assert (merged - adapted).abs().max() < 1e-4
+
+
+def test_the_last_save_is_whole_also_where_checkpoints_are_sharded(
+    root, sharded, two, single, initial, alone
+):
+    assert sharded.failed == [], sharded.errors
+    assert not (root / "sharded" / "checkpoint-20" / ADAPTER).exists()
+    assert_equal_updates(root / "sharded", single, initial)
+    assert_equal_updates(root / "sharded", root / "two", initial)
+    for one, other in zip(records(root / "sharded"), records(root / "two"), strict=True):
+        assert one["log_likelihoods"] == pytest.approx(other["log_likelihoods"], abs=1e-4)
+    full = alone("single_full_again", full=True)
+    assert_equal_updates(root / "sharded_full", full, root / "model", MODEL)

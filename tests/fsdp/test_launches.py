@@ -1,0 +1,69 @@
+"""The other accelerate configs train the same model, or say in one line why they cannot here."""
+
+import pytest
+from comparing import assert_equal_losses, assert_equal_updates
+from launching import CONFIGS, RECIPE, finish, free_port, read_json, start
+
+pytestmark = pytest.mark.slow
+
+
+def test_data_parallel_training_is_rehearsed_over_gloo(root, arguments, launch, single, initial):
+    runs = {"ddp": [RECIPE, *arguments("ddp")]}
+    ddp = launch(CONFIGS / "ddp.yaml", 2, runs)
+    assert ddp.failed == [], ddp.errors
+    assert "no GPU: a rehearsal, data parallel over 2 gloo processes" in ddp.said["ddp"]
+    assert_equal_losses(root / "ddp", single)
+    assert_equal_updates(root / "ddp", single, initial)
+    assert read_json(root / "ddp" / "metrics.json")["world_size"] == 2
+
+
+def test_two_machines_shard_one_model(root, arguments, single, initial):
+    options = ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
+    options += ["--main_process_port", str(free_port())]
+    runs = {"machines": [RECIPE, *arguments("machines")]}
+    file = root / "runs" / "machines.json"
+    started = [
+        start(CONFIGS / "multi_node.yaml", file, runs, *options, "--machine_rank", str(rank))
+        for rank in (0, 1)
+    ]
+    first, second = [finish(process) for process in started]
+    assert first.failed == second.failed == [], first.errors + second.errors
+    assert "(50.0%) in each of 2 processes" in first.said["machines"]
+    assert second.said == {}  # one process of all speaks
+    assert_equal_losses(root / "machines", single)
+    assert_equal_updates(root / "machines", single, initial)
+
+
+@pytest.fixture(scope="module")
+def small(root, arguments):
+    """One process under each of the configs that need no second or end at once."""
+    started = {}
+    for config in ("one_gpu", "fsdp2_offload", "fsdp1"):
+        options = {"gradient_accumulation_steps": 4} if config == "one_gpu" else {}
+        runs = {config: [RECIPE, *arguments(config, **options)]}
+        file, processes = root / "runs" / f"{config}.json", ("--num_processes", "1")
+        started[config] = start(CONFIGS / f"{config}.yaml", file, runs, *processes)
+    return {config: finish(process) for config, process in started.items()}
+
+
+def test_one_process_trains_under_the_config_for_one_gpu(root, small, single):
+    assert small["one_gpu"].failed == [], small["one_gpu"].errors
+    assert_equal_losses(root / "one_gpu", single)
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        ("fsdp2_offload", "error: fsdp_offload_params: needs a GPU to offload from; rehearse with"),
+        ("fsdp1", "error: FSDP1 cannot be rehearsed on CPUs"),
+    ],
+)
+def test_what_needs_a_gpu_is_refused_in_one_line_that_names_the_config_to_rehearse(
+    root, small, config, line
+):
+    ended = small[config]
+    assert ended.said[config].strip() == "exit code 2"
+    (error,) = [one for one in ended.errors.splitlines() if "rror" in one]
+    assert error.startswith(line)
+    assert error.endswith("accelerate_configs/fsdp2.yaml")
+    assert not (root / config).exists()
