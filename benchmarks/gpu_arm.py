@@ -160,11 +160,11 @@ def train(spec: dict) -> dict:
 
     Returns:
         The tokens without padding and the seconds after the warm-up, the peak memory in bytes (on
-        a GPU what was allocated, on a CPU what the resident memory grew by), the first step's loss.
+        a GPU what was allocated, on a CPU what was in use beyond the start), the first step's loss.
     """
     # Both sides' libraries, so that on a CPU none of them counts as a run's memory.
     import common.trainer  # noqa: F401
-    from common.report import MemoryMeter
+    from common.memory import MemoryMeter
 
     watch = Stopwatch(spec["warmup"], spec["steps"])
     memory = MemoryMeter()

@@ -94,10 +94,10 @@ def main(args: LoraArguments, training) -> dict | None:
     from common.encoding import PromptEncoder, encode_rows
     from common.evaluation import evaluate_task
     from common.launch import is_main_process, progress, say
+    from common.memory import MemoryMeter, estimate_memory
     from common.models import describe_model, load_model, load_tokenizer, require_modules
     from common.predicting import answer_file
     from common.quantization import four_bit_loading, require_unquantized
-    from common.report import MemoryMeter
     from common.results import preview, publish, save_run, show_plan
     from common.template import PromptTemplate
     from common.trainer import RecipeTrainer
@@ -171,15 +171,19 @@ def main(args: LoraArguments, training) -> dict | None:
             loraplus_lr_ratio=args.loraplus_ratio,
             weight_decay=training.weight_decay,
         )
+    estimated = estimate_memory(model, training, encoded.examples)
     model = trainer.shard()
     budget = {"max_new_tokens": args.max_new_tokens, "batch_tokens": args.eval_batch_tokens}
     base = evaluate_task(model, encoder, evaluation.rows, description="scoring base", **budget)
     say(f"base model: {base}")
     name = describe_model(model_name)
-    show_plan(name, model, encoded, training, {"train": train.source, "eval": evaluation.source})
+    sources = {"train": train.source, "eval": evaluation.source}
+    show_plan(name, model, encoded, training, sources, estimated)
+    memory.restart()
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - start
+    peak = memory.stop()
 
     tuned = evaluate_task(model, encoder, evaluation.rows, description="scoring tuned", **budget)
     trainer.save_model(output_dir)
@@ -196,7 +200,9 @@ def main(args: LoraArguments, training) -> dict | None:
         load_snippet=LOAD_SNIPPET.format(
             base=model.get_base_model().name_or_path, adapter=output_dir
         ),
-        peak_memory_bytes=memory.stop(),
+        estimated=estimated,
+        peak_memory_bytes=peak,
+        peak_resident_bytes=memory.resident,
         train_seconds=seconds,
         skipped_rows=train.skipped,
     )

@@ -1,4 +1,4 @@
-"""What a run shows and keeps: the summary, JSON files, the loss curve, memory, the model card."""
+"""What a run shows and keeps: the summary, JSON files, the loss curve, the model card."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import sys
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -248,44 +247,6 @@ def versions() -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
-
-
-class MemoryMeter:
-    """The memory that a run needs beyond what it held when the meter was made.
-
-    Make it before the model is loaded. On a GPU it reports `torch.cuda.max_memory_allocated` over
-    all devices of this process. On CPU a thread samples the resident memory every 50 ms, and the
-    start is subtracted: Linux's own `ru_maxrss` would count what reading the data took earlier.
-    """
-
-    def __init__(self) -> None:
-        import psutil
-        import torch  # before the start is taken: the library itself does not count
-
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            for device in range(torch.cuda.device_count()):
-                torch.cuda.reset_peak_memory_stats(device)
-        self._process = psutil.Process()
-        self._start = self._peak = self._process.memory_info().rss
-        self._stopped = threading.Event()
-        threading.Thread(target=self._watch, name="memory meter", daemon=True).start()
-
-    def _watch(self) -> None:
-        while not self._stopped.wait(0.05):
-            self._sample()
-
-    def _sample(self) -> None:
-        self._peak = max(self._peak, self._process.memory_info().rss)
-
-    def stop(self) -> int:
-        """End the sampling and return the peak in bytes."""
-        import torch
-
-        self._stopped.set()
-        self._sample()
-        if torch.cuda.is_available():
-            return sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
-        return self._peak - self._start
 
 
 def model_card(

@@ -14,6 +14,7 @@ from common.encoding import IGNORED, EncodedRows, PromptEncoder
 from common.errors import UserError
 from common.evaluation import TaskScore
 from common.launch import is_main_process, say
+from common.memory import MemoryEstimate, gib
 from common.model_cache import first_line
 from common.quantization import describe_quantization
 from common.report import (
@@ -69,7 +70,12 @@ def count_parameters(model) -> tuple[int, int]:
 
 
 def show_plan(
-    model_name: str, model, encoded: EncodedRows, training, sources: dict[str, str]
+    model_name: str,
+    model,
+    encoded: EncodedRows,
+    training,
+    sources: dict[str, str],
+    memory: MemoryEstimate,
 ) -> None:
     """The summary before training: what is trained, on what, and how much of it."""
     dtype, why = training.model_dtype
@@ -94,6 +100,7 @@ def show_plan(
             "batch": f"{batch} = {training.per_device_train_batch_size} per device x "
             f"{training.gradient_accumulation_steps} accumulated x {world} (processes)",
             "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type.value}",
+            "memory per process": memory,
             "output": training.output_dir,
         },
     )
@@ -109,7 +116,9 @@ def save_run(
     method: str,
     model_name: str,
     load_snippet: str,
+    estimated: MemoryEstimate,
     peak_memory_bytes: int,
+    peak_resident_bytes: int,
     train_seconds: float,
     skipped_rows: int = 0,
 ) -> dict:
@@ -124,10 +133,10 @@ def save_run(
     trainer.save_state()
     (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should load
     trainable, total = count_parameters(trainer.model)
-    counted = [trainer.tokens_seen, trainer.slots_seen, peak_memory_bytes]
+    counted = [trainer.tokens_seen, trainer.slots_seen, peak_memory_bytes, peak_resident_bytes]
     processes = trainer.accelerator.gather(torch.tensor([counted], device=training.device))
-    tokens_seen, slots_seen, _ = processes.sum(0).tolist()
-    peak = int(processes[:, 2].max())
+    tokens_seen, slots_seen = processes[:, :2].sum(0).tolist()
+    peak, resident = processes[:, 2:].amax(0).tolist()
     metrics = {
         "task": template.name,
         "method": method,
@@ -155,6 +164,8 @@ def save_run(
         "trainable_parameters": trainable,
         "total_parameters": total,
         "peak_memory_bytes": peak,
+        "peak_resident_bytes": resident,
+        "estimated_memory_bytes": estimated.total,
         "quantization": describe_quantization(trainer.model),
         "rendering": "chat" if encoder.chat else "text",
         "chat_template_kwargs": encoder.text.chat_template_kwargs,
@@ -196,7 +207,8 @@ def save_run(
                 "base model": base,
                 "tuned": tuned,
                 "training": f"{train_seconds:.0f} s, {metrics['tokens_per_second']:.0f} tokens/s, "
-                f"{metrics['padding_fraction']:.0%} padding, peak memory {peak / 2**30:.2f} GiB",
+                f"{metrics['padding_fraction']:.0%} padding",
+                "peak memory": f"{gib(peak)} GiB (estimated {gib(estimated.total)})",
                 "written to": f"{folder}/: weights, metrics.json, predictions.jsonl, loss.png",
             },
         )

@@ -1,8 +1,6 @@
 import json
 import math
 import re
-import threading
-import time
 
 import numpy as np
 import pytest
@@ -13,7 +11,6 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 
 from common.report import (
-    MemoryMeter,
     model_card,
     plot_loss,
     print_table,
@@ -282,32 +279,6 @@ def test_versions_leave_out_what_is_not_installed(monkeypatch):
     monkeypatch.setattr(metadata, "version", version)
     assert "trl" not in versions()
     assert "torch" in versions()
-
-
-MIB = 2**20
-
-
-def test_memory_counts_the_peak_after_the_start_though_it_was_freed():
-    before = np.ones(200 * MIB, dtype=np.uint8)
-    meter = MemoryMeter()
-    during = np.ones(150 * MIB, dtype=np.uint8)
-    time.sleep(0.3)
-    del during
-    peak = meter.stop()
-    assert 140 * MIB < peak < 200 * MIB
-    assert len(before) == 200 * MIB
-
-
-def test_memory_from_before_the_start_does_not_count_and_the_thread_ends():
-    np.ones(200 * MIB, dtype=np.uint8).sum()
-    threads = set(threading.enumerate())
-    meter = MemoryMeter()
-    (started,) = set(threading.enumerate()) - threads
-    assert started.daemon
-    time.sleep(0.1)
-    assert 0 <= meter.stop() < 100 * MIB
-    started.join(timeout=2)
-    assert not started.is_alive()
 
 
 # the model card

@@ -20,11 +20,13 @@ from common import results
 from common.encoding import IGNORED, EncodedRows, PromptEncoder, encode_rows
 from common.errors import UserError
 from common.evaluation import TaskScore
+from common.memory import MemoryEstimate
 from common.results import count_parameters, preview, publish, save_run, show_plan
 from common.template import PromptTemplate
 from common.tokens import TextEncoder
 
 REFUSED = Response(401, request=SimpleNamespace(url="https://hub.example"))
+MEMORY = MemoryEstimate(parameters=1_000, gradients=0, optimizer=2_000, activations=3_000, logits=0)
 HUB = {"hub_model_id": None, "hub_token": None, "hub_private_repo": None}
 
 
@@ -153,7 +155,7 @@ def finish(task, tmp_path, monkeypatch):
     folder.mkdir(parents=True)
 
     def gather(counted):  # a second process: fewer tokens, more memory
-        return torch.cat([counted, torch.tensor([[50, 100, 7_000]])])
+        return torch.cat([counted, torch.tensor([[50, 100, 7_000, 8_000]])])
 
     model = tiny_llama(300)
     model.requires_grad_(False)
@@ -186,7 +188,9 @@ def finish(task, tmp_path, monkeypatch):
             method="lora",
             model_name="owner/base",
             load_snippet=f"model = PeftModel.from_pretrained(model, {str(folder)!r})\n",
+            estimated=MEMORY,
             peak_memory_bytes=5_000,
+            peak_resident_bytes=9_000,
             train_seconds=10.0,
             skipped_rows=6,
         )
@@ -227,6 +231,8 @@ def test_metrics_hold_what_the_design_names(finish, task):
         "trainable_parameters": 32,
         "total_parameters": count_parameters(tiny_llama(300))[1],
         "peak_memory_bytes": 7_000,  # the largest process
+        "peak_resident_bytes": 9_000,
+        "estimated_memory_bytes": 6_000,
         "world_size": 2,
         "distributed_type": "MULTI_CPU",
         "seed": 3,
@@ -264,7 +270,7 @@ def test_metrics_come_last_so_that_a_failure_before_leaves_none(finish, monkeypa
 
 
 def test_a_run_without_a_step_has_figures_too(finish, monkeypatch):
-    monkeypatch.setattr(torch, "cat", lambda rows: torch.zeros(1, 3, dtype=torch.long))
+    monkeypatch.setattr(torch, "cat", lambda rows: torch.zeros(1, 4, dtype=torch.long))
     metrics = finish()
     assert (metrics["padding_fraction"], metrics["tokens_per_second"]) == (0.0, 0.0)
 
@@ -302,7 +308,7 @@ def test_the_plan_says_what_is_trained_on_what(task, capsys, monkeypatch):
         output_dir="runs/mine",
     )
     model = tiny_llama(300)
-    show_plan("owner/base", model, task.encoded, training, {"train": "rows.jsonl"})
+    show_plan("owner/base", model, task.encoded, training, {"train": "rows.jsonl"}, MEMORY)
     out = capsys.readouterr().out
     total = count_parameters(model)[1]
     for shown in (
@@ -313,6 +319,7 @@ def test_the_plan_says_what_is_trained_on_what(task, capsys, monkeypatch):
         "24 = 4 per device x 3 accumulated x 2 (processes)",
         "0.0005, cosine",
         "runs/mine",
+        str(MEMORY),
     ):
         assert shown in out
 
