@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import threading
 import time
 from collections import Counter
@@ -118,7 +119,6 @@ def estimate_memory(
         return one.numel() * (2 if halved and not packed else one.element_size())
 
     parameters = sum(map(stored, weights)) / share
-    parameters += sum(one.numel() * one.element_size() for one in model.buffers())
     gradients = sum(map(stored, trained)) / share
     states, notes = _optimizer_bytes(trained, training, stored)
     optimizer = states / share
@@ -126,6 +126,7 @@ def estimate_memory(
     if offloaded:
         notes.append(f"{gib(parameters + gradients + optimizer)} GiB more in the CPU's memory")
         parameters = gradients = optimizer = 0
+    parameters += sum(one.numel() * one.element_size() for one in model.buffers())
 
     # DistributedDataParallel sends copies of the gradients, and keeps them.
     copies = gradients if count > 1 and not sharded else 0
@@ -145,12 +146,15 @@ def estimate_memory(
 
     step = Counter(parameters=parameters, gradients=gradients + copies, optimizer=optimizer)
     moments = [step]
+    logging.disable(logging.ERROR)  # torch logs what it raises
     try:
         peaks = rehearse(model, training, heaviest_batch(examples, training), parts)
     except Exception as error:  # a model's own code may do anything, and an estimate ends no run
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:80]
         notes.append(f"without activations, for the rehearsal failed: {reason}")
-        peaks = []
+        peaks = [Counter()]
+    finally:
+        logging.disable(logging.NOTSET)
     for number, peak in enumerate(reversed(peaks)):
         peak["parameters"] += parameters + whole
         peak["gradients"] += earlier + copies + (sent if number == 0 else 0)
