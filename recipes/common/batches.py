@@ -5,6 +5,11 @@ from collections.abc import Sequence
 import torch
 
 
+def sampling_seed(training) -> int:
+    """The seed by which the trainer draws the order of the rows."""
+    return training.seed if training.data_seed is None else training.data_seed
+
+
 def micro_batches(lengths: Sequence[int], training) -> list[list[int]]:
     """One pass over the examples as it will be cut into forward passes, those of all processes.
 
@@ -16,7 +21,7 @@ def micro_batches(lengths: Sequence[int], training) -> list[list[int]]:
     Returns:
         The examples' indices, batch by batch.
     """
-    seed = training.seed if training.data_seed is None else training.data_seed
+    seed = sampling_seed(training)
     groups = training.gradient_accumulation_steps * training.world_size
     if training.train_sampling_strategy == "batch_rebalance":
         from transformers.trainer_pt_utils import BatchRebalanceSampler

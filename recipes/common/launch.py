@@ -128,9 +128,12 @@ def join_on_cpu(use_cpu: bool) -> bool:
 
 
 def _has_accelerator() -> bool:
+    """Whether there is a device over which accelerate distributes; it does not over Apple's."""
     import torch
 
-    return torch.accelerator.is_available()
+    return (
+        torch.accelerator.is_available() and torch.accelerator.current_accelerator().type != "mps"
+    )
 
 
 def check_joined(world_size: int) -> None:

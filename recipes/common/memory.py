@@ -78,9 +78,7 @@ def gib(size: float) -> str:
     return f"{size / 2**30:.2f}"
 
 
-def estimate_memory(
-    model: nn.Module, training, examples: Sequence[dict], *, processes: int | None = None
-) -> MemoryEstimate:
+def estimate_memory(model: nn.Module, training, examples: Sequence[dict]) -> MemoryEstimate:
     """What training will need in each process, for the accelerate config that launched it.
 
     Parameters, gradients and optimizer states are counted; activations and logits are those of a
@@ -98,11 +96,9 @@ def estimate_memory(
         model: a PEFT model or a whole one before it is sharded, on any device, meta included.
         training: the trainer's arguments.
         examples: `input_ids` and `labels` of each.
-        processes: over how many the training is spread; by default `training.world_size`.
     """
-    count = training.world_size if processes is None else processes
     sharded = uses_fsdp()
-    share = count if sharded else 1
+    share = training.world_size if sharded else 1
     halved = sharded and (training.bf16 or training.fp16)
     weights = [*model.parameters()]
     trained = [one for one in weights if one.requires_grad]
@@ -129,7 +125,7 @@ def estimate_memory(
     parameters += sum(one.numel() * one.element_size() for one in model.buffers())
 
     # DistributedDataParallel sends copies of the gradients, and keeps them.
-    copies = gradients if count > 1 and not sharded else 0
+    copies = gradients if training.world_size > 1 and not sharded else 0
     accumulated = training.gradient_accumulation_steps > 1
     earlier = gradients if accumulated else 0
     whole = sent = 0

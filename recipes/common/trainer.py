@@ -28,6 +28,7 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler
 from trl import SFTConfig, SFTTrainer
 
 from common.arguments import require_at_least
+from common.batches import sampling_seed
 from common.encoding import IGNORED
 from common.errors import UserError
 from common.launch import (
@@ -239,11 +240,10 @@ class RecipeTrainer(SFTTrainer):
                 update_fsdp_plugin_peft(self.model, self.accelerator)
             self.model = self.accelerator.prepare(self.model)
         self.model_wrapped = self.model
-        parameters = list(self.model.parameters())
-        total = sum(one.numel() for one in parameters)
-        held = sum(one.to_local().numel() for one in parameters if isinstance(one, DTensor))
-        held += sum(one.numel() for one in parameters if not isinstance(one, DTensor))
         if plugin.fsdp_version == 2:
+            parameters = list(self.model.parameters())
+            parts = [one.to_local() if isinstance(one, DTensor) else one for one in parameters]
+            total, held = (sum(one.numel() for one in some) for some in (parameters, parts))
             if self.accelerator.num_processes > 1 and held == total:
                 raise UserError(
                     "FSDP left every parameter whole; install the versions of requirements.txt"
@@ -266,7 +266,7 @@ class RecipeTrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, BatchRebalanceSampler):  # which has a seed of its own
-            sampler.seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler.seed = sampling_seed(self.args)
         return sampler
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):

@@ -9,7 +9,14 @@ import torch
 from accelerate.state import DistributedType, PartialState
 
 from common.errors import UserError
-from common.launch import check_joined, join_on_cpu, progress, say, use_all_cores
+from common.launch import (
+    _has_accelerator,
+    check_joined,
+    join_on_cpu,
+    progress,
+    say,
+    use_all_cores,
+)
 
 ACCELERATE = {"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}
 
@@ -117,6 +124,16 @@ def test_with_a_gpu_nothing_is_changed_and_use_cpu_does_not_turn_fsdp_off(launch
     assert PartialState._prepare_backend is before
     with pytest.raises(UserError, match="--use_cpu: would turn off the FSDP"):
         join_on_cpu(use_cpu=True)
+
+
+def test_an_apple_laptop_rehearses_too(launched):
+    launched.undo()
+    launched.setattr(torch.accelerator, "is_available", lambda: True)
+    for kind, distributed in (("mps", False), ("cuda", True)):
+        launched.setattr(
+            torch.accelerator, "current_accelerator", lambda kind=kind: torch.device(kind)
+        )
+        assert _has_accelerator() is distributed
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)

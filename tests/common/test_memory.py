@@ -215,7 +215,7 @@ def test_fsdp_divides_what_it_shards_and_gathers_a_few_layers(monkeypatch):
     model = llama()
     alone = estimate_memory(model, settings(), ROWS)
     fsdp(monkeypatch)
-    found = estimate_memory(model, settings(), ROWS, processes=2)
+    found = estimate_memory(model, settings(world_size=2), ROWS)
     layer, outside = layer_parts(model)
     share = size(model.parameters()) / 2
     assert found.parameters == share + outside + 3 * layer + buffers(model)
@@ -226,7 +226,7 @@ def test_fsdp_divides_what_it_shards_and_gathers_a_few_layers(monkeypatch):
 def test_fsdp_with_more_processes_holds_less(monkeypatch):
     fsdp(monkeypatch)
     model = lora(llama())
-    two, eight = (estimate_memory(model, settings(), ROWS, processes=n) for n in (2, 8))
+    two, eight = (estimate_memory(model, settings(world_size=n), ROWS) for n in (2, 8))
     assert two.parameters - eight.parameters == size(model.parameters()) * (1 / 2 - 1 / 8)
     assert eight.optimizer == two.optimizer / 4
 
@@ -234,14 +234,14 @@ def test_fsdp_with_more_processes_holds_less(monkeypatch):
 def test_fsdp_that_does_not_reshard_holds_everything_gathered(monkeypatch):
     fsdp(monkeypatch, RESHARD_AFTER_FORWARD="false")
     model = llama()
-    found = estimate_memory(model, settings(), ROWS, processes=2)
+    found = estimate_memory(model, settings(world_size=2), ROWS)
     assert found.parameters == 1.5 * size(model.parameters()) + buffers(model)
 
 
 def test_fsdp_keeps_trained_weights_in_float32(monkeypatch):
     fsdp(monkeypatch)
     model = llama().to(torch.bfloat16)
-    found = estimate_memory(model, settings(bf16=True), ROWS, processes=2)
+    found = estimate_memory(model, settings(bf16=True, world_size=2), ROWS)
     assert found.optimizer == size(model.parameters())  # two of four bytes, over two processes
     layer, outside = layer_parts(model)
     gathered = (outside + 3 * layer) / 2  # in bfloat16
@@ -252,7 +252,7 @@ def test_fsdp_keeps_trained_weights_in_float32(monkeypatch):
 def test_offloaded_shards_are_in_the_cpus_memory(monkeypatch):
     fsdp(monkeypatch, OFFLOAD_PARAMS="true")
     model = llama()
-    found = estimate_memory(model, settings(), ROWS, processes=2)
+    found = estimate_memory(model, settings(world_size=2), ROWS)
     layer, outside = layer_parts(model)
     assert found.optimizer == 0
     assert found.parameters == outside + 3 * layer + buffers(model)
@@ -262,7 +262,7 @@ def test_offloaded_shards_are_in_the_cpus_memory(monkeypatch):
 def test_data_parallel_training_copies_the_gradients_and_nothing_is_shared():
     model = lora(llama())
     alone = estimate_memory(model, settings(gradient_accumulation_steps=2), ROWS)
-    two = estimate_memory(model, settings(gradient_accumulation_steps=2), ROWS, processes=2)
+    two = estimate_memory(model, settings(gradient_accumulation_steps=2, world_size=2), ROWS)
     assert two.gradients == 2 * alone.gradients
     assert two.total - alone.total == alone.gradients
 
