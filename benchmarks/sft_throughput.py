@@ -51,7 +51,7 @@ STEPS, QUICK_STEPS, WARM_UP_STEPS = ROWS // ROWS_PER_STEP, 3, 2
 LOSS_TOLERANCE = 1e-4  # of step 1, absolute
 
 OURS, TRL, TRL_STORED = "ours", "trl", "trl without activation checkpointing"
-TRL_BARE = f"{TRL_STORED} or dropout"
+TRL_BARE = "trl, also without dropout"
 TRL_CHANGES = {
     TRL: {},
     TRL_STORED: {"gradient_checkpointing": False},
