@@ -91,7 +91,8 @@ def main(args: LoraArguments, training) -> dict | None:
 
     from common.checkpoints import find_checkpoint
     from common.data import load_splits, overlap, parse_columns
-    from common.encoding import PromptEncoder, encode_rows
+    from common.encoded_rows import encode_rows
+    from common.encoding import PromptEncoder
     from common.evaluation import evaluate_task
     from common.launch import is_main_process, progress, say
     from common.memory import MemoryMeter, estimate_memory

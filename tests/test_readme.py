@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import icl_eval
 import lora_sft
 import pytest
 import yaml
@@ -14,7 +15,10 @@ from common.template import PromptTemplate
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RECIPES = {"recipes/lora_sft.py": lora_sft}
+RECIPES = {
+    "recipes/lora_sft.py": (lora_sft, lora_sft.LoraArguments),
+    "recipes/icl_eval.py": (icl_eval, icl_eval.IclArguments),
+}
 
 
 def blocks(language: str) -> list[str]:
@@ -37,12 +41,12 @@ def test_every_command_is_one_that_the_recipe_takes(command, tmp_path, monkeypat
     (tmp_path / "my_run.yaml").write_text("learning_rate: 1e-4\n")
     monkeypatch.chdir(tmp_path)
     place = next(n for n, word in enumerate(command) if word.startswith("recipes/"))
-    recipe = RECIPES[command[place]]
+    recipe, arguments = RECIPES[command[place]]
     argv = command[place + 1 :]
     if "--help" not in argv:
         # Seeds and folders that the text leaves open.
         argv = [re.sub(r"^(SEED|N)$", "0", word) for word in argv]
-        assert parse_arguments(recipe.LoraArguments, "", recipe.DEFAULTS, argv)
+        assert parse_arguments(arguments, "", recipe.DEFAULTS, argv)
 
 
 def test_every_recipe_is_in_the_table():

@@ -219,9 +219,17 @@ def parse_arguments(
 
 
 def run_recipe(
-    main: Callable, arguments: type, description: str, defaults: Mapping[str, Any]
+    main: Callable,
+    arguments: type,
+    description: str,
+    defaults: Mapping[str, Any],
+    resume: str = "--resume_from_checkpoint last",
 ) -> None:
-    """Parse the command line, run `main`, and end a user's mistake in one line and exit code 2."""
+    """Parse the command line, run `main`, and end a user's mistake in one line and exit code 2.
+
+    Args:
+        resume: what an interrupted run is told to go on with.
+    """
     try:
         main(*parse_arguments(arguments, description, defaults))
     except UserError as error:
@@ -229,5 +237,5 @@ def run_recipe(
         print(f"error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; --resume_from_checkpoint last goes on", file=sys.stderr)
+        print(f"interrupted; {resume} goes on", file=sys.stderr)
         sys.exit(130)

@@ -138,14 +138,55 @@ def load_splits(
     )
 
 
+def load_asked(
+    template: PromptTemplate, args: Any, seed: int, *, shots: int, progress: Progress = iter
+) -> tuple[Rows | None, Rows]:
+    """The training rows from which demonstrations are drawn, and the rows that are asked.
+
+    The latter are those that a trained method is scored on (`load_splits`), or the rows of
+    `args.predict`, which need no answers.
+
+    Args:
+        args: as in `load_splits`, and `predict`.
+        shots: with 0 the training rows need not exist; they are then None.
+    Raises:
+        UserError: as `load_splits`.
+    """
+    if args.predict:
+        pool = load_splits(template, args, seed, progress=progress)[0] if shots else None
+        options = {"skip_bad_rows": args.skip_bad_rows, "answers": False, "progress": progress}
+        return pool, load_rows(template, args.predict, "train", **options)
+    place = locate(template, args.dataset, None)
+    one_file = isinstance(place, Path) and place.is_file()
+    train_split = args.train_split or template.dataset.get("train") or "train"
+    eval_split = args.eval_split or template.dataset.get("eval")
+    if eval_split is None and has_split(place, "validation"):
+        eval_split = "validation"
+    if shots or one_file or eval_split is None or has_split(place, train_split):
+        return load_splits(template, args, seed, progress=progress)
+    return None, load_rows(
+        template,
+        args.dataset,
+        eval_split,
+        max_samples=args.max_eval_samples,
+        seed=_EVALUATION_SEED,
+        skip_bad_rows=args.skip_bad_rows,
+        progress=progress,
+    )
+
+
+def row_key(template: PromptTemplate, row: Mapping[str, Any]) -> str:
+    """What a row asks, to be compared with what others ask."""
+    values = template.variables(row)
+    names = sorted(template.prompt_variables)
+    return json.dumps([values.get(name) for name in names], sort_keys=True, default=str)
+
+
 def overlap(train: Rows, evaluation: Rows, template: PromptTemplate) -> int:
     """How many evaluation rows ask exactly what a training row asks."""
-    names = sorted(template.prompt_variables)
 
     def key(row: Mapping[str, Any]) -> bytes:
-        values = template.variables(row)
-        text = json.dumps([values.get(name) for name in names], sort_keys=True, default=str)
-        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+        return hashlib.blake2b(row_key(template, row).encode(), digest_size=16).digest()
 
     trained = {key(row) for row in train.rows}
     return sum(key(row) in trained for row in evaluation.rows)

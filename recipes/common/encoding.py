@@ -9,10 +9,9 @@ prefix of the ids that were trained.
 
 from __future__ import annotations
 
-import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from common.errors import UserError
@@ -63,23 +62,6 @@ class Counts:
     dropped_demonstrations: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
-
-
-@dataclass
-class EncodedRows:
-    """Training examples, each `input_ids` and `labels` of equal length, and the row of each."""
-
-    examples: list[dict[str, list[int]]] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    counts: Counts = field(default_factory=Counts)
-
-    def add(self, row: int, input_ids: list[int], labels: list[int]) -> None:
-        """Append one example; its counts too."""
-        self.examples.append({"input_ids": input_ids, "labels": labels})
-        self.rows.append(row)
-        self.counts.examples += 1
-        self.counts.tokens += len(input_ids)
-        self.counts.supervised_tokens += sum(label != IGNORED for label in labels)
 
 
 class PromptEncoder:
@@ -248,9 +230,14 @@ class PromptEncoder:
 
     # Masked models
 
-    def cloze(self, question: Question, masks: int) -> tuple[list[int], list[int], EncodedPrompt]:
+    def cloze(
+        self, question: Question, masks: int, demonstrations: Sequence[Demonstration] = ()
+    ) -> tuple[list[int], list[int], EncodedPrompt]:
         """Ids with `masks` masks, the masks' positions, and the shortened question.
 
+        Args:
+            demonstrations: solved clozes in front, each as what stands before its word, and the
+                word with what follows; the first dropped first.
         Raises:
             DoesNotFit: see `prompt`.
             UserError: the template has no cloze, or the tokenizer no mask.
@@ -258,12 +245,19 @@ class PromptEncoder:
         if "cloze" not in self.template.texts:
             raise UserError(f"{self.template.path}: cloze: is missing; a masked model needs it")
 
-        def build(one: Question) -> list[int]:
-            return self.text.cloze(*self.cloze_parts(one), masks)[0]
+        kept = [before + rest for before, rest in demonstrations]
 
-        asked, _ = self._shorten(question, self.max_length, build, window=False)
-        ids, places = self.text.cloze(*self.cloze_parts(asked), masks)
-        return ids, places, EncodedPrompt(ids, [], asked, asked is not question)
+        def build(one: Question) -> tuple[list[int], list[int]]:
+            before, after = self.cloze_parts(one)
+            before = self.template.demonstrations["separator"].join([*kept, before])
+            return self.text.cloze(before, after, masks)
+
+        while kept and len(build(question)[0]) > self.max_length:
+            kept.pop(0)
+        asked, _ = self._shorten(question, self.max_length, lambda one: build(one)[0], False)
+        ids, places = build(asked)
+        dropped = len(demonstrations) - len(kept)
+        return ids, places, EncodedPrompt(ids, [], asked, asked is not question, dropped)
 
     def cloze_parts(self, question: Question) -> tuple[str, str]:
         """The text before and after the mask, found by its place in the rendering."""
@@ -348,53 +342,3 @@ def _cut(text: str, offsets: Sequence[tuple[int, int]], count: int, side: str) -
         return max(start, 1), len(text)
     end = offsets[-count][0] if count < len(offsets) else 0
     return 0, min(end, len(text) - 1)
-
-
-def encode_rows(
-    encoder: PromptEncoder,
-    rows: Iterable[Mapping],
-    *,
-    seed: int = 0,
-    progress: Callable[[Iterable], Iterable] = iter,
-) -> EncodedRows:
-    """Training examples of rows that `data.load_rows` has checked.
-
-    Several phrasings, and the wrong candidates of pairs, are drawn by the seed and the row's
-    number, so that they do not depend on the process or on the rows before.
-    """
-    template, encoded = encoder.template, EncodedRows()
-    for number, row in enumerate(progress(rows)):
-        encoded.counts.rows += 1
-        draw = random.Random(f"{seed}-{number}")
-        for question in drawn_questions(template, row, draw):
-            if template.messages:
-                try:
-                    for example in encoder.conversation(question, encoded.counts):
-                        encoded.add(number, *example)
-                except UserError as error:  # the chat template rejects the turns
-                    raise UserError(f"training row {number + 1}: {error}") from None
-                continue
-            phrasing = draw.randrange(len(template.prompts))
-            try:
-                ids, labels, prompt = encoder.training_example(question, phrasing=phrasing)
-            except DoesNotFit:
-                encoded.counts.left_out += 1
-                continue
-            encoded.add(number, ids, labels)
-            encoded.counts.shortened += prompt.shortened
-            encoded.counts.dropped_demonstrations += prompt.dropped
-    if not encoded.examples:
-        raise UserError(f"--max_length {encoder.max_length}: no training row fits; raise it")
-    return encoded
-
-
-def drawn_questions(template: PromptTemplate, row: Mapping, draw: random.Random) -> list[Question]:
-    """The questions of a row that are trained: of the wrong candidates of a pair, only `negatives`
-    many.
-    """
-    questions = template.questions(row)
-    if not template.asks_each_word:
-        return questions
-    right = [one for one in questions if one.asked == one.label]
-    wrong = [one for one in questions if one.asked != one.label]
-    return right + draw.sample(wrong, min(template.negatives, len(wrong)))

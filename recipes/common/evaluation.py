@@ -6,17 +6,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
 import numpy as np
 
-from common.encoding import IGNORED, Counts, DoesNotFit, EncodedPrompt, PromptEncoder
+from common.encoding import (
+    IGNORED,
+    Counts,
+    Demonstration,
+    DoesNotFit,
+    EncodedPrompt,
+    PromptEncoder,
+)
 from common.errors import UserError
-from common.launch import progress
+from common.generation import generate
+from common.journal import Journal
 from common.metrics import load_metric, score_rows
-from common.scoring import generate, log_likelihoods
+from common.scoring import log_likelihoods
 from common.template import PromptTemplate, Question
 from common.verbalizer import label_scores
 
@@ -48,12 +56,14 @@ class TaskScore:
 
 
 @dataclass
-class _Asked:
-    """A row's questions with their prompts."""
+class Asked:
+    """A row's questions with their prompts, all of which have the same demonstrations."""
 
     row: int
     questions: list[Question]
     prompts: list[EncodedPrompt]
+    demonstrations: Sequence[Demonstration] = ()
+    dropped: int = 0  # demonstrations for which there was no room
 
 
 def evaluate_task(
@@ -85,7 +95,9 @@ def evaluate_task(
     start = time.perf_counter()
     model.eval()
     if template.metric == "loss" and answers:
-        result = _by_loss(model, encoder, rows, batch_tokens, description)
+        result = score_loss(
+            model, encoder, rows, batch_tokens=batch_tokens, description=description
+        )
     elif template.label and not template.rationale:
         result = _by_likelihood(model, encoder, rows, batch_tokens, answers, description)
     else:
@@ -96,20 +108,38 @@ def evaluate_task(
     return result
 
 
-def _ask(encoder: PromptEncoder, rows: Sequence[Mapping], reserve, answers: bool) -> list[_Asked]:
-    """The rows whose prompts all fit; `reserve` says how many tokens a question's answer needs."""
-    asked = []
+def ask(
+    encoder: PromptEncoder,
+    rows: Sequence[Mapping],
+    reserve: Callable[[Question], int],
+    answers: bool = True,
+    demonstrate: Callable[[int, Mapping], Sequence[Demonstration]] | None = None,
+    encode: Callable[..., EncodedPrompt] | None = None,
+) -> list[Asked]:
+    """The rows whose prompts all fit.
+
+    Args:
+        reserve: how many tokens a question's answer needs.
+        demonstrate: the demonstrations of a row, from its number and itself.
+        encode: how a prompt is encoded; by default `encoder.prompt`.
+    """
+    asked, encode = [], encode or encoder.prompt
     for number, row in enumerate(rows):
         questions = encoder.template.questions(row, answers=answers)
+        shown = demonstrate(number, row) if demonstrate else ()
         try:
-            prompts = [encoder.prompt(one, reserve(one)) for one in questions]
+            prompts = [encode(one, reserve(one), shown) for one in questions]
+            dropped = max(prompt.dropped for prompt in prompts)
+            if any(prompt.dropped < dropped for prompt in prompts):
+                prompts = [encode(one, reserve(one), shown[dropped:]) for one in questions]
         except DoesNotFit:
             continue
-        asked.append(_Asked(number, questions, prompts))
+        asked.append(Asked(number, questions, prompts, shown[dropped:], dropped))
     return asked
 
 
-def _record(encoder: PromptEncoder, asked: _Asked, answer, prediction, score) -> dict:
+def record_of(encoder: PromptEncoder, asked: Asked, answer, prediction, score) -> dict:
+    """What predictions.jsonl holds of a row."""
     tokenizer = encoder.text.tokenizer
     prompts = [tokenizer.decode(prompt.ids) for prompt in asked.prompts]
     return {
@@ -121,7 +151,8 @@ def _record(encoder: PromptEncoder, asked: _Asked, answer, prediction, score) ->
     }
 
 
-def _finish(template: PromptTemplate, records: list[dict], total: int, answers: bool) -> TaskScore:
+def finish(template: PromptTemplate, records: list[dict], total: int, answers: bool) -> TaskScore:
+    """The score of all records, each of which is given its own."""
     rows, left_out = len(records), total - len(records)
     if not answers or not records:
         return TaskScore(template.metric, math.nan, math.nan, {}, records, rows, left_out)
@@ -139,23 +170,27 @@ def _finish(template: PromptTemplate, records: list[dict], total: int, answers: 
     return TaskScore(template.metric, score, stderr, details, records, rows, left_out)
 
 
-def _by_likelihood(model, encoder, rows, batch_tokens, answers, description) -> TaskScore:
-    template = encoder.template
+def longest_answer(encoder: PromptEncoder) -> Callable[[Question], int]:
+    """How many tokens the longest candidate of a question has; 0 for one without candidates."""
 
     def longest(question: Question) -> int:
         answers = (text for texts in question.candidates.values() for text in texts)
-        return max(len(encoder.answer(text)) for text in answers)
+        return max((len(encoder.answer(text)) for text in answers), default=0)
 
-    asked = _ask(encoder, rows, longest, answers)
+    return longest
+
+
+def _by_likelihood(model, encoder, rows, batch_tokens, answers, description) -> TaskScore:
+    template = encoder.template
+
+    asked = ask(encoder, rows, longest_answer(encoder), answers)
     requests, labels = [], []
     for one in asked:
         for question, prompt in zip(one.questions, one.prompts, strict=True):
             candidates = encoder.candidates(question, prompt.end)
             requests.append((prompt.ids, [ids for texts in candidates.values() for ids in texts]))
             labels.append([label for label, texts in candidates.items() for _ in texts])
-    scored = log_likelihoods(
-        model, requests, batch_tokens=batch_tokens, progress=progress(description, "batch")
-    )
+    scored = log_likelihoods(model, requests, batch_tokens=batch_tokens, description=description)
     found = iter(zip(labels, scored, strict=True))
     records = []
     for one in asked:
@@ -169,16 +204,16 @@ def _by_likelihood(model, encoder, rows, batch_tokens, answers, description) -> 
             else:  # a pair per candidate: how much likelier yes is than no
                 scores[question.asked] = words["yes"][0] - words["no"][0]
         prediction = max(scores, key=scores.__getitem__)
-        record = _record(encoder, one, one.questions[0].label, prediction, None)
+        record = record_of(encoder, one, one.questions[0].label, prediction, None)
         records.append({**record, "log_likelihoods": scores})
-    return _finish(template, records, len(rows), answers)
+    return finish(template, records, len(rows), answers)
 
 
 def _by_generating(
     model, encoder, rows, max_new_tokens, batch_tokens, answers, description
 ) -> TaskScore:
     template = encoder.template
-    asked = _ask(encoder, rows, lambda question: max_new_tokens, answers)
+    asked = ask(encoder, rows, lambda question: max_new_tokens, answers)
     prompts = [prompt for one in asked for prompt in one.prompts]
     texts = iter(
         generate(
@@ -189,40 +224,57 @@ def _by_generating(
             end_ids={prompt.end[-1] for prompt in prompts},
             stop=template.stop,
             batch_tokens=batch_tokens,
-            progress=progress(description, "batch"),
+            description=description,
         )
     )
     records = []
     for one in asked:
-        written = [next(texts) for _ in one.questions]
+        written = [next(texts)[0].text for _ in one.questions]
         read = [template.read_answer(text) for text in written]
-        if template.entity_spans:
-            pairs = list(zip(one.questions, read, strict=True))
-            prediction = [
-                [q.asked, text] for q, answer in pairs for text in template.read_spans(answer)
-            ]
-            answer = [[q.asked, text] for q in one.questions for text in q.references]
-        elif template.label:
-            prediction, answer = template.read_label(read[0]), one.questions[0].label
-        else:
-            prediction, answer = read[0], list(one.questions[0].references)
-        record = _record(encoder, one, answer, prediction, None)
+        prediction, answer = predicted(template, one.questions, read)
+        record = record_of(encoder, one, answer, prediction, None)
         records.append({**record, "generated": written[0] if len(written) == 1 else written})
-    return _finish(template, records, len(rows), answers)
+    return finish(template, records, len(rows), answers)
 
 
-def _by_loss(model, encoder, rows, batch_tokens, description) -> TaskScore:
+def predicted(
+    template: PromptTemplate, questions: Sequence[Question], read: Sequence[str | None]
+) -> tuple:
+    """The prediction for a row and its gold answer, from the answers read to its questions."""
+    if template.entity_spans:
+        pairs = zip(questions, read, strict=True)
+        said = [[one.asked, text] for one, answer in pairs for text in template.read_spans(answer)]
+        return said, [[one.asked, text] for one in questions for text in one.references]
+    if template.label:
+        return template.read_label(read[0]), questions[0].label
+    return read[0], list(questions[0].references)
+
+
+def score_loss(
+    model,
+    encoder: PromptEncoder,
+    rows: Sequence[Mapping],
+    *,
+    demonstrate: Callable[[int, Mapping], Sequence[Demonstration]] | None = None,
+    batch_tokens: int = 4096,
+    description: str | None = None,
+    journal: Journal | None = None,
+) -> TaskScore:
     """Mean negative log-likelihood (nats) per answer token: the training loss, on these rows. Lower
     is better.
+
+    Args:
+        demonstrate: the demonstrations of a row, from its number and itself; not for conversations.
     """
     template, requests, kept = encoder.template, [], []
     for number, row in enumerate(rows):
+        shown = demonstrate(number, row) if demonstrate else ()
         for question in template.questions(row):
             try:
                 if template.messages:
                     examples = encoder.conversation(question, Counts())
                 else:
-                    examples = [encoder.training_example(question)[:2]]
+                    examples = [encoder.training_example(question, shown)[:2]]
             except DoesNotFit:
                 continue
             for ids, labels in examples:
@@ -233,8 +285,9 @@ def _by_loss(model, encoder, rows, batch_tokens, description) -> TaskScore:
                         requests.append((ids[:start], [ids[start:end]]))
                         kept.append(number)
                     start = end
+    model.eval()
     scores = log_likelihoods(
-        model, requests, batch_tokens=batch_tokens, progress=progress(description, "batch")
+        model, requests, batch_tokens=batch_tokens, description=description, journal=journal
     )
     sums, counts = np.zeros(len(rows)), np.zeros(len(rows))
     records = []

@@ -34,6 +34,19 @@ def progress(description: str, unit: str = "row") -> Callable[[Iterable], Iterab
     return bar
 
 
+def progress_bar(description: str | None, total: int) -> tqdm:
+    """A progress bar over rows, to be updated by hand; shown by the main process only, and only
+    with a description.
+    """
+    return tqdm(
+        total=total,
+        desc=description,
+        unit="row",
+        disable=description is None or not is_main_process(),
+        dynamic_ncols=True,
+    )
+
+
 def use_all_cores() -> None:
     """Give this process its share of the machine's cores where the launcher left it with one.
 

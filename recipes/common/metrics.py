@@ -234,6 +234,14 @@ def load_metric(name: str) -> evaluate.Metric:
     return RecipeMetric(keep_in_memory=True)
 
 
+def answer_key(name: str, prediction: str) -> str:
+    """What two answers have in common that a metric takes for the same one."""
+    if name == "numeric_match":
+        number = _last_number(prediction)
+        return prediction if number is None else str(number)
+    return _squad_normal(prediction) if name == "squad" else prediction.strip()
+
+
 def score_rows(
     name: str, predictions: Sequence, references: Sequence
 ) -> tuple[float, float, list[float]]:

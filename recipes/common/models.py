@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,6 +159,49 @@ def stored_config(model_name_or_path: str | None = None, *, revision: str | None
         from transformers import PretrainedConfig
 
         return PretrainedConfig.get_config_dict(source, revision=revision or "main")[0]
+
+
+def is_masked(config: Mapping[str, Any]) -> bool:
+    """Whether a model's config.json is that of a masked language model."""
+    return any(str(one).endswith("ForMaskedLM") for one in config.get("architectures") or ())
+
+
+def resolve_adapter(adapter: str, revision: str | None = None) -> Path:
+    """The folder of a PEFT adapter, fetched from the hub if it is not here; safetensors only.
+
+    Raises:
+        UserError: no adapter there, pickled weights only, or a hub that refuses.
+    """
+    folder = Path(adapter).expanduser()
+    if not folder.is_dir():
+        if adapter.startswith((".", "/", "~")) or adapter.count("/") != 1:
+            raise UserError(
+                f"--adapter {adapter}: no such folder; check the path, or pass a hub id"
+            )
+        with _hub_errors_in_one_line(adapter, adapter, None):
+            from huggingface_hub import snapshot_download
+
+            patterns = ["*.json", "*.safetensors"]
+            folder = Path(snapshot_download(adapter, revision=revision, allow_patterns=patterns))
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"--adapter {adapter}: no adapter_config.json, so no adapter; a whole model goes to "
+            "--model_name_or_path"
+        )
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(
+            f"--adapter {adapter}: no adapter_model.safetensors, and other formats can run code "
+            "when loaded; save it again with a recent PEFT"
+        )
+    return folder
+
+
+def weights_identity(model_name_or_path: str | None, revision: str | None = None) -> list:
+    """What tells one model's, or adapter's, weights from another's without reading them."""
+    path = Path(model_name_or_path or bundled_folder()).expanduser()
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    found = [(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in files]
+    return [str(path.resolve()) if files else model_name_or_path, revision, found]
 
 
 # Local folders -----------------------------------------------------------------------------------

@@ -53,20 +53,22 @@ def printable(value: object) -> str:
 def write_json(path: str | os.PathLike, data: object) -> None:
     """Write a file whole or not at all; NaN and infinities, which JSON lacks, become null."""
     text = json.dumps(_jsonable(data), ensure_ascii=False, allow_nan=False, indent=2)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_bytes(_utf8(text))
 
 
 def write_jsonl(path: str | os.PathLike, records: Iterable[object]) -> None:
     """Write one JSON value per line, as `write_json` does."""
-    with _replacing(path) as temporary, temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         for record in records:
             file.write(_utf8(json.dumps(_jsonable(record), ensure_ascii=False, allow_nan=False)))
 
 
 @contextmanager
-def _replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary file beside `path`, so that it can take its place in one step."""
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary file beside `path`, to be written in the block; at its end it takes the place of
+    `path` in one step. After an error what stood there stays, and nothing else is left.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -123,8 +125,8 @@ def plot_loss(
     figure = Figure(figsize=(10, 5.625), dpi=160, facecolor="white")
     left, width, bottom = 0.075, 0.8, 0.32 if len(rates) else 0.11
     plain = {"va": "center", "parse_math": False}  # a $ is a dollar
-    figure.text(left, 0.95, _short(title, 75), fontsize=15, weight="bold", **plain)
-    figure.text(left, 0.905, _short(subtitle, 115), fontsize=10.5, color=GRAY, **plain)
+    figure.text(left, 0.95, shortened(title, 75), fontsize=15, weight="bold", **plain)
+    figure.text(left, 0.905, shortened(subtitle, 115), fontsize=10.5, color=GRAY, **plain)
     axes = figure.add_axes((left, bottom, width, 0.82 - bottom), xlim=(0, 1), ylim=(low, high))
 
     thin, dots = 0.8 if len(steps) <= 1000 else 0.4, "o" if len(steps) <= 60 else ""
@@ -184,11 +186,12 @@ def plot_loss(
     panels[-1].xaxis.set_major_locator(MaxNLocator(9, steps=[1, 2, 5, 10], integer=True))
     panels[-1].xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     panels[-1].set_xlabel("step", fontsize=10, color=GRAY)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
 
 
-def _short(text: str, width: int) -> str:
+def shortened(text: str, width: int) -> str:
+    """A text as one line of at most `width` characters (1 or more), with "…" for what is cut."""
     text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 1] + "…"
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from common.batches import expected_padding
-from common.encoding import IGNORED, EncodedRows, PromptEncoder
+from common.encoded_rows import EncodedRows
+from common.encoding import IGNORED, PromptEncoder
 from common.errors import UserError
 from common.evaluation import TaskScore
 from common.launch import is_main_process, say

@@ -1,172 +1,244 @@
-"""The likelihood of answers, and answers written, in batches of a token budget.
+"""The likelihood of answers: tokens that prompts share are computed once, what is left is packed
+without padding (see `token_tree.py`).
 
-Under several processes each takes every n-th batch, all make equally many forward passes (a sharded
-model would wait for ever otherwise), and every process gets all results in the order of the
-requests.
+Models that cannot do that, such as those with sliding windows, compute whole prompts in padded
+batches. Under several processes each computes a part, and every process gets all results in the
+order of the requests. Where memory runs out, batches become smaller; none is lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-Progress = Callable[[Iterable], Iterable]
+from common.errors import UserError
+from common.journal import Journal
+from common.launch import progress_bar
+from common.lockstep import Lockstep, OutOfMemory, gather_results, own_share
+from common.shared_cache import KeptBeginning, can_share
+from common.token_tree import Pass, Tree, plan_passes
 
+Ids = Sequence[int]
+Request = tuple[Ids, Sequence[Ids]]  # a prompt, and its continuations
 
-def _batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices in batches of at most `budget` padded tokens (at least one each), longest first so
-    that a batch that does not fit into memory fails at once.
-    """
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda one: (-lengths[one], one)):
-        width = lengths[batches[-1][0]] if batches else 0
-        if batches and (len(batches[-1]) + 1) * width <= budget:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
-
-
-def _across_processes(
-    batches: list[list[int]], run: Callable[[list[int]], list], progress: Progress
-) -> dict[int, object]:
-    """The results of all batches by index, each batch run by one process."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank = torch.distributed.get_rank() if distributed else 0
-    world = torch.distributed.get_world_size() if distributed else 1
-    results: dict[int, object] = {}
-    for start in progress(range(0, len(batches), world)):
-        batch = batches[min(start + rank, len(batches) - 1)]  # without one left: a dummy
-        results.update(zip(batch, run(batch), strict=True))
-    if not distributed:
-        return results
-    gathered: list = [None] * world
-    torch.distributed.all_gather_object(gathered, results)
-    return {index: value for part in gathered for index, value in part.items()}
+# On a CPU more tokens in a pass gain nothing, and attention's cost grows with them.
+CPU_PASS_TOKENS = 512
 
 
 @torch.no_grad()  # not inference_mode: what FSDP gathers meanwhile is trained afterwards
 def log_likelihoods(
     model,
-    requests: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],
+    requests: Sequence[Request],
     *,
     batch_tokens: int = 4096,
-    progress: Progress = iter,
+    description: str | None = None,
+    journal: Journal | None = None,
 ) -> list[list[float]]:
     """The log-probability (nats, summed over tokens) of each continuation of each prompt.
 
     Args:
-        requests: a prompt's ids, at least one, and the ids of its continuations. Continuations that
-            differ in their last token only share one forward pass.
-        batch_tokens: tokens, padding included, in one forward pass.
+        requests: a prompt's ids, at least one, and the ids of its continuations. What continuations
+            share with one another is computed once, and their last tokens not at all.
+        batch_tokens: tokens in one forward pass at most.
+        description: of the progress bar; None for no bar.
+        journal: where results are kept as they come, and found again by a later run.
+    Raises:
+        UserError: a single request does not fit into memory.
     """
-    # What must be computed: each prompt with each distinct beginning of its continuations.
-    rows: list[list[int]] = []
-    # For each of these: its request, the prompt's length, and the continuations it serves.
-    parts: list[tuple[int, int, list[tuple[int, Sequence[int]]]]] = []
-    for number, (prompt, continuations) in enumerate(requests):
-        beginnings: dict[tuple[int, ...], list[tuple[int, Sequence[int]]]] = {}
-        for place, continuation in enumerate(continuations):
-            beginnings.setdefault(tuple(continuation[:-1]), []).append((place, continuation))
-        for beginning, members in beginnings.items():
-            rows.append([*prompt, *beginning])
-            parts.append((number, len(prompt), members))
-    device = next(model.parameters()).device
-
-    def run(batch: list[int]) -> list[list[tuple[int, int, float]]]:
-        width = max(len(rows[index]) for index in batch)
-        ids = torch.zeros(len(batch), width, dtype=torch.long)
-        mask = torch.zeros(len(batch), width, dtype=torch.long)
-        wanted: list[tuple[int, int]] = []
-        for place, index in enumerate(batch):
-            ids[place, : len(rows[index])] = torch.tensor(rows[index])
-            mask[place, : len(rows[index])] = 1
-            wanted += [(place, column) for column in range(parts[index][1] - 1, len(rows[index]))]
-        # Only columns from which an answer's token is predicted go through the head.
-        columns = sorted({column for _, column in wanted})
-        logits = model(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            logits_to_keep=torch.tensor(columns, device=device),
-            use_cache=False,
-        ).logits
-        if logits.shape[1] != len(columns):  # a model that does not know logits_to_keep
-            logits = logits[:, columns]
-        where = {column: place for place, column in enumerate(columns)}
-        picked = logits[[p for p, _ in wanted], [where[c] for _, c in wanted]].float()
-        log_probs = dict(zip(wanted, picked.log_softmax(-1), strict=True))
-        results = []
-        for place, index in enumerate(batch):
-            number, start, members = parts[index]
-            scores = []
-            for order, continuation in members:
-                total = sum(
-                    log_probs[place, start - 1 + offset][token].item()
-                    for offset, token in enumerate(continuation)
-                )
-                scores.append((number, order, float(total)))
-            results.append(scores)
-        return results
-
-    found = _across_processes(_batches([len(row) for row in rows], batch_tokens), run, progress)
+    if not requests:
+        return []
+    run = Lockstep(model)
+    if can_share(run):
+        if run.device.type == "cpu":
+            batch_tokens = min(batch_tokens, CPU_PASS_TOKENS)
+        compute = KeptScorer(run, batch_tokens).score
+        results = run_passes(
+            run, requests, _shared_plan, compute, batch_tokens, description, journal
+        )
+        return [results[index] for index in range(len(requests))]
+    parts, places = _split(requests)
+    compute = WholeScorer(run).score
+    results = run_passes(run, parts, _whole_plan, compute, batch_tokens, description, journal)
     scores = [[0.0] * len(continuations) for _, continuations in requests]
-    for results in found.values():
-        for number, order, value in results:
-            scores[number][order] = value
+    for index, members in enumerate(places):
+        for (number, place), value in zip(members, results[index], strict=True):
+            scores[number][place] = value
     return scores
 
 
-@torch.no_grad()  # not inference_mode: what FSDP gathers meanwhile is trained afterwards
-def generate(
-    model,
-    tokenizer,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    end_ids: Iterable[int],
-    stop: Sequence[str] = (),
-    batch_tokens: int = 4096,
-    progress: Progress = iter,
-) -> list[str]:
-    """What the model writes greedily after each prompt, without the end marker.
+def run_passes(
+    run: Lockstep,
+    requests: Sequence,
+    plan: Callable[[Sequence, int], list[Pass]],
+    compute: Callable[[Sequence, Pass], list],
+    budget: int,
+    description: str | None,
+    journal: Journal | None,
+) -> dict[int, list]:
+    """The results of all requests by index: this process computes its part, smaller passes are
+    tried where one runs out of memory, and all processes' results come together.
 
-    Args:
-        end_ids: tokens that end an answer, beside those of the model's generation config.
-        stop: texts that end an answer too; what follows them may still be in the result.
+    Passes are planned over all requests and those that a journal knows whole are skipped, so that
+    a run that is taken up computes what an uninterrupted one does.
     """
-    device = next(model.parameters()).device
-    configured = model.generation_config.eos_token_id
-    ends = set(end_ids) | set(configured if isinstance(configured, list) else [configured]) - {None}
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    known = {} if journal is None else journal.load(requests)
+    passes = [one for one in plan(requests, budget) if not set(one.members) <= known.keys()]
+    waiting = own_share(passes, lambda one: one.tokens)[::-1]
+    total = sum(len(one.members) for one in waiting)
+    results: dict[int, list] = {}
+    with run, progress_bar(description, total) as bar:
+        while waiting:
+            one = waiting.pop()
+            some = [requests[index] for index in one.members]
+            try:
+                found = compute(some, one)
+            except OutOfMemory:
+                budget = max(1, min(budget, one.tokens) // 2)
+                rest = [*one.members, *(index for more in waiting[::-1] for index in more.members)]
+                smaller = plan([requests[index] for index in rest], budget)
+                waiting = [
+                    Pass(tuple(rest[at] for at in less.members), less.kept, less.tokens)
+                    for less in smaller[::-1]
+                ]
+                if one in waiting:
+                    raise UserError(
+                        f"out of memory with a single row of {one.tokens + one.kept:,} tokens; "
+                        "lower --max_length, or take a smaller model or more processes under FSDP"
+                    ) from None
+                continue
+            results.update(zip(one.members, found, strict=True))
+            if journal is not None:
+                journal.add(some, found)
+            bar.update(len(some))
+    return {**known, **gather_results(results)}
 
-    def run(batch: list[int]) -> list[str]:
-        width = max(len(prompts[index]) for index in batch)
-        ids = torch.full((len(batch), width), tokenizer.pad_token_id)
-        mask = torch.zeros(len(batch), width, dtype=torch.long)
-        for place, index in enumerate(batch):  # padded on the left: all answers begin in one column
-            ids[place, width - len(prompts[index]) :] = torch.tensor(prompts[index])
-            mask[place, width - len(prompts[index]) :] = 1
-        written = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            eos_token_id=sorted(ends),
-            pad_token_id=tokenizer.pad_token_id,
-            stop_strings=list(stop) or None,
-            tokenizer=tokenizer if stop else None,
-            synced_gpus=distributed,
-        )[:, width:]
-        texts = []
-        for row in written.tolist():
-            length = next((place for place, token in enumerate(row) if token in ends), len(row))
-            texts.append(tokenizer.decode(row[:length], skip_special_tokens=True))
-        return texts
 
-    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
-    found = _across_processes(_batches(lengths, batch_tokens), run, progress)
-    return [found[index] for index in range(len(prompts))]
+def _shared_plan(requests: Sequence[Request], budget: int) -> list[Pass]:
+    extra = []
+    for _, continuations in requests:
+        tree = Tree()
+        for continuation in continuations:
+            tree.add(continuation[:-1])
+        extra.append(len(tree.ids))
+    return plan_passes([list(prompt) for prompt, _ in requests], extra, budget)
+
+
+class KeptScorer:
+    """Scores requests behind a beginning that they share."""
+
+    def __init__(self, run: Lockstep, budget: int):
+        self.kept = KeptBeginning(run, budget)
+
+    def score(self, requests: Sequence[Request], one: Pass) -> list[list[float]]:
+        """The log-likelihoods of the continuations of each request of a pass."""
+        self.kept.hold(requests[0][0][: one.kept])
+        tree, wanted = Tree(), []
+        for prompt, continuations in requests:
+            path = tree.add(list(prompt[one.kept :]))
+            for continuation in continuations:
+                places = [path[-1], *tree.add(continuation[:-1], path[-1])]
+                wanted.append(list(zip(places, continuation, strict=True)))
+        read = sorted({place for pairs in wanted for place, _ in pairs})
+        row = {place: number for number, place in enumerate(read)}
+        logits = self.kept.over(tree, read)
+        wanted = [[(row[place], token) for place, token in pairs] for pairs in wanted]
+        return _sums(logits, wanted, requests)
+
+
+def _sums(
+    logits: torch.Tensor, wanted: Sequence[list[tuple[int, int]]], requests: Sequence[Request]
+) -> list[list[float]]:
+    """Log-probabilities of (row of the logits, token), summed over each continuation's pairs."""
+    pairs = [pair for one in wanted for pair in one]
+    rows, tokens = (torch.tensor(one, device=logits.device) for one in zip(*pairs, strict=True))
+    # The normalizer of each row once, in parts: a second copy of all logits may not fit.
+    normalizers = torch.cat([part.float().logsumexp(-1) for part in logits.split(64)])
+    values = iter((logits[rows, tokens].float() - normalizers[rows]).tolist())
+    sums = iter([sum(next(values) for _ in one) for one in wanted])
+    return [[next(sums) for _ in continuations] for _, continuations in requests]
+
+
+# Whole prompts ------------------------------------------------------------------------------------
+
+
+def _split(requests: Sequence[Request]) -> tuple[list[Request], list[list[tuple[int, int]]]]:
+    """A request for each distinct beginning of continuations, and where the scores of its
+    continuations belong: (request, place among its continuations).
+    """
+    parts: list[Request] = []
+    places: list[list[tuple[int, int]]] = []
+    for number, (prompt, continuations) in enumerate(requests):
+        beginnings: dict[Ids, list[int]] = {}
+        for place, continuation in enumerate(continuations):
+            beginnings.setdefault(tuple(continuation[:-1]), []).append(place)
+        for members in beginnings.values():
+            parts.append((prompt, [continuations[place] for place in members]))
+            places.append([(number, place) for place in members])
+    return parts, places
+
+
+def _whole_plan(requests: Sequence[Request], budget: int) -> list[Pass]:
+    lengths = [len(prompt) + len(continuations[0]) - 1 for prompt, continuations in requests]
+    return plan_padded(lengths, budget)
+
+
+def plan_padded(lengths: Sequence[int], budget: int) -> list[Pass]:
+    """Batches of at most `budget` padded tokens (a row that is longer gets one of its own), longest
+    first, so that one that does not fit into memory fails at once.
+    """
+    passes: list[Pass] = []
+    for index in sorted(range(len(lengths)), key=lambda one: (-lengths[one], one)):
+        members = passes[-1].members if passes else ()
+        size = (len(members) + 1) * lengths[members[0]] if members else 0
+        if members and size <= budget:
+            passes[-1] = Pass((*members, index), 0, size)
+        else:
+            passes.append(Pass((index,), 0, lengths[index]))
+    return passes
+
+
+class WholeScorer:
+    """Scores requests, whose continuations differ in their last tokens only, in a padded batch."""
+
+    def __init__(self, run: Lockstep):
+        self.run = run
+        config = getattr(run.model, "active_peft_config", None)
+        # Soft prompts stand in front: the columns are counted from the end.
+        self._prompted = getattr(config, "is_prompt_learning", False)
+
+    def score(self, requests: Sequence[Request], one: Pass) -> list[list[float]]:
+        """The log-likelihoods of the continuations of each request of a pass."""
+        rows = [[*prompt, *continuations[0][:-1]] for prompt, continuations in requests]
+        width = max(map(len, rows))
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for number, row in enumerate(rows):
+            ids[number, : len(row)] = torch.tensor(row)
+            mask[number, : len(row)] = 1
+        places = [
+            (number, column)
+            for number, (prompt, _) in enumerate(requests)
+            for column in range(len(prompt) - 1, len(rows[number]))
+        ]
+        # Only columns from which an answer's token is predicted go through the head.
+        columns = sorted({column for _, column in places})
+        device = self.run.device
+        keep = {} if self._prompted else {"logits_to_keep": torch.tensor(columns, device=device)}
+        logits = self.run(
+            input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **keep
+        ).logits
+        if logits.shape[1] != len(columns):  # a model that does not know logits_to_keep
+            logits = logits[:, -width:][:, columns]
+        where = {column: number for number, column in enumerate(columns)}
+        logits = logits[[row for row, _ in places], [where[column] for _, column in places]]
+        picked = {place: number for number, place in enumerate(places)}
+        wanted = [
+            [
+                (picked[number, len(prompt) - 1 + step], token)
+                for step, token in enumerate(continuation)
+            ]
+            for number, (prompt, continuations) in enumerate(requests)
+            for continuation in continuations
+        ]
+        return _sums(logits, wanted, requests)

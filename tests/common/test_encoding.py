@@ -24,7 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers_for_tests import NAMES, hostile_text, markup_of, plain_text, tokenizer_for
 
-from common.encoding import IGNORED, PromptEncoder, encode_rows
+from common.encoded_rows import encode_rows
+from common.encoding import IGNORED, PromptEncoder
 from common.template import PromptTemplate
 
 # Exactly the answer

@@ -16,6 +16,7 @@ from common import evaluation
 from common.encoding import PromptEncoder
 from common.errors import UserError
 from common.evaluation import evaluate_task
+from common.generation import Written
 from common.template import PromptTemplate
 
 MODEL = outspoken_llama()
@@ -48,7 +49,7 @@ def written_by(monkeypatch, texts: list[str]) -> dict:
     def generate(model, tokenizer, prompts, **options):
         asked.update(options, prompts=[tokenizer.decode(ids) for ids in prompts])
         assert len(prompts) == len(texts)
-        return texts
+        return [[Written(text, 0.0)] for text in texts]
 
     monkeypatch.setattr(evaluation, "generate", generate)
     return asked
@@ -372,7 +373,9 @@ def test_two_processes_give_each_row_once_in_order_with_the_same_scores(tmp_path
                 for key, value in other.items():
                     close = pytest.approx(value, abs=1e-5)
                     assert one[key] == (close if key in ("score", "log_likelihoods") else value)
-            if not case.startswith("squad"):  # where it generates, batches differ in length
-                assert found["passes"] == math.ceil(expected["passes"] / 2), case
-    assert min(one["passes"] for one in alone.values()) == 1  # fewer batches than processes
+    for case, expected in alone.items():
+        passes = [process[case]["passes"] for process in together]
+        assert max(passes) <= expected["passes"], case
+        if case == "movie_reviews, one":  # the other process has nothing to do
+            assert sorted(passes) == [0, 1]
     assert max(one["passes"] for one in alone.values()) > 4

@@ -17,7 +17,8 @@ from tokenizers_for_tests import NAMES, tokenizer_for
 from transformers import LlamaForCausalLM
 
 from common import results
-from common.encoding import IGNORED, EncodedRows, PromptEncoder, encode_rows
+from common.encoded_rows import EncodedRows, encode_rows
+from common.encoding import IGNORED, PromptEncoder
 from common.errors import UserError
 from common.evaluation import TaskScore
 from common.memory import MemoryEstimate

@@ -130,6 +130,43 @@ def test_a_cloze_fits_with_all_its_masks_or_is_refused(name, data, masks):
     assert prompt.shortened == (len(whole) > max_length)
 
 
+@pytest.mark.parametrize("name", MASKED)
+@given(data=st.data(), masks=st.integers(1, 3))
+@settings(max_examples=20)
+def test_of_a_cloze_whole_demonstrations_go_first_and_none_brings_a_mask(name, data, masks):
+    form = data.draw(st.sampled_from(["class", "pair"]))
+    texts, mask = hostile_text(tokenizer_for(name)), tokenizer_for(name).mask_token_id
+    encoder = limited(encoder_for(form, name), ROOMY)
+    question, shown = data.draw(asked(form, texts, long(texts))), data.draw(demonstrations(texts))
+
+    def by_hand(question, shown):
+        before, after = encoder.cloze_parts(question)
+        before = "\n\n".join([*(one + rest for one, rest in shown), before])
+        return encoder.text.cloze(before, after, masks)[0]
+
+    whole = by_hand(question, shown)
+    least = len(by_hand(smallest(encoder, question), []))
+    max_length = data.draw(budgets(least, len(whole)))
+
+    try:
+        ids, places, prompt = limited(encoder, max_length).cloze(question, masks, shown)
+    except DoesNotFit as error:
+        message_of(error)
+        assert least > max_length
+        return
+
+    assert len(ids) <= max_length
+    assert ids == by_hand(prompt.question, shown[prompt.dropped :]) == prompt.ids
+    assert places == [place for place, index in enumerate(ids) if index == mask]
+    assert len(places) == masks
+    check_cut(encoder, question, prompt.question)
+    if prompt.dropped:
+        assert len(by_hand(question, shown[prompt.dropped - 1 :])) > max_length
+    if prompt.shortened:
+        assert prompt.dropped == len(shown)
+        assert len(by_hand(question, [])) > max_length
+
+
 @pytest.mark.parametrize("name", NAMES)
 @given(data=st.data())
 @settings(max_examples=20)

@@ -15,7 +15,8 @@ from transformers.trainer_pt_utils import LabelSmoother
 from trl import SFTConfig
 
 from common.arguments import RecipeArguments, parse_arguments
-from common.encoding import PromptEncoder, encode_rows
+from common.encoded_rows import encode_rows
+from common.encoding import PromptEncoder
 from common.errors import UserError
 from common.evaluation import evaluate_task
 from common.template import PromptTemplate

@@ -9,7 +9,8 @@ from datasets import Dataset
 from common.arguments import RecipeArguments, parse_arguments
 from common.checkpoints import find_checkpoint
 from common.data import load_splits
-from common.encoding import PromptEncoder, encode_rows
+from common.encoded_rows import encode_rows
+from common.encoding import PromptEncoder
 from common.evaluation import evaluate_task
 from common.launch import say
 from common.models import load_model, load_tokenizer

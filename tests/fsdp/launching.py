@@ -16,7 +16,7 @@ RECIPE = str(ROOT / "recipes" / "lora_sft.py")
 FULL = str(Path(__file__).with_name("full_tuning.py"))
 # Of a run that leaves checkpoints 10, 15 and 20.
 SAVING = {"save_strategy": "steps", "save_steps": 5, "save_total_limit": 3}
-TIMEOUT = 300  # seconds; a run that hangs has lost a process
+TIMEOUT = 120  # seconds; a run that hangs has lost a process
 
 
 @dataclass
@@ -61,7 +61,7 @@ def start(config: Path, file: Path, runs: dict[str, list[str]], *options: str) -
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     if "--main_process_port" not in options:
         command += ["--main_process_port", str(free_port())]
-    paths = [str(ROOT / "recipes"), str(Path(__file__).parent)]
+    paths = [str(ROOT / "recipes"), str(Path(__file__).parent), str(ROOT / "tests")]
     environment = {
         "PYTHONPATH": os.pathsep.join(paths),
         "CUDA_VISIBLE_DEVICES": "",  # a rehearsal, also where there are GPUs

@@ -1,0 +1,61 @@
+"""A model that is scored and not trained, on its device or sharded over the processes."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch.distributed.tensor import DTensor
+from transformers.distributed.fsdp import update_fsdp_plugin_peft
+
+from common.errors import UserError
+from common.launch import say, uses_fsdp
+
+FSDP_OFF = (
+    "the accelerate config asks for FSDP, but accelerate did not turn it on; install the versions "
+    "of requirements.txt, or launch with accelerate_configs/ddp.yaml"
+)
+
+
+def place_model(model, training):
+    """The model on this process's device, under FSDP its shard.
+
+    Args:
+        training: a `RecipeConfig`, which has set the processes up.
+    Raises:
+        UserError: what should be sharded is not.
+    """
+    model.eval()
+    if not uses_fsdp():
+        return model.to(training.device)
+    accelerator = Accelerator()
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        raise UserError(FSDP_OFF)
+    plugin.activation_checkpointing = False  # nothing is trained
+    if plugin.fsdp_version == 1:
+        if isinstance(model, PeftModel):
+            update_fsdp_plugin_peft(model, accelerator)
+        return accelerator.prepare(model)
+    # accelerate shards a model only together with an optimizer; this one is never used.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    model, _ = accelerator.prepare(model, optimizer)
+    check_shards(model, accelerator.num_processes)
+    return model.eval()
+
+
+def check_shards(model, processes: int) -> None:
+    """Say which part of the parameters this process holds under FSDP2.
+
+    Raises:
+        UserError: all of them.
+    """
+    parameters = list(model.parameters())
+    parts = [one.to_local() if isinstance(one, DTensor) else one for one in parameters]
+    total, held = (sum(one.numel() for one in some) for some in (parameters, parts))
+    if processes > 1 and held == total:
+        raise UserError("FSDP left every parameter whole; install the versions of requirements.txt")
+    say(
+        f"sharded by FSDP2: {held:,} of {total:,} parameters ({held / total:.1%}) in each of "
+        f"{processes} processes"
+    )

@@ -1,0 +1,183 @@
+"""Forward passes over a tree of tokens, whose beginning is kept as keys and values.
+
+The tokens of a pass stand in one row, each with its own position, under a mask by which it sees the
+kept ones and its own path: nothing is padded, and the kept keys and values are never repeated.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DummyLayer, DynamicLayer
+
+from common.lockstep import Lockstep, OutOfMemory
+from common.token_tree import Tree, common_length
+
+_CHECKED: WeakKeyDictionary = WeakKeyDictionary()
+# What float32 and the 16-bit types may differ by, relative to how much log-probabilities vary.
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+_COARSE_TOLERANCE = 0.1
+
+
+class SharedCache:
+    """Keys and values of tokens, which a model's forward passes see by a mask.
+
+    Attributes:
+        length: how many tokens are in it.
+    """
+
+    def __init__(self, run: Lockstep):
+        self.run = run
+        self.length = 0
+        config = run.model.config
+        self._cache = DynamicCache(config=config)
+        # sdpa takes booleans; eager attention adds its mask to the scores.
+        self._additive = config._attn_implementation == "eager"
+
+    def feed(
+        self, ids: Sequence[int], positions: Sequence[int], visible: torch.Tensor, read: list[int]
+    ) -> torch.Tensor:
+        """Compute tokens and add them.
+
+        Args:
+            ids, positions: [n] tokens, and where each stands in its own text.
+            visible: [n, length + n] booleans: what each token sees, itself included.
+            read: k of the n places.
+
+        Returns:
+            [k, vocabulary] logits of the token that follows each place read.
+        Raises:
+            OutOfMemory: nothing was added.
+        """
+        device = self.run.device
+        mask = visible[None, None].to(device)
+        if self._additive:
+            dtype = self.run.model.dtype
+            lowest = torch.finfo(dtype).min
+            mask = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, lowest)
+        try:
+            logits = self.run(
+                input_ids=torch.tensor([ids], device=device),
+                position_ids=torch.tensor([positions], device=device),
+                attention_mask=mask,
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=torch.tensor(read, device=device),
+            ).logits
+        except OutOfMemory:
+            self._crop(self.length)
+            raise
+        self.length += len(ids)
+        if logits.shape[1] != len(read):  # a model that does not know logits_to_keep
+            logits = logits[:, read]
+        return logits[0]
+
+    def forget(self, count: int) -> None:
+        """Drop the tokens that were added last."""
+        self.length -= count
+        self._crop(self.length)
+
+    def select(self, places: torch.Tensor) -> None:
+        """Keep the tokens at these places only."""
+        for layer in self._cache.layers:
+            if layer.is_initialized and layer.keys is not None:
+                layer.keys = layer.keys.index_select(-2, places.to(layer.keys.device))
+                layer.values = layer.values.index_select(-2, places.to(layer.keys.device))
+        self.length = len(places)
+
+    def _crop(self, length: int) -> None:
+        for layer in self._cache.layers:
+            layer.crop(length - layer.get_seq_length())
+
+
+class KeptBeginning:
+    """A `SharedCache` that holds the beginning of a text, and exchanges only what differs."""
+
+    def __init__(self, run: Lockstep, budget: int):
+        self.cache = SharedCache(run)
+        self.ids: list[int] = []
+        self.budget = budget  # tokens in one forward pass
+
+    def hold(self, ids: Sequence[int]) -> None:
+        """Make `ids` the beginning."""
+        ids = list(ids)
+        same = common_length(self.ids, ids)
+        self.cache.forget(len(self.ids) - same)
+        self.ids = ids[:same]
+        while len(self.ids) < len(ids):
+            there = len(self.ids)
+            chunk = ids[there : there + self.budget]
+            size = len(chunk)
+            sees = torch.ones(size, there + size, dtype=torch.bool).tril(there)
+            try:
+                self.cache.feed(chunk, range(there, there + size), sees, [size - 1])
+            except OutOfMemory:
+                if self.budget == 1:
+                    raise
+                self.budget //= 2
+                continue
+            self.ids += chunk
+
+    def over(self, tree: Tree, read: list[int]) -> torch.Tensor:
+        """[k, vocabulary] logits behind k tokens of a tree that follows the beginning."""
+        there = len(self.ids)
+        positions = [there + depth for depth in tree.depths]
+        logits = self.cache.feed(tree.ids, positions, tree.visible(there), read)
+        self.cache.forget(len(tree.ids))
+        return logits
+
+
+def can_share(run: Lockstep) -> bool:
+    """Whether a model computes a tree of tokens as it computes whole texts.
+
+    Found out by doing both on a few tokens: whether a mask and positions are heeded is nowhere
+    written. Sliding windows and recurrent layers, whose cache is no list of tokens, are out.
+    """
+    if run.model not in _CHECKED:
+        _CHECKED[run.model] = _try_sharing(run)
+    return _CHECKED[run.model]
+
+
+def forward_parameters(model) -> set[str]:
+    """What a model's forward pass takes, beneath an adapter."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return set(inspect.signature(base.forward).parameters)
+
+
+def _try_sharing(run: Lockstep) -> bool:
+    model = run.model
+    config = getattr(model, "config", None)
+    if getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
+        return False
+    if not {"position_ids", "past_key_values", "attention_mask"} <= forward_parameters(model):
+        return False
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return False
+    # Not `is_croppable`, which sliding windows claim to be.
+    if any(
+        type(one) not in (DynamicLayer, DummyLayer) for one in DynamicCache(config=config).layers
+    ):
+        return False
+    vocabulary = config.get_text_config(decoder=True).vocab_size
+    beginning, *ends = (
+        [(7 * place + 3) % vocabulary for place in places]
+        for places in (range(4), range(4, 7), range(9, 11))
+    )
+    tree = Tree()
+    read = [tree.add(end)[-1] for end in ends]
+    kept = KeptBeginning(run, budget=4)
+    kept.hold(beginning)
+    found = kept.over(tree, read).float().log_softmax(-1)
+    for end, shared in zip(ends, found, strict=True):
+        ids = torch.tensor([beginning + end], device=run.device)
+        logits = run(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        whole = logits[0, -1].float().log_softmax(-1)
+        spread = whole.std() + torch.finfo(torch.float32).eps
+        tolerance = _TOLERANCE.get(model.dtype, _COARSE_TOLERANCE)
+        if not (whole - shared).abs().max() <= tolerance * spread:
+            return False
+    return True
