@@ -1,6 +1,6 @@
 """How fast few-shot prompts are scored beside lm-evaluation-harness, at equal log-likelihoods.
 
-    python benchmarks/icl_vs_lm_eval.py --data data              # 100 rows, about 45 minutes
+    python benchmarks/icl_vs_lm_eval.py --data data              # 100 rows, about 15 minutes
     python benchmarks/icl_vs_lm_eval.py --data data --quick      # 40 rows, one round
 
 Both score the same prompts, float32 on the CPU, one after the other, in processes that have loaded

@@ -13,6 +13,8 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DummyLayer, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from common.lockstep import Lockstep, OutOfMemory
 from common.token_tree import Tree, common_length
@@ -21,6 +23,28 @@ _CHECKED: WeakKeyDictionary = WeakKeyDictionary()
 # What float32 and the 16-bit types may differ by, relative to how much log-probabilities vary.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _COARSE_TOLERANCE = 0.1
+_PART = 128  # queries
+
+
+def _attention_in_parts(module, query, key, value, attention_mask, **options):
+    """transformers' sdpa, a part of the queries at a time: in the order of a tree no token sees a
+    later one, so that the first parts need fewer keys. A CPU computes what a mask rules out.
+    """
+    before, size = key.shape[2] - query.shape[2], query.shape[2]
+    parts = []
+    for start in range(0, size, _PART):
+        end = min(start + _PART, size)
+        seen = slice(0, before + end)
+        found, _ = sdpa_attention_forward(
+            module,
+            query[:, :, start:end],
+            key[:, :, seen],
+            value[:, :, seen],
+            attention_mask[:, :, start:end, seen],
+            **options,
+        )
+        parts.append(found)
+    return torch.cat(parts, 1), None
 
 
 class SharedCache:
@@ -60,7 +84,7 @@ class SharedCache:
             lowest = torch.finfo(dtype).min
             mask = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, lowest)
         try:
-            logits = self.run(
+            logits = self._run(
                 input_ids=torch.tensor([ids], device=device),
                 position_ids=torch.tensor([positions], device=device),
                 attention_mask=mask,
@@ -75,6 +99,15 @@ class SharedCache:
         if logits.shape[1] != len(read):  # a model that does not know logits_to_keep
             logits = logits[:, read]
         return logits[0]
+
+    def _run(self, **inputs):
+        if self.run.device.type != "cpu" or self._additive:
+            return self.run(**inputs)
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention_in_parts
+        try:
+            return self.run(**inputs)
+        finally:
+            del ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def forget(self, count: int) -> None:
         """Drop the tokens that were added last."""

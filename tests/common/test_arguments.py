@@ -93,7 +93,9 @@ def test_help_answers_at_once_and_lists_every_argument_with_its_default(recipe):
     listed = dict(re.findall(r"^  --(\w+)\s(.*?)(?=^  --|^$|\Z)", done.stdout, re.M | re.S))
     own = arguments_of(recipe)()
     for one in dataclasses.fields(own):
-        value = getattr(own, one.name)
+        value = one.default  # not the instance's, which may depend on others
+        if value is dataclasses.MISSING:
+            value = one.default_factory()
         shown = " ".join(value) if isinstance(value, list) else value
         text = " ".join(listed[one.name].split())
         assert text.endswith(f"[{shown}]") == (shown not in ("", None) and shown is not False)
