@@ -30,6 +30,8 @@ def _attention_in_parts(module, query, key, value, attention_mask, **options):
     """transformers' sdpa, a part of the queries at a time: in the order of a tree no token sees a
     later one, so that the first parts need fewer keys. A CPU computes what a mask rules out.
     """
+    if options.get("position_bias") is not None:  # which would have to be cut as well
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     before, size = key.shape[2] - query.shape[2], query.shape[2]
     parts = []
     for start in range(0, size, _PART):

@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.journal import Journal
 from common.lockstep import Lockstep
 from common.scoring import log_likelihoods
-from common.shared_cache import can_share
+from common.shared_cache import _PART, can_share
 
 
 @torch.no_grad()
@@ -119,6 +119,18 @@ def test_no_pass_is_over_the_budget_and_a_row_over_it_is_computed_in_parts():
     assert max(columns for _, columns in passes.shapes) <= 40
     # Nothing is padded: each token, and of the answers the first, once.
     assert passes.tokens == sum(lengths) + len(lengths)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+def test_passes_that_are_longer_than_a_part_of_the_attention_score_the_same(name):
+    model = MODELS[name]
+    requests = [([5, 9] * 20 + [number, 7, number + 3], [[1], [2, 3]]) for number in range(60, 160)]
+    with Passes(model) as passes:
+        found = log_likelihoods(model, requests)
+    assert max(columns for _, columns in passes.shapes) > 2 * _PART
+    for (prompt, continuations), values in zip(requests, found, strict=True):
+        expected = [one_at_a_time(model, prompt, one) for one in continuations]
+        assert values == pytest.approx(expected, abs=1e-4, rel=0)
 
 
 def test_candidates_share_their_query_and_what_they_have_in_common():
