@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,30 +24,64 @@ _CHECKED: WeakKeyDictionary = WeakKeyDictionary()
 # What float32 and the 16-bit types may differ by, relative to how much log-probabilities vary.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _COARSE_TOLERANCE = 0.1
-_PART = 128  # queries
+_PART = 64  # queries
 
 
-def _attention_in_parts(module, query, key, value, attention_mask, **options):
-    """transformers' sdpa, a part of the queries at a time: in the order of a tree no token sees a
-    later one, so that the first parts need fewer keys. A CPU computes what a mask rules out.
+class TreeAttention:
+    """transformers' sdpa for one mask on a CPU, without the work that the mask rules out.
+
+    Columns that all tokens see need no mask; of the others a part of the queries needs few, since
+    in the order of a tree no token sees a later one, and texts stand side by side. The two are
+    joined by the logarithms of their normalizers (Dao et al. 2022, FlashAttention, section 3.1).
+    Heads that share keys and values stand as further queries, so that those are not repeated.
     """
-    if options.get("position_bias") is not None:  # which would have to be cut as well
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    before, size = key.shape[2] - query.shape[2], query.shape[2]
-    parts = []
-    for start in range(0, size, _PART):
-        end = min(start + _PART, size)
-        seen = slice(0, before + end)
-        found, _ = sdpa_attention_forward(
-            module,
-            query[:, :, start:end],
-            key[:, :, seen],
-            value[:, :, seen],
-            attention_mask[:, :, start:end, seen],
-            **options,
-        )
-        parts.append(found)
-    return torch.cat(parts, 1), None
+
+    def __init__(self, visible: torch.Tensor, dtype: torch.dtype):
+        """For [n, length] booleans: what each token sees, itself included."""
+        before = visible.shape[1] - len(visible)
+        hidden = (~visible[:, :before].all(0)).nonzero()
+        self.open = int(hidden[0]) if len(hidden) else before  # so many first columns all see
+        self.mask = visible[None, None]
+        self.parts = []  # queries, columns, and what is added to their scores
+        for start in range(0, len(visible), _PART):
+            some = visible[start : start + _PART, self.open :]
+            low, high = (int(one) for one in some.any(0).nonzero()[[0, -1]])
+            bias = torch.zeros(len(some), high + 1 - low, dtype=dtype)
+            bias.masked_fill_(~some[:, low : high + 1], float("-inf"))
+            queries = slice(start, start + len(some))
+            self.parts.append((queries, slice(self.open + low, self.open + high + 1), bias))
+
+    def __call__(self, module, query, key, value, attention_mask, scaling=None, **options):
+        """As transformers calls attention: [batch, heads, n, size of a head] queries."""
+        plain = attention_mask is self.mask and query.shape[-1] == value.shape[-1]
+        if not plain or options.get("dropout") or options.get("position_bias") is not None:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, scaling=scaling, **options
+            )
+        attend = partial(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, scale=scaling)
+        _, heads, size, width = query.shape
+        groups = heads // key.shape[1]
+
+        def part(queries, columns, bias=None):
+            """[1, heads, queries, width] values, and [1, heads, queries, 1] normalizers."""
+            some = query[:, :, queries]
+            if bias is not None:
+                bias = bias.to(query.dtype).repeat(groups, 1)[None, None]
+            found, normalizers = attend(
+                some.reshape(1, key.shape[1], -1, width),
+                key[:, :, columns],
+                value[:, :, columns],
+                attn_mask=bias,
+            )
+            return found.reshape(some.shape), normalizers.reshape(*some.shape[:3], 1)
+
+        pieces = [part(*one) for one in self.parts]
+        found, normalizers = (torch.cat(some, 2) for some in zip(*pieces, strict=True))
+        if self.open:
+            open_found, open_normalizers = part(slice(size), slice(self.open))
+            weight = torch.sigmoid(normalizers - open_normalizers).to(found.dtype)
+            found = torch.lerp(open_found, found, weight)
+        return found.transpose(1, 2).contiguous(), None
 
 
 class SharedCache:
@@ -80,13 +115,18 @@ class SharedCache:
             OutOfMemory: nothing was added.
         """
         device = self.run.device
+        dtype = self.run.model.dtype
         mask = visible[None, None].to(device)
+        attention = None
         if self._additive:
-            dtype = self.run.model.dtype
             lowest = torch.finfo(dtype).min
             mask = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, lowest)
+        elif device.type == "cpu":
+            attention = TreeAttention(visible, dtype)
+            mask = attention.mask
         try:
             logits = self._run(
+                attention,
                 input_ids=torch.tensor([ids], device=device),
                 position_ids=torch.tensor([positions], device=device),
                 attention_mask=mask,
@@ -102,10 +142,10 @@ class SharedCache:
             logits = logits[:, read]
         return logits[0]
 
-    def _run(self, **inputs):
-        if self.run.device.type != "cpu" or self._additive:
+    def _run(self, attention: TreeAttention | None, **inputs):
+        if attention is None:
             return self.run(**inputs)
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention_in_parts
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
         try:
             return self.run(**inputs)
         finally:
