@@ -143,6 +143,29 @@ CASES = {
         prompt="Question: A box holds 600 nails. How many do 3 hold?\nAnswer:",
         target=" 3 boxes hold 3*600 = 1,800 nails.\nThe answer is 1800",
     ),
+    "word_problems": Case(
+        rows=[
+            {
+                "question": "A box holds 16 nails. Tom has 3 boxes and uses 9. How many are left?",
+                "rationale": "The boxes hold 3 x 16 = 48 nails. So 48 - 9 = 39 are left.",
+                "answer": "39",
+                "kind": "boxes",
+            },
+            # The reasoning uses the words that lead to the answer; the answer is no text.
+            {"question": "2 + 2?", "rationale": " The answer is 2 + 2 = 4. ", "answer": 4},
+            {
+                "question": "600 more than 600?",
+                "rationale": "600 + 600 = 1,200.",
+                "answer": "1,200\n",
+            },
+        ],
+        golds=[("39",), ("4",), ("1,200",)],
+        prompt=(
+            "Question: A box holds 16 nails. Tom has 3 boxes and uses 9. How many are left?\n"
+            "Answer:"
+        ),
+        target=(" The boxes hold 3 x 16 = 48 nails. So 48 - 9 = 39 are left.\nThe answer is 39"),
+    ),
     "squad": PASSAGES,
     "xquad": PASSAGES,
     "wnut17": Case(
