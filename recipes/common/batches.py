@@ -41,6 +41,8 @@ def micro_batches(lengths: Sequence[int], training) -> list[list[int]]:
 
 def expected_padding(lengths: Sequence[int], training) -> float:
     """The share of padding in one pass: padding tokens over all tokens."""
+    if training.packing:
+        return 0.0
     batches = [[lengths[index] for index in batch] for batch in micro_batches(lengths, training)]
     slots = sum(len(batch) * max(batch) for batch in batches)
     return 1 - sum(sum(batch) for batch in batches) / slots if slots else 0.0

@@ -54,9 +54,9 @@ def find_checkpoint(output_dir: str, which: str | None) -> str | None:
         which: None for a fresh start, "last" for the newest whole checkpoint in `output_dir`, or
             a folder.
 
-    A fresh start clears what a finished run (one with a metrics.json) left there, and refuses to
-    mix with the checkpoints of an unfinished one. Going on, the run is unfinished again. The main
-    process alone looks and clears, since the others might look while it does.
+    A fresh start clears what a finished run (one with a metrics.json) left there, and any samples,
+    and refuses to mix with the checkpoints of an unfinished one. Going on, the run is unfinished
+    again. The main process alone looks and clears, since the others might look while it does.
 
     Raises:
         UserError: nothing to resume from, a checkpoint of another kind of launch, or a fresh start
@@ -92,12 +92,14 @@ def find_checkpoint(output_dir: str, which: str | None) -> str | None:
 
 
 def _make_way(folder: Path, checkpoints: list[Path]) -> None:
-    if (folder / "metrics.json").exists():
-        for one in checkpoints:
-            shutil.rmtree(one)
-        (folder / "metrics.json").unlink()  # last: an interrupted clearing is taken up again
-    elif checkpoints:
+    finished = (folder / "metrics.json").exists()
+    if checkpoints and not finished:
         raise UserError(
             f"--output_dir {folder}: holds {checkpoints[-1].name} of an unfinished run; pass "
             "--resume_from_checkpoint last to go on, another --output_dir, or delete it"
         )
+    (folder / "samples.jsonl").unlink(missing_ok=True)  # to which a run adds
+    if finished:
+        for one in checkpoints:
+            shutil.rmtree(one)
+        (folder / "metrics.json").unlink()  # last: an interrupted clearing is taken up again

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import heapq
+import math
 import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from unittest import mock
 
@@ -21,6 +23,7 @@ from transformers import masking_utils
 from common.batches import micro_batches
 from common.encoding import IGNORED
 from common.launch import fsdp_option
+from common.packing import RowsApart
 
 _LOOKED_AT = 16  # micro-batches whose labels are read; to read all would take long
 
@@ -30,11 +33,12 @@ class MicroBatch:
     """The shape of one forward pass.
 
     Attributes:
-        rows: examples.
+        rows: examples; with packing the one line that they stand in.
         width: tokens of each, padding included.
         columns: positions that are projected onto the vocabulary, in every row.
         supervised: tokens that have a loss.
         padded: whether there is padding.
+        lengths: tokens of each example in the line; empty without packing.
     """
 
     rows: int
@@ -42,6 +46,7 @@ class MicroBatch:
     columns: int
     supervised: int
     padded: bool
+    lengths: tuple[int, ...] = ()
 
 
 def heaviest_batch(examples: Sequence[dict], training) -> MicroBatch:
@@ -57,10 +62,12 @@ def heaviest_batch(examples: Sequence[dict], training) -> MicroBatch:
         groups = training.gradient_accumulation_steps * training.world_size
         batches = batches[: training.max_steps * groups]
 
-    def width(batch: list[int]) -> int:
-        return max(lengths[index] for index in batch)
+    def shape(batch: list[int]) -> tuple[int, int]:
+        if training.packing:
+            return 1, sum(lengths[index] for index in batch)
+        return len(batch), max(lengths[index] for index in batch)
 
-    widest = heapq.nlargest(_LOOKED_AT, batches, key=lambda batch: len(batch) * width(batch))
+    widest = heapq.nlargest(_LOOKED_AT, batches, key=lambda batch: math.prod(shape(batch)))
     supervised = [
         [
             place
@@ -70,13 +77,15 @@ def heaviest_batch(examples: Sequence[dict], training) -> MicroBatch:
         ]
         for batch in widest
     ]
-    first = widest[0]
+    rows, width = shape(widest[0])
+    most, together = max(map(len, supervised)), tuple(lengths[index] for index in widest[0])
     return MicroBatch(
-        rows=len(first),
-        width=width(first),
-        columns=max(len(set(places)) for places in supervised),
-        supervised=max(map(len, supervised)),
-        padded=len({lengths[index] for index in first}) > 1,
+        rows=rows,
+        width=width,
+        columns=most if training.packing else max(len(set(places)) for places in supervised),
+        supervised=most,
+        padded=len({*together}) > 1 and not training.packing,
+        lengths=together if training.packing else (),
     )
 
 
@@ -228,7 +237,8 @@ def _step(
     if training.activation_checkpointing or recomputed:
         copied.activation_checkpointing_enable(training.activation_checkpointing_kwargs)
     # The functions that make masks ask a fake tensor nothing, and would never leave a mask out.
-    with mock.patch.object(masking_utils, "is_tracing", return_value=False), fake, recorder:
+    asking = mock.patch.object(masking_utils, "is_tracing", return_value=False)
+    with asking, RowsApart(batch.lengths) if batch.lengths else nullcontext(), fake, recorder:
         _loss(copied, training, batch).backward()
     return recorder.peaks[:1] if shortened is None else recorder.peaks[::2]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.distributed.fsdp import update_fsdp_plugin_peft
 
@@ -42,6 +43,16 @@ def place_model(model, training):
     model, _ = accelerator.prepare(model, optimizer)
     check_shards(model, accelerator.num_processes)
     return model.eval()
+
+
+def reshard(model) -> None:
+    """Let go of what a forward pass without a backward pass leaves gathered under FSDP2: parameters
+    outside the layers, without fsdp_reshard_after_forward all. The optimizer and a checkpoint have
+    to find them as shards.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def check_shards(model, processes: int) -> None:

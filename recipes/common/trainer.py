@@ -1,18 +1,17 @@
-"""What our trainers add to TRL's: defaults that fit the machine, and a loss that projects the
-answers only.
+"""What our trainers add to TRL's: defaults that fit the machine, a loss that projects the answers
+only, and packing that changes no loss.
 """
 
 from __future__ import annotations
 
 import warnings
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import (
     PrinterCallback,
@@ -39,8 +38,9 @@ from common.launch import (
     use_all_cores,
     uses_fsdp,
 )
+from common.packing import RowsApart, row_lengths, rows_stay_apart
 from common.quantization import prepare_four_bit
-from common.sharding import FSDP_OFF, check_shards
+from common.sharding import FSDP_OFF, check_shards, reshard
 
 # PEFT reads transformers' old name for activation checkpointing; a user can do nothing about it.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -52,9 +52,9 @@ _NOT_OURS = (
     "completion_only_loss",
     "eos_token",
     "loss_type",
-    "packing",
-    "padding_free",
 )
+# About the packing of TRL's that fills lines of max_length tokens; ours has no options.
+_NOT_OUR_PACKING = ("eval_packing", "packing_strategy", "padding_free")
 
 
 def fast_bf16() -> bool:
@@ -81,15 +81,28 @@ class RecipeConfig(SFTConfig):
         metadata={"help": "Search for parameters that a step leaves out; only data parallel."},
     )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Lay the rows of a micro-batch end to end instead of padding them. Steps hold "
+            "the same rows and have the same loss; many short rows and few long ones train faster."
+        },
+    )
 
     def __post_init__(self):
-        for name in _NOT_OURS:
+        fixed = dict.fromkeys(_NOT_OURS, "the template decides what is trained; leave it out")
+        whole_rows = "--packing true lays whole rows end to end, no other way; leave it out"
+        for name, reason in (fixed | dict.fromkeys(_NOT_OUR_PACKING, whole_rows)).items():
             if getattr(self, name) != self.__dataclass_fields__[name].default:
-                raise UserError(f"--{name}: the template decides what is trained; leave it out")
+                raise UserError(f"--{name}: {reason}")
         if self.max_length is None:
             raise UserError("--max_length: must be a number of tokens, such as 1024")
         require_at_least(
-            self, max_length=1, per_device_train_batch_size=1, gradient_accumulation_steps=1
+            self,
+            max_length=1,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=1,
+            neftune_noise_alpha=0,
         )
         self.use_cpu = join_on_cpu(self.use_cpu)
         if self.bf16 is None:
@@ -204,8 +217,11 @@ class RecipeTrainer(SFTTrainer):
             raise UserError(FSDP_OFF)
         if getattr(self.model, "is_loaded_in_4bit", False):
             prepare_four_bit(self.model)
+        # By which a step's tokens are counted: `compute_loss` does it for every model.
+        self._loss_shifts_labels = True
         self.tokens_seen = 0  # without padding, by this process
         self.slots_seen = 0  # with padding
+        self.rows_apart: bool | None = None  # with packing: whether sdpa is given row by row
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(LossBar)
@@ -218,10 +234,16 @@ class RecipeTrainer(SFTTrainer):
             The model to score and to train. Where it is sharded, each process holds its part, all
             processes have to make equally many forward passes.
         Raises:
-            UserError: what should be sharded is not.
+            UserError: what should be sharded is not, or the model cannot be packed.
         """
-        if not self.is_fsdp_enabled:
-            return self.model
+        if self.is_fsdp_enabled:
+            self._shard()
+        if self.args.packing:
+            coarse = self.args.bf16 or self.args.fp16
+            self.rows_apart = rows_stay_apart(self.model, self.data_collator, coarse)
+        return self.model
+
+    def _shard(self) -> None:
         plugin = self.accelerator.state.fsdp_plugin
         if plugin.activation_checkpointing:
             # accelerate would wrap the layers, in which PEFT then finds no adapter to save. The
@@ -238,16 +260,34 @@ class RecipeTrainer(SFTTrainer):
         self.model_wrapped = self.model
         if plugin.fsdp_version == 2:
             check_shards(self.model, self.accelerator.num_processes)
-        return self.model
 
     def train(self, *args, **kwargs):
         """Train; the model may have been scored since it was sharded."""
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                # Scoring leaves parameters gathered that the optimizer and a checkpoint have to
-                # find as shards: those outside the layers, without fsdp_reshard_after_forward all.
-                module.reshard()
+        if self.args.packing and self.rows_apart is None:
+            self.shard()
+        reshard(self.model)
         return super().train(*args, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward pass of a micro-batch."""
+        if self.args.packing and self.neftune_noise_alpha is not None:
+            # The noise is divided by the root of a line's length (Jain et al. 2023, algorithm 1);
+            # what is meant is the width that padding would give.
+            lengths = row_lengths(inputs)
+            longer = (sum(lengths) / max(lengths)) ** 0.5
+            self.model.get_input_embeddings().neftune_noise_alpha = (
+                self.neftune_noise_alpha * longer
+            )
+        with self._keeping_apart(inputs):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        """Forward pass of a micro-batch that is evaluated."""
+        with self._keeping_apart(inputs):
+            return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def _keeping_apart(self, inputs) -> AbstractContextManager:
+        return RowsApart(row_lengths(inputs)) if self.rows_apart else nullcontext()
 
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
@@ -301,12 +341,9 @@ class RecipeTrainer(SFTTrainer):
         targets = inputs["labels"][:, 1:]
         supervised = targets != IGNORED
         columns = supervised.any(0).nonzero().flatten()
-        outputs = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            logits_to_keep=columns,
-            use_cache=False,
-        )
+        # Tokens with a mask; or a line with the positions and lengths of its rows.
+        batch = {name: one for name, one in inputs.items() if name != "labels"}
+        outputs = model(**batch, logits_to_keep=columns, use_cache=False)
         picked = supervised[:, columns]
         loss = F.cross_entropy(
             outputs.logits[picked].float(),
@@ -325,6 +362,7 @@ class RecipeTrainer(SFTTrainer):
             steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
         if model.training:
-            self.tokens_seen += int(inputs["attention_mask"].sum())
-            self.slots_seen += inputs["attention_mask"].numel()
+            slots = inputs["input_ids"].numel()
+            self.slots_seen += slots
+            self.tokens_seen += slots if self.args.packing else int(inputs["attention_mask"].sum())
         return (loss, outputs) if return_outputs else loss

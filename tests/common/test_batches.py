@@ -23,6 +23,7 @@ def training(batch_size, accumulation=1, strategy="random", seed=0, world_size=1
         seed=seed,
         data_seed=None,
         dataloader_drop_last=False,
+        packing=False,
     )
 
 

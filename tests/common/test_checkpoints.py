@@ -105,6 +105,22 @@ def test_beside_a_finished_run_only_its_checkpoints_and_metrics_are_cleared(fold
     assert everything(folder) == kept
 
 
+def test_samples_are_added_to_by_a_run_that_goes_on_and_not_by_another(folder):
+    samples = folder / "samples.jsonl"
+    put(folder, "checkpoint-20")
+    samples.write_text("{}")
+    with pytest.raises(UserError, match="unfinished run"):
+        find_checkpoint(str(folder), None)
+    find_checkpoint(str(folder), "last")
+    assert samples.exists()
+    (folder / "metrics.json").write_text("{}")
+    find_checkpoint(str(folder), None)
+    assert everything(folder) == set()
+    samples.write_text("{}")  # of a run that ended before its first checkpoint
+    find_checkpoint(str(folder), None)
+    assert not samples.exists()
+
+
 def test_a_clearing_that_was_interrupted_is_taken_up_again(folder, monkeypatch):
     put(folder, "checkpoint-20")
     (folder / "metrics.json").write_text("{}")

@@ -60,6 +60,7 @@ def settings(**changes) -> SimpleNamespace:
         "data_seed": None,
         "train_sampling_strategy": "random",
         "dataloader_drop_last": False,
+        "packing": False,
     }
     return SimpleNamespace(**{**defaults, **changes})
 

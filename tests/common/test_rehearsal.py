@@ -18,6 +18,8 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+from common.batches import micro_batches
+from common.packing import RowsApart
 from common.rehearsal import MicroBatch, decoder_layers, heaviest_batch, rehearse
 
 VOCABULARY = 300
@@ -312,6 +314,7 @@ def sampling(**changes) -> SimpleNamespace:
         "data_seed": None,
         "train_sampling_strategy": "random",
         "dataloader_drop_last": False,
+        "packing": False,
     }
     return SimpleNamespace(**{**defaults, **changes})
 
@@ -329,11 +332,43 @@ def test_rows_of_one_length_need_no_padding_and_share_their_columns():
     assert batch == MicroBatch(rows=3, width=9, columns=3, supervised=9, padded=False)
 
 
+@pytest.mark.parametrize("name", ["llama", "llama, eager", "llama, lora", "gpt2"])
+def test_a_line_of_rows_is_rehearsed_row_by_row(name):
+    model, lengths = MODELS[name](), [20, 4, 31, 9]
+    picked = torch.arange(5, 55, 3)
+    line = {
+        "input_ids": torch.randint(VOCABULARY, (1, sum(lengths))),
+        "position_ids": torch.tensor([[place for n in lengths for place in range(n)]]),
+    }
+    alive = Alive()
+    for one in [*model.parameters(), *model.buffers(), *line.values(), picked]:
+        alive.seen[one.untyped_storage()._cdata] = one
+    with alive, RowsApart(lengths):
+        logits = model.train()(**line, logits_to_keep=picked, use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits[0], line["input_ids"][0, picked]).backward()
+    batch = MicroBatch(1, sum(lengths), len(picked), len(picked), False, tuple(lengths))
+    assert highest(model, batch).total() == pytest.approx(alive.most, rel=0.03)
+
+
 def test_batches_of_similar_length_are_followed():
     rows = rows_of(*[40, 40, *[4] * 14])
     groups = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
     together = heaviest_batch(rows, sampling(train_sampling_strategy="batch_rebalance", **groups))
     assert together.rows * together.width < 4 * 40
+
+
+def test_a_packed_batch_is_one_line_of_all_its_rows():
+    rows = rows_of(4, 40, 6, 30, 7, 8)
+    one = heaviest_batch(rows, sampling(packing=True, per_device_train_batch_size=6))
+    assert (one.rows, one.width, one.padded) == (1, 95, False)
+    assert sorted(one.lengths) == [4, 6, 7, 8, 30, 40]
+    assert (one.columns, one.supervised) == (12, 12)
+    heaviest = heaviest_batch(rows, sampling(packing=True))
+    assert heaviest.width >= 44
+    assert heaviest.width == max(
+        sum((4, 40, 6, 30, 7, 8)[index] for index in batch)
+        for batch in micro_batches([4, 40, 6, 30, 7, 8], sampling())
+    )
 
 
 def test_a_run_that_stops_early_need_not_meet_the_longest_row():

@@ -304,6 +304,7 @@ def test_the_plan_says_what_is_trained_on_what(task, capsys, monkeypatch):
         seed=0,
         data_seed=None,
         train_sampling_strategy="random",
+        packing=False,
         learning_rate=5e-4,
         lr_scheduler_type=SimpleNamespace(value="cosine"),
         output_dir="runs/mine",

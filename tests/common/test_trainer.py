@@ -133,6 +133,19 @@ def test_the_sum_is_divided_by_the_number_of_answer_tokens_in_the_whole_step(tmp
         assert loss.item() == pytest.approx(mean * sum(SUPERVISED[:5]) / float(total), rel=1e-5)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_rows_first_token_has_no_prediction_and_is_not_counted(name, packing, tmp_path):
+    rows = [{**row, "labels": list(row["input_ids"])} for row in ROWS[:8]]
+    model = MODELS[name]()
+    count = sum(len(row["input_ids"]) - 1 for row in rows)
+    wanted = sum(own_loss(model, [row]).item() * (len(row["input_ids"]) - 1) for row in rows)
+    trainer = trainer_for(tmp_path, model, rows, packing=packing, learning_rate=0.0, max_steps=1)
+    trainer.train()
+    (loss,) = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert loss == pytest.approx(wanted / count, rel=1e-5)
+
+
 @pytest.mark.parametrize("devices", [True, False])
 def test_the_mean_over_processes_that_ddp_takes_is_undone_where_tokens_count_over_all(
     devices, tmp_path, monkeypatch
@@ -375,8 +388,10 @@ REFUSED = {
     "--lr_scheduler_type foo": "lr_scheduler_type.*: invalid choice: 'foo' .*cosine",
     "--lr_scheduler_type cosine_with_min_lr": "--lr_scheduler_type: .*min_lr",
     "--fp16 true": "--fp16: needs a GPU",
-    "--packing true": "--packing: the template decides",
-    "--padding_free true": "--padding_free: the template decides",
+    "--padding_free true": "--padding_free: --packing true lays whole rows",
+    "--packing_strategy wrapped": "--packing_strategy: --packing true lays whole rows",
+    "--packing true --eval_packing false": "--eval_packing: --packing true lays whole rows",
+    "--neftune_noise_alpha -1": "--neftune_noise_alpha -1.0: must be 0 or more",
     "--loss_type dft": "--loss_type: the template decides",
     "--assistant_only_loss true": "--assistant_only_loss: the template decides",
     "--completion_only_loss false": "--completion_only_loss: the template decides",
@@ -397,7 +412,13 @@ def test_what_would_fail_after_minutes_is_refused_at_once_in_one_line(command, m
 
 def test_what_works_is_taken():
     stable = '--lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs {"num_decay_steps":5}'
-    for command in ("--optim sgd", "--optim adafactor", "--report_to none", stable):
+    for command in (
+        "--optim sgd",
+        "--optim adafactor",
+        "--report_to none",
+        "--packing true",
+        stable,
+    ):
         assert parse("--use_cpu", "true", *command.split()).output_dir == "runs/nowhere"
 
 
