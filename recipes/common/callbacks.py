@@ -90,7 +90,7 @@ class SampleWriter(TrainerCallback):
     and at the end, and adds the answers to OUTPUT_DIR/samples.jsonl.
 
     A line holds the `step`, the `task`, the `prompt`, what was `generated` (greedily) and the gold
-    `answer`. Of a conversation the last assistant turn is written. After going back to the best
+    `answer`. Of a conversation the last reply is written. After going back to the best
     weights, the last lines have their step. Where a run is resumed, lines from after its checkpoint
     are dropped.
 
@@ -99,7 +99,8 @@ class SampleWriter(TrainerCallback):
 
     Args:
         encoder: encodes the task.
-        rows: as `data.load_rows` gives them; one whose prompt does not fit is passed over.
+        rows: as `data.load_rows` gives them; one whose prompt does not fit is passed over, as is a
+            conversation without a reply that is learned and calls no tool.
         every: steps.
         max_new_tokens: the longest answer.
     """
@@ -122,8 +123,12 @@ class SampleWriter(TrainerCallback):
             prompt = encoder.prompt(question, reserve)
             return prompt.ids, prompt.end, question.target.strip()
         replies = [
-            place for place, turn in enumerate(question.turns) if turn["role"] == "assistant"
+            place
+            for place, turn in enumerate(question.turns)
+            if turn["role"] == "assistant" and "tool_calls" not in turn and turn.get("weight") != 0
         ]
+        if not replies:
+            raise DoesNotFit("the conversation has no reply")
         before, reply = question.turns[: replies[-1]], question.turns[replies[-1]]
         ids, end = encoder.text.chat_prompt(before, question.tools), encoder.text.chat_end(before)
         if len(ids) + reserve + len(end) > encoder.max_length:

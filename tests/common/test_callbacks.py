@@ -293,7 +293,7 @@ def test_the_last_answers_are_those_of_the_best_weights(tmp_path):
     assert samples(tmp_path) == lines
 
 
-def test_of_a_conversation_the_last_assistant_turn_is_written(tmp_path):
+def test_of_a_conversation_the_last_reply_is_written():
     chat = tokenizer_for("gpt2")
     chat.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}\n{% endfor %}"
@@ -308,13 +308,17 @@ def test_of_a_conversation_the_last_assistant_turn_is_written(tmp_path):
         ("user", "bye"),
         ("assistant", "so long"),
     ]
-    rows = [
-        {"messages": [{"role": role, "content": text} for role, text in some]}
-        for some in (turns, [*turns, ("user", "?")])
-    ]
+    talk = [{"role": role, "content": text} for role, text in turns]
+    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+    calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+    unlearned = {"role": "assistant", "content": "as you wish", "weight": 0}
+    again = {"role": "user", "content": "?"}
+    ends = ([], [again], [again, calling], [again, unlearned])
+    rows = [{"messages": [*talk, *end]} for end in ends]
+    rows.append({"messages": [again, calling]})  # nothing to write
     encoder = PromptEncoder(template, chat, 100)
     found = SampleWriter(encoder, rows, 1, max_new_tokens=5).asked
-    assert len(found) == 2
+    assert len(found) == 4
     for ids, end, answer in found:
         prompt = chat.decode(ids)
         assert prompt.endswith("<user>bye<|endoftext|>\n<assistant>")
