@@ -300,7 +300,7 @@ def draw(result: dict, path: Path) -> None:
         panels,
         path,
         title="Accuracy by number of demonstrations",
-        subtitle=f"{result['model']}, {rows} rows; bands: one standard deviation over "
+        subtitle=f"{result['model']}, {rows} rows; dots: single draws, bands: one standard deviation over "
         f"{result['draws']} draws",
         chance=chance,
     )

@@ -4,7 +4,9 @@ import re
 import shlex
 from pathlib import Path
 
+import cot_sft
 import icl_eval
+import instruction_sft
 import lora_sft
 import pytest
 import yaml
@@ -18,6 +20,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECIPES = {
     "recipes/lora_sft.py": (lora_sft, lora_sft.LoraArguments),
     "recipes/icl_eval.py": (icl_eval, icl_eval.IclArguments),
+    "recipes/instruction_sft.py": (instruction_sft, instruction_sft.InstructionArguments),
+    "recipes/cot_sft.py": (cot_sft, cot_sft.CotArguments),
 }
 
 

@@ -63,8 +63,10 @@ class RecipeArguments:
     )
     train_split: str | None = option(None, "Training split; the template names a default.")
     eval_split: str | None = option(None, "Evaluation split; the template names a default.")
-    max_train_samples: int | None = option(None, "Train on a random draw of this many rows.")
-    max_eval_samples: int | None = option(None, "Score a random draw of this many rows.")
+    max_train_samples: int | None = option(
+        None, "Train on a random draw of this many rows; -1: on all."
+    )
+    max_eval_samples: int | None = option(None, "Score a random draw of this many rows; -1: all.")
     skip_bad_rows: bool = option(
         False, "Leave out rows that the template cannot read instead of stopping."
     )
@@ -86,6 +88,9 @@ class RecipeArguments:
     )
 
     def __post_init__(self):
+        for name in ("max_train_samples", "max_eval_samples"):
+            if getattr(self, name) == -1:
+                setattr(self, name, None)
         at_least_one = ("max_train_samples", "max_eval_samples", "max_new_tokens")
         require_at_least(self, **dict.fromkeys(at_least_one, 1), eval_batch_tokens=1, preview=0)
         if not isinstance(self.chat_template_kwargs, str):

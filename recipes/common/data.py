@@ -34,12 +34,14 @@ class Rows:
         source: for reports: "stanfordnlp/sst2@main, split train", or the file as the user gave it.
         sha256: of the file, or of the shards one after the other; None for the hub.
         skipped: bad rows that were left out.
+        available: rows from which these were drawn.
     """
 
     rows: list[dict[str, Any]]
     source: str
     sha256: str | None
     skipped: int = 0
+    available: int = 0
 
 
 @dataclass(frozen=True)
@@ -315,9 +317,10 @@ def _draw(count: int, seed: int) -> list[int]:
 def _take(
     table: _Table, places: Sequence[int], limit: int | None, seed: int, note: str = ""
 ) -> Rows:
+    available = len(places)
     if limit is not None:
         if limit < 1:
             raise UserError(f"{table.source}: {limit} rows asked for; ask for 1 or more")
         places = [places[at] for at in _draw(len(places), seed)]
     rows, skipped = table.read(places, limit)
-    return Rows(rows, table.source + note, table.sha256, skipped)
+    return Rows(rows, table.source + note, table.sha256, skipped, available)

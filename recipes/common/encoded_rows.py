@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from common.encoding import IGNORED, Counts, DoesNotFit, PromptEncoder
 from common.errors import UserError
@@ -26,6 +26,20 @@ class EncodedRows:
         self.counts.examples += 1
         self.counts.tokens += len(input_ids)
         self.counts.supervised_tokens += sum(label != IGNORED for label in labels)
+
+    @property
+    def longest_answer(self) -> int:
+        """The most supervised tokens of an example."""
+        labels = (example["labels"] for example in self.examples)
+        return max(sum(label != IGNORED for label in some) for some in labels)
+
+    def extend(self, other: EncodedRows) -> None:
+        """Append another task's examples, whose rows then follow this one's; its counts too."""
+        self.examples += other.examples
+        self.rows += [self.counts.rows + row for row in other.rows]
+        for one in fields(Counts):
+            total = getattr(self.counts, one.name) + getattr(other.counts, one.name)
+            setattr(self.counts, one.name, total)
 
 
 def encode_rows(

@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from common.errors import UserError
+from common.row_values import Turn
 from common.template import PromptTemplate, Question, RowError
-from common.tokens import Message, TextEncoder
+from common.tokens import TextEncoder
 
 IGNORED = -100  # the label that the loss skips
 RENDERINGS = ("text", "chat")
@@ -164,7 +165,7 @@ class PromptEncoder:
 
     def _messages(
         self, question: Question, demonstrations: Sequence[Demonstration], phrasing: int
-    ) -> list[Message]:
+    ) -> list[Turn]:
         system = self.template.system(question)
         messages = [{"role": "system", "content": system}] if system else []
         for prompt, answer in demonstrations:
@@ -189,7 +190,8 @@ class PromptEncoder:
     # Conversations
 
     def conversation(self, question: Question, counts: Counts) -> list[tuple[list[int], list[int]]]:
-        """Ids and labels of a ready conversation; every assistant turn is supervised.
+        """Ids and labels of a ready conversation; every assistant turn is supervised, but for those
+        of weight 0. What stands behind the last of them is left out: nothing is learned from it.
 
         One example holds the whole conversation where the chat template only ever appends. Where
         later turns rewrite earlier ones, or earlier ones were dropped, an assistant turn becomes
@@ -197,15 +199,24 @@ class PromptEncoder:
         question alone is left out and counted.
         """
         examples: list[tuple[list[int], list[int]]] = []
-        for place, turn in enumerate(question.turns):
-            if turn["role"] != "assistant":
+        # An answer is learned without the white space around it, so later turns see it likewise.
+        turns = [
+            {**turn, "content": turn["content"].strip()} if turn["role"] == "assistant" else turn
+            for turn in question.turns
+        ]
+        tools = question.tools
+        for place, turn in enumerate(turns):
+            if turn["role"] != "assistant" or turn.get("weight") == 0:
                 continue
-            before, whole = question.turns[:place], True
-            target = self.text.chat_answer(turn["content"]) + self.text.chat_end(before)
-            prompt = self.text.chat_prompt(before)
+            before, whole = turns[:place], True
+            prompt = self.text.chat_prompt(before, tools)
+            if "tool_calls" in turn:
+                target = self.text.chat_calls(before, turn, tools)
+            else:
+                target = self.text.chat_answer(turn["content"]) + self.text.chat_end(before)
             if len(prompt) + len(target) > self.max_length:
                 try:
-                    prompt = self._drop_turns(before, self.max_length - len(target))
+                    prompt = self._drop_turns(before, tools, self.max_length - len(target))
                 except DoesNotFit:
                     counts.left_out += 1
                     continue
@@ -218,12 +229,14 @@ class PromptEncoder:
             examples.append((ids, labels))
         return examples
 
-    def _drop_turns(self, turns: Sequence[Message], budget: int) -> list[int]:
+    def _drop_turns(
+        self, turns: Sequence[Turn], tools: Sequence[Mapping], budget: int
+    ) -> list[int]:
         system = turns[:1] if turns[0]["role"] == "system" else []
         rest = turns[len(system) :]
         starts = [place for place, turn in enumerate(rest) if turn["role"] == "user" and place > 0]
         for start in starts:
-            ids = self.text.chat_prompt([*system, *rest[start:]])
+            ids = self.text.chat_prompt([*system, *rest[start:]], tools)
             if len(ids) <= budget:
                 return ids
         raise DoesNotFit(f"its last turns are longer than {self.max_length} tokens")

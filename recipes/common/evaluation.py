@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import numpy as np
@@ -21,9 +22,9 @@ from common.encoding import (
     PromptEncoder,
 )
 from common.errors import UserError
-from common.generation import generate
+from common.generation import Written, generate
 from common.journal import Journal
-from common.metrics import load_metric, score_rows
+from common.metrics import answer_key, load_metric, score_rows
 from common.scoring import log_likelihoods
 from common.template import PromptTemplate, Question
 from common.verbalizer import label_scores
@@ -40,6 +41,7 @@ class TaskScore:
         records: one dict per row, for a loss one per answer, for predictions.jsonl.
         rows, left_out: rows scored, and rows whose prompt did not fit.
         seconds: how long it took.
+        unreadable: rows in whose generated text no answer was found; they count as wrong.
     """
 
     metric: str
@@ -50,9 +52,11 @@ class TaskScore:
     rows: int = 0
     left_out: int = 0
     seconds: float = 0.0
+    unreadable: int = 0
 
     def __str__(self) -> str:
-        return f"{self.metric} {self.score:.3f} ± {self.stderr:.3f} ({self.rows} rows)"
+        without = f", {self.unreadable} without an answer" if self.unreadable else ""
+        return f"{self.metric} {self.score:.3f} ± {self.stderr:.3f} ({self.rows} rows{without})"
 
 
 @dataclass
@@ -73,6 +77,9 @@ def evaluate_task(
     *,
     max_new_tokens: int = 256,
     batch_tokens: int = 4096,
+    samples: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
     answers: bool = True,
     description: str = "scoring",
 ) -> TaskScore:
@@ -82,6 +89,9 @@ def evaluate_task(
         rows: as `data.load_rows` gives them.
         max_new_tokens: the longest answer where the task is scored by generating.
         batch_tokens: tokens in one forward pass, padding included.
+        samples, temperature, seed: where the task is scored by generating, so many answers are
+            drawn and the majority counts (self-consistency, see `vote`); at temperature 0 the
+            likeliest tokens are taken.
         answers: False for rows without answers: the records then hold predictions only.
     Raises:
         UserError: conversations that are to be scored otherwise than by their loss, or answered.
@@ -101,11 +111,33 @@ def evaluate_task(
     elif template.label and not template.rationale:
         result = _by_likelihood(model, encoder, rows, batch_tokens, answers, description)
     else:
+        draw = {"samples": samples, "temperature": temperature, "seed": seed}
         result = _by_generating(
-            model, encoder, rows, max_new_tokens, batch_tokens, answers, description
+            model, encoder, rows, max_new_tokens, batch_tokens, answers, description, draw
         )
     result.seconds = time.perf_counter() - start
     return result
+
+
+def mean_score(scores: Mapping[str, TaskScore]) -> TaskScore:
+    """The mean over tasks, with the records of all: of those scored by their loss only where there
+    are no others. A single task keeps its own metric.
+    """
+    records = [{"task": name, **one} for name, task in scores.items() for one in task.records]
+    tasks = list(scores.values())
+    if len(tasks) == 1:
+        return replace(tasks[0], records=records)
+    meant = [task for task in tasks if task.metric != "loss"] or tasks
+    return TaskScore(
+        metric="loss" if meant[0].metric == "loss" else "mean",
+        score=sum(task.score for task in meant) / len(meant),
+        stderr=math.sqrt(sum(task.stderr**2 for task in meant)) / len(meant),
+        records=records,
+        rows=sum(task.rows for task in tasks),
+        left_out=sum(task.left_out for task in tasks),
+        seconds=sum(task.seconds for task in tasks),
+        unreadable=sum(task.unreadable for task in tasks),
+    )
 
 
 def ask(
@@ -154,8 +186,10 @@ def record_of(encoder: PromptEncoder, asked: Asked, answer, prediction, score) -
 def finish(template: PromptTemplate, records: list[dict], total: int, answers: bool) -> TaskScore:
     """The score of all records, each of which is given its own."""
     rows, left_out = len(records), total - len(records)
+    unreadable = sum(record["prediction"] is None for record in records)
+    counts = {"records": records, "rows": rows, "left_out": left_out, "unreadable": unreadable}
     if not answers or not records:
-        return TaskScore(template.metric, math.nan, math.nan, {}, records, rows, left_out)
+        return TaskScore(template.metric, math.nan, math.nan, **counts)
     # A prediction that could not be read (None) is a wrong one, not a missing one.
     predictions = [record["prediction"] or "" for record in records]
     if template.entity_spans:
@@ -167,7 +201,7 @@ def finish(template: PromptTemplate, records: list[dict], total: int, answers: b
     details = load_metric(template.metric).compute(predictions=predictions, references=golds)
     # The first figure is the score itself.
     details = {name: float(value) for name, value in list(details.items())[1:]}
-    return TaskScore(template.metric, score, stderr, details, records, rows, left_out)
+    return TaskScore(template.metric, score, stderr, details, **counts)
 
 
 def longest_answer(encoder: PromptEncoder) -> Callable[[Question], int]:
@@ -210,7 +244,7 @@ def _by_likelihood(model, encoder, rows, batch_tokens, answers, description) -> 
 
 
 def _by_generating(
-    model, encoder, rows, max_new_tokens, batch_tokens, answers, description
+    model, encoder, rows, max_new_tokens, batch_tokens, answers, description, draw
 ) -> TaskScore:
     template = encoder.template
     asked = ask(encoder, rows, lambda question: max_new_tokens, answers)
@@ -225,16 +259,36 @@ def _by_generating(
             stop=template.stop,
             batch_tokens=batch_tokens,
             description=description,
+            **draw,
         )
     )
     records = []
     for one in asked:
-        written = [next(texts)[0].text for _ in one.questions]
-        read = [template.read_answer(text) for text in written]
+        said, read = [], []
+        for _ in one.questions:
+            written = next(texts)
+            found = [template.read_answer(each.text) for each in written]
+            read.append(vote(found, written, template.metric))
+            said.append([each.text for each in written] if len(written) > 1 else written[0].text)
         prediction, answer = predicted(template, one.questions, read)
         record = record_of(encoder, one, answer, prediction, None)
-        records.append({**record, "generated": written[0] if len(written) == 1 else written})
+        records.append({**record, "generated": said[0] if len(said) == 1 else said})
     return finish(template, records, len(rows), answers)
+
+
+def vote(answers: Sequence[str | None], written: Sequence[Written], metric: str) -> str | None:
+    """The answer that most samples give (self-consistency, Wang et al. 2023, arXiv:2203.11171); of
+    equals the one with the likeliest sample. Samples in which none was found do not vote.
+    """
+    keys = [None if one is None else answer_key(metric, one) for one in answers]
+    counts = Counter(key for key in keys if key is not None)
+    if not counts:
+        return None
+    best = max(
+        (place for place, key in enumerate(keys) if key is not None),
+        key=lambda place: (counts[keys[place]], written[place].log_likelihood),
+    )
+    return answers[best]
 
 
 def predicted(

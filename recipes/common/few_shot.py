@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,11 +19,12 @@ from common.evaluation import (
     predicted,
     record_of,
     score_loss,
+    vote,
 )
-from common.generation import Written, generate
+from common.generation import generate
 from common.journal import Journal
 from common.masked import Cloze, masked_log_likelihoods
-from common.metrics import answer_key, score_rows
+from common.metrics import score_rows
 from common.row_values import RowError
 from common.scoring import log_likelihoods
 from common.template import Question
@@ -372,18 +372,3 @@ def score_answers(
             records.append({"draw": number, **record, "generated": said})
         scores.append(finish(template, records, len(rows), answers))
     return FewShotScore(scores, {}, asked, time.perf_counter() - start)
-
-
-def vote(answers: Sequence[str | None], written: Sequence[Written], metric: str) -> str | None:
-    """The answer that most samples give; of equals the one with the likeliest sample. Samples in
-    which none was found do not vote.
-    """
-    keys = [None if one is None else answer_key(metric, one) for one in answers]
-    counts = Counter(key for key in keys if key is not None)
-    if not counts:
-        return None
-    best = max(
-        (place for place, key in enumerate(keys) if key is not None),
-        key=lambda place: (counts[keys[place]], written[place].log_likelihood),
-    )
-    return answers[best]

@@ -20,19 +20,20 @@ from common.template import PromptTemplate
 
 
 def answer_file(args, training) -> None:
-    """Answer the rows of `args.predict` with the adapter and the template in `training.output_dir`,
-    on the model that it was trained on unless another is named.
+    """Answer the rows of `args.predict` with what `training.output_dir` holds: an adapter, on the
+    model that it was trained on unless another is named, or a whole model; and the template that is
+    kept there, of several the one that `args.template` names.
 
     The predictions go to `predictions_<file>.jsonl` in that folder.
 
     Raises:
-        UserError: no trained adapter there, or rows that the template cannot read.
+        UserError: no finished run there, or rows that the template cannot read.
     """
     folder = Path(training.output_dir)
     if not (folder / "metrics.json").exists():
         raise UserError(f"--output_dir {folder}: holds no finished run; train one first")
     template = PromptTemplate.load(
-        str(folder / "template.yaml"), columns=parse_columns(args.columns)
+        str(_kept_template(folder, args.template)), columns=parse_columns(args.columns)
     )
     rows = load_rows(
         template, args.predict, "train", skip_bad_rows=args.skip_bad_rows, answers=False
@@ -44,15 +45,19 @@ def answer_file(args, training) -> None:
     # Nothing is sharded here: every process answers its part of the rows with a model of its own,
     # of which transformers would otherwise read the weights in one process only.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    adapted = (folder / "adapter_config.json").exists()
+    base = PeftConfig.from_pretrained(folder).base_model_name_or_path if adapted else str(folder)
     model = load_model(
-        args.model_name_or_path or PeftConfig.from_pretrained(folder).base_model_name_or_path,
+        (args.model_name_or_path or base) if adapted else base,
         dtype=training.model_dtype[0],
         revision=args.revision,
         attn_implementation=args.attn_implementation,
         trust_remote_code=training.trust_remote_code,
         **quantized,
     )
-    model = PeftModel.from_pretrained(model.to(training.device), folder)
+    model = model.to(training.device)
+    if adapted:
+        model = PeftModel.from_pretrained(model, folder)
     if quantized:
         prepare_four_bit(model)
     encoder = PromptEncoder(
@@ -62,7 +67,7 @@ def answer_file(args, training) -> None:
         model,
         encoder,
         rows.rows,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=args.max_new_tokens or run["max_new_tokens"],
         batch_tokens=args.eval_batch_tokens,
         answers=False,
         description="answering",
@@ -71,3 +76,14 @@ def answer_file(args, training) -> None:
     if is_main_process():
         write_jsonl(target, result.records)
     say(f"{result.rows} rows answered, {result.left_out} left out as too long: {target}")
+
+
+def _kept_template(folder: Path, named: str | list[str]) -> Path:
+    """The template that a run has kept; of several the one that is named."""
+    if (folder / "template.yaml").exists():
+        return folder / "template.yaml"
+    kept = {path.stem: path for path in sorted((folder / "templates").glob("*.yaml"))}
+    wanted = [named] if isinstance(named, str) else named
+    if len(wanted) != 1 or wanted[0] not in kept:
+        raise UserError(f"--template: the run has {', '.join(kept)}; name the one to answer with")
+    return kept[wanted[0]]

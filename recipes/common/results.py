@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import PeftModel
 
 from common.batches import expected_padding
 from common.encoded_rows import EncodedRows
@@ -27,6 +30,7 @@ from common.report import (
     write_json,
     write_jsonl,
 )
+from common.template import PromptTemplate
 
 
 def preview(encoded: EncodedRows, tokenizer, count: int) -> None:
@@ -82,6 +86,9 @@ def show_plan(
     dtype, why = training.model_dtype
     frozen = describe_quantization(model)
     trainable, total = count_parameters(model)
+    if trainable == total and model.dtype != dtype:
+        computed = str(dtype).removeprefix("torch.")
+        dtype, why = model.dtype, f"which training needs; computed in {computed}"
     counts, world = encoded.counts, training.world_size
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * world
     lengths = [len(example["input_ids"]) for example in encoded.examples]
@@ -122,15 +129,22 @@ def save_run(
     peak_resident_bytes: int,
     train_seconds: float,
     skipped_rows: int = 0,
+    templates: Sequence[PromptTemplate] = (),
+    more: Mapping[str, Any] | None = None,
 ) -> dict:
     """Write everything beside the weights: metrics.json last, so that where it stands the run is
     whole.
 
+    Args:
+        encoder: how rows are asked; its template is kept as template.yaml.
+        templates: of a run with several tasks, each is kept as templates/NAME.yaml instead.
+        more: further figures for metrics.json.
     Returns:
         The content of metrics.json.
     """
     training, folder = trainer.args, Path(trainer.args.output_dir)
-    template = encoder.template
+    templates = list(templates) or [encoder.template]
+    task = "+".join(template.name for template in templates)
     trainer.save_state()
     (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should load
     trainable, total = count_parameters(trainer.model)
@@ -139,13 +153,14 @@ def save_run(
     tokens_seen, slots_seen = processes[:, :2].sum(0).tolist()
     peak, resident = processes[:, 2:].amax(0).tolist()
     metrics = {
-        "task": template.name,
+        "task": task,
         "method": method,
         "model": model_name,
         "metric": tuned.metric,
         "score": tuned.score,
         "stderr": tuned.stderr,
         **tuned.details,
+        "unreadable": tuned.unreadable,
         "base_score": base.score,
         "base_stderr": base.stderr,
         "eval_rows": tuned.rows,
@@ -175,15 +190,20 @@ def save_run(
         "distributed_type": str(trainer.accelerator.distributed_type.value),
         "seed": training.seed,
         "versions": versions(),
+        **(more or {}),
     }
     if is_main_process():
-        template.save(folder / "template.yaml")
+        for template in templates:
+            place = folder / "templates" / f"{template.name}.yaml"
+            place = place if len(templates) > 1 else folder / "template.yaml"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            template.save(place)
         trainer.processing_class.save_pretrained(folder)
         write_jsonl(folder / "predictions.jsonl", tuned.records)
         plot_loss(
             trainer.state.log_history,
             folder / "loss.png",
-            title=f"{template.name}: {method}",
+            title=f"{task}: {method}",
             subtitle=f"{model_name}, {encoded.counts.examples:,} examples, "
             f"{metrics['steps']:,} steps",
         )
@@ -191,14 +211,15 @@ def save_run(
         if training.hub_token:  # the card may be published
             command = command.replace(training.hub_token, "HUB_TOKEN")
         card = model_card(
-            title=f"{template.name} ({method})",
-            template_description=template.description,
+            title=f"{task} ({method})",
+            template_description=" ".join(template.description for template in templates),
             base_model=model_name,
             method=method,
             command=command,
             metrics=metrics,
             versions=metrics["versions"],
             load_snippet=load_snippet,
+            library_name="peft" if isinstance(trainer.model, PeftModel) else "transformers",
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_json(folder / "metrics.json", metrics)
@@ -214,6 +235,18 @@ def save_run(
             },
         )
     return metrics
+
+
+def say_wrong(result: TaskScore, count: int = 3) -> None:
+    """Show the first wrong answers; all of them stand in predictions.jsonl."""
+    wrong = [one for one in result.records if one["score"] is not None and one["score"] < 1]
+    shown = {
+        f"row {one['row']}": f"{one['prompt']}\n\nwritten: {one['generated']}\n"
+        f"read: {one['prediction']}; right: {one['answer']}"
+        for one in wrong[:count]
+    }
+    if shown:
+        print_table(f"{len(wrong)} of {result.rows} are wrong, such as", shown)
 
 
 def publish(output_dir: str, training) -> None:

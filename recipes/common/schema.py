@@ -38,9 +38,8 @@ CURE = "a template may use its variables and what common/sandbox.py allows"
 
 KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(TEXTS + EXPRESSIONS, (str,)),
-    **dict.fromkeys(
-        ("name", "description", "form", "label", "metric", "messages", "context"), (str,)
-    ),
+    **dict.fromkeys(("name", "description", "form", "label", "metric", "context"), (str,)),
+    **dict.fromkeys(("messages", "completion"), (str,)),
     **dict.fromkeys(("dataset", "columns", "verbalizer", "demonstrations", "rationale"), (dict,)),
     **dict.fromkeys(("optional", "prompts", "stop", "content_free"), (list,)),
     "extract": (list,),
@@ -269,6 +268,8 @@ def _check_shape(fields: dict, wrong) -> None:
             "messages",
             "a ready conversation brings its own answers: form generative, no answer, no label",
         )
+    if "completion" in fields and "messages" not in fields:
+        raise wrong("completion", "names the turns behind those of 'messages'; name these too")
     if form == "inference":
         for key in ("first", "second", "label"):
             if key not in fields:

@@ -24,6 +24,8 @@ _FILE = re.compile(r"(?P<split>.+)\.(jsonl|json|csv|tsv|parquet)", re.IGNORECASE
 # The hub's train-00000-of-00002.parquet; older ones have a hash at the end.
 _SHARD = re.compile(r"(?P<split>.+?)-(?P<number>\d+)(-of-(?P<count>\d+))?(-[0-9a-f]+)?\.parquet")
 
+_NO_PARQUET = "{}: no Parquet file ({}); write it again"
+
 # Where a row stands, and the row or what is wrong with it.
 Entry = tuple[str, dict[str, Any] | RowError]
 
@@ -60,12 +62,16 @@ class Source:
     read: Callable[[Sequence[int]], Iterable[Entry]]
 
 
-def locate(template: PromptTemplate, dataset: str | None, revision: str | None) -> Path | Hub:
+def locate(
+    template: PromptTemplate | None, dataset: str | None, revision: str | None
+) -> Path | Hub:
     """The file, folder or hub data set that `--dataset` names, or without it the template.
 
     What exists on this machine goes before the hub. A template's path starts at the template's
     folder or at `data_templates/`.
 
+    Args:
+        template: may be None where `dataset` is given.
     Raises:
         UserError: neither names one.
     """
@@ -165,8 +171,7 @@ def open_source(place: Path | Hub, split: str, template: PromptTemplate, answers
     digest = hashlib.sha256()
     entries: list[Entry] = []
     for file in files:
-        if file.suffix.lower() not in FORMATS:
-            raise UserError(f"{_shown(file)}: not one of {', '.join(FORMATS)}; convert the file")
+        _refuse_unknown(file)
         entries += _read_file(file, template, answers)
         with file.open("rb") as opened:
             while block := opened.read(1 << 20):
@@ -181,6 +186,13 @@ def open_source(place: Path | Hub, split: str, template: PromptTemplate, answers
         len(entries),
         lambda places: [entries[at] for at in places],
     )
+
+
+def _refuse_unknown(file: Path) -> str:
+    """How messages call the file, if its format is known."""
+    if file.suffix.lower() not in FORMATS:
+        raise UserError(f"{_shown(file)}: not one of {', '.join(FORMATS)}; convert the file")
+    return _shown(file)
 
 
 def _read_file(file: Path, template: PromptTemplate, answers: bool) -> Iterator[Entry]:
@@ -199,7 +211,7 @@ def _read_file(file: Path, template: PromptTemplate, answers: bool) -> Iterator[
         typed = b"huggingface" in (table.schema.metadata or {})
         features = Features.from_arrow_schema(table.schema) if typed else {}
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise UserError(f"{shown}: no Parquet file ({one_line(error)}); write it again") from None
+        raise UserError(_NO_PARQUET.format(shown, one_line(error))) from None
     twice = [name for name in table.column_names if table.column_names.count(name) > 1]
     if twice:
         raise UserError(f"{shown}: the column {twice[0]!r} stands twice; give each its own name")
@@ -211,7 +223,35 @@ def _read_file(file: Path, template: PromptTemplate, answers: bool) -> Iterator[
             yield f"{shown}: row {number}", named(row)
 
 
-def _open_hub(hub: Hub, split: str, template: PromptTemplate, answers: bool) -> Source:
+def first_row(place: Path | Hub, split: str) -> dict[str, Any]:
+    """The first row of a split that can be read, before anything is known of its task.
+
+    Raises:
+        UserError: as `open_source`, or no row can be read.
+    """
+    if isinstance(place, Hub):
+        return _load_hub(place, split)[0]
+    file = place if place.is_file() else _files_of_split(place, split)[0]
+    shown = _refuse_unknown(file)
+    problem = f"{shown}: holds no rows; pass a file with at least one"
+    if file.suffix.lower() == ".parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        try:
+            for batch in parquet.ParquetFile(file).iter_batches(batch_size=1):
+                return batch.to_pylist()[0]
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            raise UserError(_NO_PARQUET.format(shown, one_line(error))) from None
+        raise UserError(problem)
+    for line, row in read_text_rows(file, shown):
+        if isinstance(row, dict):
+            return row
+        problem = f"{shown}:{line}: {one_line(row)}"
+    raise UserError(problem)
+
+
+def _load_hub(hub: Hub, split: str):
     import datasets
 
     name = f"{hub}, split {split}"
@@ -221,6 +261,11 @@ def _open_hub(hub: Hub, split: str, template: PromptTemplate, answers: bool) -> 
         raise UserError(f"{name}: {_hub_problem(error, hub)}") from error
     if not len(data):
         raise UserError(f"{name}: holds no rows; choose another split")
+    return data
+
+
+def _open_hub(hub: Hub, split: str, template: PromptTemplate, answers: bool) -> Source:
+    name, data = f"{hub}, split {split}", _load_hub(hub, split)
     named = _class_reader(data.features, template, answers)
 
     def read(places: Sequence[int]) -> Iterator[Entry]:

@@ -20,7 +20,7 @@ import jinja2
 import yaml
 
 from common.errors import UserError
-from common.row_values import RowError, as_list, read_entities, read_turns
+from common.row_values import RowError, Turn, as_list, read_entities, read_tools, read_turns
 from common.sandbox import SecurityError, compile_expression, compile_text, variables_of
 from common.schema import CURE, TEXTS, check_fields, find_template, load_yaml, own_variables, plain
 
@@ -36,15 +36,12 @@ class Question:
         variables: what the texts of the template are rendered with.
         answer: the gold answer as text, its leading space included; None where the row has none.
         rationale: the reasoning before the answer with what joins the two; empty without one.
-        references: every gold answer that counts as right, without leading space; empty without
-            one.
+        references: every gold answer that counts as right, without leading space.
         label: the gold class; None without a verbalizer or without an answer.
         candidates: for each class, the answers that stand for it, one per label word.
-        asked: the class whose word stands in the pair, or the entity type asked for; None
-            otherwise.
-        spans: [start, end) characters of the answers in the context, which training must not
-            cut away.
-        turns: the messages of a ready conversation; empty otherwise.
+        asked: the class whose word stands in the pair, or the entity type; None otherwise.
+        spans: [start, end) characters of the answers in the context, never to be cut away.
+        turns, tools: of a ready conversation, as `row_values` reads them; empty otherwise.
     """
 
     variables: Mapping[str, Any]
@@ -55,7 +52,8 @@ class Question:
     candidates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     asked: str | None = None
     spans: tuple[tuple[int, int], ...] = ()
-    turns: tuple[Mapping[str, str], ...] = ()
+    turns: tuple[Turn, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def target(self) -> str | None:
@@ -87,6 +85,7 @@ class PromptTemplate:
         self.demonstrations: dict[str, Any] = checked["demonstrations"]
         self.metric: str = checked["metric"]
         self.messages: str | None = checked.get("messages")
+        self.completion: str | None = checked.get("completion")
         self.stop: list[str] = checked.get("stop", [])
         self.content_free: list[str] = checked.get("content_free", [])
         self.rationale: dict[str, str] | None = checked.get("rationale")
@@ -133,7 +132,7 @@ class PromptTemplate:
     def prompt_variables(self) -> set[str]:
         """Variables that asking needs: columns by the names the template gives them."""
         if self.messages:
-            return {self.messages}
+            return {self.messages, self.completion or self.messages}
         sources = [*self.prompts, *(self.texts[key] for key in self.texts if key != "answer")]
         needed = set().union(*map(variables_of, sources)) - self._own
         if self.entity_spans:
@@ -203,8 +202,9 @@ class PromptTemplate:
         values = self.variables(row)
         answers = answers or self._has_answers(row)
         if self.messages:
-            turns = read_turns(values[self.messages], self.column(self.messages))
-            return [Question(values, turns=turns)]
+            names = filter(None, (self.messages, self.completion))
+            turns = read_turns({self.column(one): values[one] for one in names})
+            return [Question(values, turns=turns, tools=read_tools(values.get("tools")))]
         if answers:
             self._refuse_null_answers(row)
         if self.entity_spans:

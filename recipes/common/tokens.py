@@ -11,19 +11,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
-import jinja2
 from tokenizers import AddedToken
 
+from common.chat_template import ChatTemplate
 from common.errors import UserError
-
-Message = Mapping[str, str]
+from common.row_values import Turn
 
 # Two noncharacters, which Unicode keeps out of interchanged text; should they come all the same,
 # see `_guard`.
 _BREAK = "\ufdd0\ufdd1"
-# A word that stands for a text while a chat template is asked what it writes around it.
-_PROBE = "Probetext"
 
 
 class TextEncoder:
@@ -56,6 +54,8 @@ class TextEncoder:
         }
         self.control_ids |= set(tokenizer.all_special_ids)
         self.control_ids.discard(tokenizer.unk_token_id)
+        # The eos token ends an answer even where it is also the unk token, as GPT-2's.
+        self._end_ids = self.control_ids | {tokenizer.eos_token_id}
         self._backend = copy.deepcopy(tokenizer.backend_tokenizer)
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -67,7 +67,8 @@ class TextEncoder:
         self._doubles_space = one[0] in "▁Ġ" and two != one
         # For answers, which recur in their thousands; prompts would only fill it.
         self.encode = lru_cache(maxsize=4096)(self._encode)
-        self._chat_probe: dict = {}
+        self.chat = ChatTemplate(tokenizer, self.chat_template_kwargs)
+        self._chat_ends: dict[tuple, tuple[list[int], bool]] = {}
 
     def _find_frame(self) -> None:
         """The tokens that the tokenizer adds around one text and around a pair, read off encodings
@@ -187,101 +188,76 @@ class TextEncoder:
 
     # Chat
 
-    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def chat_prompt(self, messages: Sequence[Turn], tools: Sequence[Mapping] = ()) -> list[int]:
         """Ids of the turns and of the template's generation prompt, after which the answer is
         written.
 
+        Args:
+            tools: descriptions of functions that the assistant may call.
         Raises:
-            UserError: no chat template, or one that rejects the turns.
+            UserError: no chat template, or one that rejects the turns or leaves some out.
         """
-        return self._ids(self._render_chat(messages, add_generation_prompt=True))
+        return self._ids(self.chat.prompt(self._turns(messages), self._guard_inside(tools)))
 
     def chat_answer(self, text: str) -> list[int]:
         """Ids of an answer in a chat, without the end marker."""
         return list(self.encode(text.strip()))
 
-    def chat_end(self, messages: Sequence[Message]) -> list[int]:
+    def chat_end(self, messages: Sequence[Turn]) -> list[int]:
         """What the chat template writes after an answer to these turns, up to its first control
         token.
 
         What follows that token (often a newline) is never generated, so it is not trained.
         """
-        key = tuple(message["role"] for message in messages)
-        if key not in self._chat_probe:
-            probe = [{**message, "content": "text"} for message in messages]
-            whole = self._render_chat([*probe, {"role": "assistant", "content": _PROBE}])
-            ids = self._ids(whole.rpartition(_PROBE)[2])
-            ends = [place for place, index in enumerate(ids) if index in self.control_ids]
-            self._chat_probe[key] = ids[: ends[0] + 1] if ends else [*ids, *self.end]
-        return self._chat_probe[key]
+        return self._chat_end(messages)[0]
 
-    def _render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        messages = [{**message, "content": self._guard(message["content"])} for message in messages]
-        if messages[0]["role"] == "system" and not self._takes_system:
-            messages = _join_system(messages)
-        return self._apply(messages, add_generation_prompt)
+    def _chat_end(self, messages: Sequence[Turn]) -> tuple[list[int], bool]:
+        """The end marker, and whether the template itself writes it."""
+        key = tuple((message["role"], "tool_calls" in message) for message in messages)
+        if key not in self._chat_ends:
+            ids = self._ids(self.chat.after_answer(self._turns(messages)))
+            ends = [place for place, index in enumerate(ids) if index in self._end_ids]
+            end = ids[: ends[0] + 1] if ends else [*ids, *self.end]
+            self._chat_ends[key] = end, bool(ends)
+        return self._chat_ends[key]
 
-    def _apply(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        if self.tokenizer.chat_template is None:
-            raise UserError(
-                f"tokenizer of {self.tokenizer.name_or_path}: it has no chat template; "
-                "pass --rendering text"
-            )
-        if self._wants_parts:
-            messages = [
-                {**message, "content": [{"type": "text", "text": message["content"]}]}
-                for message in messages
-            ]
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **self.chat_template_kwargs,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"chat template of {self.tokenizer.name_or_path}: {reason}; mend the turns"
-            ) from None
+    def chat_calls(
+        self, messages: Sequence[Turn], calling: Turn, tools: Sequence[Mapping] = ()
+    ) -> list[int]:
+        """Ids of an assistant's turn that calls tools, as it is to be written after `chat_prompt`
+        of the turns before, up to its end marker: an answer's, or its own (gpt-oss).
 
-    def _probe_writes(self, key: str, messages: Sequence[Message]) -> bool:
-        if key not in self._chat_probe:
-            try:
-                self._chat_probe[key] = _PROBE in self._apply(messages, False)
-            except UserError:
-                if self.tokenizer.chat_template is None:
-                    raise
-                self._chat_probe[key] = False
-        return self._chat_probe[key]
+        Raises:
+            UserError: as `chat_prompt`.
+        """
+        *before, last = self._turns([*messages, calling])
+        ids = self._ids(self.chat.calls(before, last, self._guard_inside(tools)))
+        end, written = self._chat_end(messages)
+        ends = {end[-1]} if end[-1] in ids else self._end_ids
+        places = [place for place, index in enumerate(ids) if index in ends]
+        return ids[: places[-1] + 1] if places and written else [*ids, *self.end]
 
-    @property
-    def _wants_parts(self) -> bool:
-        """Whether the template reads a content as a list of parts, as those of vision models do."""
-        if "parts" not in self._chat_probe:
-            turns = [{"role": "user", "content": _PROBE}]
-            self._chat_probe["parts"] = False
-            if not self._probe_writes("plain", turns):
-                self._chat_probe["parts"] = True
-                self._chat_probe["parts"] = self._probe_writes("as parts", turns)
-        return self._chat_probe["parts"]
+    def _turns(self, messages: Sequence[Turn]) -> list[Turn]:
+        """What a chat template sees of turns: no weights, and texts that are guarded."""
+        return [
+            {
+                key: value if key == "role" else self._guard_inside(value)
+                for key, value in turn.items()
+                if key != "weight"
+            }
+            for turn in messages
+        ]
 
-    @property
-    def _takes_system(self) -> bool:
-        """Whether the template writes a system turn rather than rejecting or swallowing it."""
-        turns = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "text"}]
-        return self._probe_writes("system", turns)
+    def _guard_inside(self, value: Any) -> Any:
+        """Tools, or the calls of some, with every text in them guarded, names included."""
+        if isinstance(value, str):
+            return self._guard(value)
+        if isinstance(value, Mapping):
+            return {self._guard(key): self._guard_inside(one) for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._guard_inside(one) for one in value]
+        return value
 
 
 def _is_plain(added: str) -> bool:
     return len(added) == 1 or added.replace("▁", " ").isspace()
-
-
-def _join_system(messages: Sequence[Message]) -> list[Message]:
-    """The turns with the system text in front of the first user turn's."""
-    system, *rest = messages
-    for place, message in enumerate(rest):
-        if message["role"] == "user":
-            content = f"{system['content']}\n\n{message['content']}"
-            return [*rest[:place], {**message, "content": content}, *rest[place + 1 :]]
-    return [{"role": "user", "content": system["content"]}, *rest]

@@ -226,7 +226,7 @@ def test_yaml_and_the_command_line_mean_the_same(rate, r, merge, name, tmp_path_
         (["--chat_template_kwargs", "[1]"], "--chat_template_kwargs: JSON, but no object"),
         (["--chat_template_kwargs", "[" * 100_000], "--chat_template_kwargs: no JSON"),
         (["--max_train_samples", "0"], "--max_train_samples 0: must be 1 or more"),
-        (["--max_train_samples", "-1"], "--max_train_samples -1: must be 1 or more"),
+        (["--max_train_samples", "-2"], "--max_train_samples -2: must be 1 or more"),
         (["--max_eval_samples", "0"], "--max_eval_samples 0: must be 1 or more"),
         (["--max_new_tokens", "0"], "--max_new_tokens 0: must be 1 or more"),
         (["--eval_batch_tokens", "0"], "--eval_batch_tokens 0: must be 1 or more"),

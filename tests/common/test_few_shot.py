@@ -7,7 +7,8 @@ from template_cases import CASES
 from common import few_shot
 from common.demonstrations import Demonstrations
 from common.encoding import PromptEncoder
-from common.few_shot import CausalAsker, score_answers, score_labels, score_losses, vote
+from common.evaluation import vote
+from common.few_shot import CausalAsker, score_answers, score_labels, score_losses
 from common.generation import Written
 from common.template import PromptTemplate
 

@@ -142,6 +142,11 @@ def test_label_words_that_yaml_turns_into_something_else_are_refused(tmp_path, w
         ({**without(ASK, "prompt"), "prompts": []}, "prompts", "is empty; give at least one"),
         # fields that contradict one another
         ({**ASK, "messages": "messages"}, "messages", "brings its own answers"),
+        (
+            {**ASK, "completion": "answer"},
+            "completion",
+            "names the turns behind those of 'messages'",
+        ),
         ({**SPAN, **NAMES, "references": "a"}, "references", "either 'references' or 'spans'"),
         ({**ASK, "metric": "accuracy"}, "metric", "accuracy does not fit"),
         ({**SORT, "metric": "squad"}, "metric", "squad does not fit"),

@@ -4,15 +4,18 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import cot_sft
 import full_tuning
+import instruction_sft
 import lora_sft
 import pytest
 import torch
-from launching import CONFIGS, FULL, RECIPE, SAVING, finish, start
+from launching import CONFIGS, FULL, RECIPE, SAVING, finish, start, ten_steps
 from tiny_llama import save_tiny_llama
 from transformers import AutoModelForCausalLM
 
 from common.arguments import parse_arguments
+from common.row_values import as_list
 
 # 40 rows of many lengths: five steps of 8 rows each.
 REVIEWS = [
@@ -87,9 +90,9 @@ def arguments(root) -> Callable[..., list[str]]:
             "eval_batch_tokens": 300,
             "disable_tqdm": "true",
         }
-        return [
-            str(part) for key, value in (defaults | options).items() for part in (f"--{key}", value)
-        ]
+        given = {key: value for key, value in (defaults | options).items() if value is not None}
+        pairs = [(f"--{key}", *as_list(value)) for key, value in given.items()]
+        return [str(part) for pair in pairs for part in pair]
 
     return make
 
@@ -98,15 +101,20 @@ def arguments(root) -> Callable[..., list[str]]:
 def alone(root, arguments) -> Callable[..., Path]:
     """Runs a recipe here, in one process that nothing launched, with as many rows in each step."""
 
-    def run(name: str, full: bool = False, **options) -> Path:
+    def run(name: str, full: bool = False, recipe: str = "lora", **options) -> Path:
         argv = arguments(name, **{"gradient_accumulation_steps": 4, "use_cpu": "true", **options})
+        module, kind = {
+            "lora": (lora_sft, lora_sft.LoraArguments),
+            "cot": (cot_sft, cot_sft.CotArguments),
+            "instruction": (instruction_sft, instruction_sft.InstructionArguments),
+        }[recipe]
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # on so small a model a second one only waits
         try:
             if full:
                 full_tuning.main(argv)
             else:
-                lora_sft.main(*parse_arguments(lora_sft.LoraArguments, "", lora_sft.DEFAULTS, argv))
+                module.main(*parse_arguments(kind, "", module.DEFAULTS, argv))
         finally:
             torch.set_num_threads(threads)
         return root / name
@@ -158,6 +166,9 @@ def two(root, arguments, launch):
     }
     runs = {name: [RECIPE, *arguments(name, **options)] for name, options in lora.items()}
     runs["two_full"] = [FULL, *arguments("two_full")]
+    for name in ("cot", "instruction"):
+        script = Path(RECIPE).with_name(f"{name}_sft.py")
+        runs[f"two_{name}"] = [str(script), *arguments(f"two_{name}", **ten_steps(root)[name])]
     return launch(CONFIGS / "fsdp2.yaml", 2, runs)
 
 

@@ -104,3 +104,29 @@ def losses(folder: Path) -> list[float]:
     """The loss of each step that a run trained, the one that it resumed included."""
     history = read_json(folder / "trainer_state.json")["log_history"]
     return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def ten_steps(root: Path) -> dict[str, dict]:
+    """What the recipes that tune the model's text behavior are told."""
+    return {
+        "cot": {
+            "template": "gsm8k",
+            "dataset": root / "sums",
+            "target": "mixed",
+            "samples": 2,
+            "max_new_tokens": 6,
+            "max_steps": 10,
+        },
+        "instruction": {
+            "dataset": None,
+            "template": [f"movie_reviews={root / 'reviews'}", f"gsm8k={root / 'sums'}"],
+            "mixing": "equal",
+            "max_train_samples": 80,
+            "max_new_tokens": 6,
+            "max_length": 160,
+            "max_steps": 10,
+            "learning_rate": 1e-3,
+            "packing": "true",
+            "sample_steps": 5,
+        },
+    }

@@ -1,0 +1,51 @@
+"""cot_sft.py and instruction_sft.py over two processes under FSDP2 train and score what one process
+does.
+"""
+
+import json
+
+import pytest
+from comparing import MODEL, assert_equal_losses, assert_equal_updates
+from launching import read_json, records, ten_steps
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def both(root, two, alone):
+    """Each recipe's run over two processes, and in one."""
+    assert two.failed == [], two.errors
+    found = {}
+    for name in ("cot", "instruction"):
+        single = alone(f"single_{name}", recipe=name, **ten_steps(root)[name])
+        found[name] = (root / f"two_{name}", single)
+    return found
+
+
+def test_chain_of_thought_is_tuned_and_scored_as_in_one_process(both, alone, root):
+    two, single = both["cot"]
+    assert_equal_losses(two, single, 10)
+    options = ten_steps(root)["cot"] | {"learning_rate": 0, "max_steps": 1}
+    start = alone("initial_cot", recipe="cot", **options)
+    assert_equal_updates(two, single, start)
+    said = [[one["generated"] for one in records(folder)] for folder in (two, single)]
+    assert said[0] == said[1]
+    metrics = [read_json(folder / "metrics.json") for folder in (two, single)]
+    for name in ("score", "base_score", "answer_only", "self_consistency", "train_tokens"):
+        assert metrics[0][name] == metrics[1][name], name
+
+
+def test_instructions_are_tuned_and_scored_as_in_one_process(both, root):
+    two, single = both["instruction"]
+    assert_equal_losses(two, single, 10)
+    assert_equal_updates(two, single, root / "model", MODEL)
+    assert AutoModelForCausalLM.from_pretrained(two)
+    metrics = [read_json(folder / "metrics.json") for folder in (two, single)]
+    assert metrics[0]["mixture"] == metrics[1]["mixture"]
+    for name, task in metrics[0]["tasks"].items():
+        assert task == pytest.approx(metrics[1]["tasks"][name], abs=1e-5)
+    assert metrics[0]["padding_fraction"] == 0
+    lines = [(folder / "samples.jsonl").read_text().splitlines() for folder in (two, single)]
+    assert list(map(json.loads, lines[0])) == list(map(json.loads, lines[1]))
+    assert len(lines[0]) == 3 * 2 * 2  # at steps 0, 5 and 10, two rows of two tasks
