@@ -300,8 +300,8 @@ def draw(result: dict, path: Path) -> None:
         panels,
         path,
         title="Accuracy by number of demonstrations",
-        subtitle=f"{result['model']}, {rows} rows; dots: single draws, bands: one standard deviation over "
-        f"{result['draws']} draws",
+        subtitle=f"{result['model']}, {rows} rows; dots: single draws; bands: one standard "
+        f"deviation over {result['draws']} draws",
         chance=chance,
     )
 

@@ -287,7 +287,9 @@ def test_training_keeps_a_window_of_equal_sides_around_the_answer():
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [(" " * 500, " " + words(20)), (words(20) + " ", " " * 500)]
+    ("before", "after"),
+    [(" " * 500, " " + words(20)), (words(20) + " ", " " * 500)],
+    ids=["before", "after"],
 )
 def test_white_space_on_one_side_does_not_keep_the_other_from_being_cut(before, after):
     question = span_question(before, "town", after, "")
