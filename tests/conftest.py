@@ -21,6 +21,7 @@ settings.register_profile(
 settings.load_profile("suite")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """A file's tests stay together, for they share fixtures; those of tests/fsdp all share one
     folder of runs. These take longest and come first.
