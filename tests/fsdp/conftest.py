@@ -10,7 +10,7 @@ import instruction_sft
 import lora_sft
 import pytest
 import torch
-from launching import CONFIGS, FULL, RECIPE, SAVING, finish, start, ten_steps
+from launching import CONFIGS, FULL, OPTIONS, RECIPE, SAVING, finish, start, ten_steps
 from tiny_llama import save_tiny_llama
 from transformers import AutoModelForCausalLM
 
@@ -180,6 +180,8 @@ def sharded(root, arguments, launch):
         "sharded": [RECIPE, *arguments("sharded", **SAVING)],
         "sharded_resumed": [RECIPE, *arguments("sharded_resumed", **resumed)],
         "sharded_full": [FULL, *arguments("sharded_full", **SAVING)],
+        "sharded_stopped": [OPTIONS, str(root / "sharded_options"), "full", "stopped"],
+        "sharded_stopped_lora": [OPTIONS, str(root / "sharded_options"), "lora", "stopped"],
     }
     return launch(CONFIGS / "fsdp2_sharded.yaml", 2, runs)
 

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "accelerate_configs"
 RECIPE = str(ROOT / "recipes" / "lora_sft.py")
 FULL = str(Path(__file__).with_name("full_tuning.py"))
+OPTIONS = str(Path(__file__).with_name("with_options.py"))
 # Of a run that leaves checkpoints 10, 15 and 20.
 SAVING = {"save_strategy": "steps", "save_steps": 5, "save_total_limit": 3}
 TIMEOUT = 120  # seconds; a run that hangs has lost a process

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import with_options
-from launching import CONFIGS, finish, read_json, start
+from launching import CONFIGS, OPTIONS, finish, read_json, start
 from peft import PeftModel
 from tiny_models import MODELS, TOKENIZER
 from transformers import AutoModelForCausalLM
@@ -15,21 +15,20 @@ from common.evaluation import evaluate_task
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = str(Path(with_options.__file__))
 KINDS = ["full", "lora"]
 HOW = list(with_options.OPTIONS)
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
+def folders(root, sharded) -> dict[str, Path]:
     """What two processes found under each config, and what one process does."""
-    found = {name: tmp_path_factory.mktemp(name) for name in ("fsdp2", "fsdp2_sharded", "alone")}
-    started = {}
-    for config, hows in (("fsdp2", HOW), ("fsdp2_sharded", ["stopped"])):
-        folder = found[config]
-        runs = {f"{kind}-{how}": [SCRIPT, str(folder), kind, how] for how in hows for kind in KINDS}
-        options = ("--num_processes", "2")
-        started[config] = start(CONFIGS / f"{config}.yaml", folder / "runs.json", runs, *options)
+    assert sharded.failed == [], sharded.errors
+    found = {name: root / f"{name}_options" for name in ("two", "sharded", "alone")}
+    runs = {
+        f"{kind}-{how}": [OPTIONS, str(found["two"]), kind, how] for how in HOW for kind in KINDS
+    }
+    file = root / "runs" / "options.json"
+    process = start(CONFIGS / "fsdp2.yaml", file, runs, "--num_processes", "2")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -38,9 +37,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
                 with_options.main(found["alone"], kind, how, rows_per_process=8)
     finally:
         torch.set_num_threads(threads)
-        launched = {config: finish(process) for config, process in started.items()}
-    for one in launched.values():
-        assert one.failed == [], one.errors
+        launched = finish(process)
+    assert launched.failed == [], launched.errors
     return found
 
 
@@ -48,7 +46,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 def results(folders, kind):
     """Of one kind: two processes' and one's, by how they were trained."""
 
-    def read(how: str, config: str = "fsdp2") -> tuple[dict, dict]:
+    def read(how: str, config: str = "two") -> tuple[dict, dict]:
         file = f"{kind}-{how}.json"
         return read_json(folders[config] / file), read_json(folders["alone"] / file)
 
@@ -77,7 +75,7 @@ def test_lines_of_rows_are_trained_as_in_one_process(results, kind):
     assert two["after"] == pytest.approx(alone["after"], abs=1e-4)
 
 
-@pytest.mark.parametrize("config", ["fsdp2", "fsdp2_sharded"])
+@pytest.mark.parametrize("config", ["two", "sharded"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_stops_and_goes_back_as_in_one_process(results, folders, kind, config):
     two, alone = results("stopped", config)
