@@ -4,7 +4,6 @@ shared out among the workers.
 
 import os
 
-import pytest
 from hypothesis import HealthCheck, settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: a thread for each
@@ -21,12 +20,19 @@ settings.register_profile(
 settings.load_profile("suite")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items):
+def pytest_xdist_make_scheduler(config, log):
     """A file's tests stay together, for they share fixtures; those of tests/fsdp all share one
-    folder of runs. These take longest and come first.
+    folder of runs.
     """
-    for item in items:
-        launched = item.path.parent.name == "fsdp"
-        item.add_marker(pytest.mark.xdist_group("fsdp" if launched else item.path.name))
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return "tests/fsdp" if "tests/fsdp/" in nodeid else super()._split_scope(nodeid)
+
+    return Files(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """The launched runs take longest and come first."""
     items.sort(key=lambda item: item.path.parent.name != "fsdp")
