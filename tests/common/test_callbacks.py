@@ -294,7 +294,7 @@ def test_the_last_answers_are_those_of_the_best_weights(tmp_path):
 
 
 def test_of_a_conversation_the_last_reply_is_written():
-    chat = tokenizer_for("gpt2")
+    chat = copy.deepcopy(tokenizer_for("gpt2"))
     chat.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}\n{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -1,7 +1,8 @@
 """Noise, lines of rows, early stopping and samples are over two processes under FSDP2 as in one."""
 
-from pathlib import Path
+from pathlib import copy
 
+import Path
 import pytest
 import torch
 import with_options
@@ -89,7 +90,7 @@ def test_training_stops_and_goes_back_as_in_one_process(results, folders, kind, 
     if kind == "full":
         model = AutoModelForCausalLM.from_pretrained(saved)
     else:
-        model = PeftModel.from_pretrained(MODELS["llama"], saved)
+        model = PeftModel.from_pretrained(copy.deepcopy(MODELS["llama"]), saved)
     score = evaluate_task(model, encoder, with_options.OTHER_ROWS).score
     assert two["after"] == pytest.approx(score, abs=1e-5)
     assert abs(two["after"] - best) < abs(two["evaluated"][-1] - best)
