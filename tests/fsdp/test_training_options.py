@@ -1,8 +1,8 @@
 """Noise, lines of rows, early stopping and samples are over two processes under FSDP2 as in one."""
 
-from pathlib import copy
+import copy
+from pathlib import Path
 
-import Path
 import pytest
 import torch
 import with_options
