@@ -173,7 +173,7 @@ def main(args: CotArguments, training) -> dict | None:
     estimated = estimate_memory(model, training, encoded.examples)
     model = trainer.shard()
     encoders = {name: encoder_of(one) for name, one in asked.items()}
-    max_new_tokens = args.max_new_tokens or encoded.longest_answer * 5 // 4
+    max_new_tokens = args.max_new_tokens or encoded.longest_target * 5 // 4
     budget = {"max_new_tokens": max_new_tokens, "batch_tokens": args.eval_batch_tokens}
 
     def score(name: str, description: str, **options):

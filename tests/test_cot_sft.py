@@ -152,6 +152,14 @@ def test_a_trained_result_answers_new_rows(run, data_folder, tmp_path, full):
     assert {one["prompt"]: one["generated"] for one in answered} == said
 
 
+def test_a_whole_model_takes_the_place_of_an_adapter_of_an_earlier_run(run, model_folder):
+    assert (run() / "adapter_config.json").exists()
+    folder = run("--full", "true", "--learning_rate", "1e-3")
+    assert not list(folder.glob("adapter_*"))
+    tuned, base = (AutoModelForCausalLM.from_pretrained(one) for one in (folder, model_folder))
+    assert not torch.equal(tuned.lm_head.weight, base.lm_head.weight)
+
+
 def test_a_template_without_rationale_is_refused_by_a_line_with_the_cure(run):
     with pytest.raises(UserError, match=r"sst2.yaml: rationale: is missing; .*lora_sft.py"):
         run("--template", "sst2")

@@ -215,6 +215,7 @@ def test_columns_of_one_of_several_tasks_are_named_by_it(run, tmp_path):
 
 
 def test_one_of_several_templates_answers_new_rows(run, tmp_path):
+    run("--template", "movie_reviews=DATA/reviews")  # whose template is not that of the next run
     run(*TWO)
     file = tmp_path / "asked.jsonl"
     file.write_text(json.dumps({"sentence": "a fine film"}))

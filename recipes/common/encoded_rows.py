@@ -28,7 +28,7 @@ class EncodedRows:
         self.counts.supervised_tokens += sum(label != IGNORED for label in labels)
 
     @property
-    def longest_answer(self) -> int:
+    def longest_target(self) -> int:
         """The most supervised tokens of an example."""
         labels = (example["labels"] for example in self.examples)
         return max(sum(label != IGNORED for label in some) for some in labels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -193,6 +194,12 @@ def save_run(
         **(more or {}),
     }
     if is_main_process():
+        # What an earlier run of another kind left here would be taken for this one's.
+        (folder / "template.yaml").unlink(missing_ok=True)
+        shutil.rmtree(folder / "templates", ignore_errors=True)
+        if not isinstance(trainer.model, PeftModel):
+            for name in ("adapter_config.json", "adapter_model.safetensors"):
+                (folder / name).unlink(missing_ok=True)
         for template in templates:
             place = folder / "templates" / f"{template.name}.yaml"
             place = place if len(templates) > 1 else folder / "template.yaml"
