@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from run_files import read_json, read_jsonl
 from tiny_llama import save_tiny_llama
 from tokenizers_for_tests import tokenizer_for
 from transformers import (
@@ -106,14 +107,6 @@ def run(model_folder, data_folder, tmp_path):
         return folder
 
     return start
-
-
-def read_json(path: Path):
-    return json.loads(path.read_text())
-
-
-def read_jsonl(path: Path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # Labels ------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 import torch
 from optional_packages import needs_bitsandbytes
 from peft import PeftModel
+from run_files import losses, read_json
 from safetensors.torch import load_file
 from tiny_llama import save_tiny_llama
 from transformers import AutoModelForCausalLM
@@ -25,10 +26,6 @@ ROWS = [
     for word, label in (("fine", "positive"), ("dull", "negative"))
 ]
 IDS = torch.tensor([[5, 17, 42, 99, 7, 3, 64, 12]])
-
-
-def read_json(path: Path):
-    return json.loads(path.read_text())
 
 
 def logits(model) -> torch.Tensor:
@@ -80,11 +77,6 @@ def run(root):
         patch.setattr(common.models, "load_model", keep)
         lora_sft.main(*parsed(command(root, merge="true", dora="true")))
     return root / "out", loaded[0]
-
-
-def losses(folder: Path) -> list[float]:
-    history = read_json(folder / "trainer_state.json")["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
 
 
 @needs_bitsandbytes

@@ -11,6 +11,7 @@ import lora_sft
 import pytest
 import torch
 from peft import PeftModel
+from run_files import losses, read_json, read_jsonl
 from safetensors.torch import load_file
 from tiny_llama import save_tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -41,14 +42,6 @@ def data_folder(tmp_path_factory):
     return folder
 
 
-def read_json(path: Path):
-    return json.loads(path.read_text())
-
-
-def read_jsonl(path: Path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 @pytest.fixture
 def run(model_folder, data_folder, tmp_path):
     """Runs `main` as the command line would, on the tiny model; gives the output folder."""
@@ -69,11 +62,6 @@ def run(model_folder, data_folder, tmp_path):
         return folder
 
     return start
-
-
-def losses(folder: Path) -> list[float]:
-    history = read_json(folder / "trainer_state.json")["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
 
 
 def logits(model) -> torch.Tensor:

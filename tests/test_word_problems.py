@@ -137,19 +137,19 @@ def test_the_answer_does_not_stand_in_the_question():
         assert int(row["answer"]) not in digits(row["question"]), wrong(row)
 
 
-def test_most_steps_need_a_carry_but_none_is_too_big_to_write_down_at_once():
+def test_a_problem_needs_a_carry_but_no_step_is_too_big_to_write_down_at_once():
     for row in ROWS:
         assert any(carries(*step) for step in steps_of(row)), wrong(row)
         for left, sign, right, result in steps_of(row):
-            assert 2 <= result <= 400, wrong(row)
+            assert 2 <= result <= 130, wrong(row)
             if sign == "x":
                 assert min(left, right) <= 9, wrong(row)
-                assert max(left, right) <= 99, wrong(row)
+                assert max(left, right) <= 60, wrong(row)
             elif sign == "/":
                 assert right <= 10, wrong(row)
-                assert result <= 99, wrong(row)
+                assert result <= 24, wrong(row)
     steps = [step for row in ROWS for step in steps_of(row)]
-    assert sum(carries(*step) for step in steps) > len(steps) / 2
+    assert sum(carries(*step) for step in steps) > len(steps) / 3
 
 
 def test_the_texts_are_whole_sentences():

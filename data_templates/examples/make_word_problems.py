@@ -65,17 +65,17 @@ def read_range(given: str | list[int]) -> list[int] | range:
 
 
 def compute(left: int, sign: str, right: int) -> int | None:
-    """The result of a step, None where a small model could not write it down at once: a product or
-    quotient of more than two digits by one, a broken or too small result.
+    """The result of a step, None where a small model could not learn from a few hundred problems to
+    write it down at once, and where it is broken or too small.
     """
     small, large = min(left, right), max(left, right)
     if sign == "x":
-        fits, result = (small <= 9 and large <= 99), left * right
+        fits, result = (small <= 9 and large <= 60), left * right
     elif sign == "/":
-        fits, result = (left % right == 0 and right <= 10 and left // right <= 99), left // right
+        fits, result = (left % right == 0 and right <= 10 and left // right <= 24), left // right
     else:
         fits, result = True, (left + right if sign == "+" else left - right)
-    return result if fits and 2 <= result <= 400 else None
+    return result if fits and 2 <= result <= 130 else None
 
 
 def carries(left: int, sign: str, right: int, result: int) -> bool:

@@ -331,6 +331,8 @@ def score_loss(
                     examples = [encoder.training_example(question, shown)[:2]]
             except DoesNotFit:
                 continue
+            except UserError as error:  # the chat template rejects the turns
+                raise UserError(f"evaluation row {number + 1}: {error}") from None
             for ids, labels in examples:
                 start = 0
                 for ignored, run in groupby(labels, lambda label: label == IGNORED):

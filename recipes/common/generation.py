@@ -1,8 +1,8 @@
 """Answers written by a model: what prompts share is computed once, rows that are done drop out, and
 samples of one prompt share it.
 
-The tokens of all rows stand in one tree of keys and values (see `shared_cache.py`), each step adds
-one token per row. Models that cannot do that write after whole prompts in padded batches.
+The tokens of all prompts stand in one tree of keys and values (see `shared_cache.py`), each step
+adds one token per row. Models that cannot do that write after whole prompts in padded batches.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from transformers import DynamicCache
 
 from common.journal import Journal
 from common.lockstep import Lockstep
+from common.row_cache import RowCache
 from common.scoring import plan_padded, run_passes
-from common.shared_cache import KeptBeginning, can_share, forward_parameters
+from common.shared_cache import KeptBeginning, SharedCache, can_share, forward_parameters
 from common.token_tree import Pass, Tree, plan_passes
 
 Ids = Sequence[int]
@@ -159,7 +160,8 @@ class KeptWriter:
 
     def plan(self, requests: Sequence[tuple[int, list[int]]], budget: int) -> list[Pass]:
         """What is written side by side."""
-        room = self.how.samples * self.how.max_new_tokens
+        # Of a token that is written only keys and values stay, and few answers take all they may.
+        room = -(-self.how.samples * self.how.max_new_tokens // 4)
         return plan_passes([ids for _, ids in requests], [room] * len(requests), budget)
 
     def write(self, requests: Sequence[tuple[int, list[int]]], one: Pass) -> list[list[Written]]:
@@ -185,8 +187,8 @@ class KeptWriter:
                 rows.append(Row(number, sample, how))
                 first.append(end)
         logits = logits[[read.index(end) for end in first]]
-        sees = sees[first]
-        places = torch.tensor([positions[end] for end in first])
+        places = [positions[end] for end in first]
+        steps = (RowCache if cache.plain else LineOfRows)(cache, sees[first])
         writing = rows
         while True:
             for row, (token, log_prob) in zip(writing, how.choose(logits, writing), strict=True):
@@ -194,16 +196,33 @@ class KeptWriter:
             going = [at for at, row in enumerate(writing) if not row.done]
             if not going:
                 return _results(rows, how.samples)
-            writing = [writing[at] for at in going]
-            sees, places = sees[going], places[going] + 1
-            used = sees.any(0)
-            if 2 * int(used.sum()) < len(used):  # most of what is kept belongs to rows that ended
-                cache.select(used.nonzero().flatten())
-                sees = sees[:, used]
-            size = len(writing)
-            sees = torch.cat([sees, torch.eye(size, dtype=torch.bool)], 1)
-            tokens = [row.ids[-1] for row in writing]
-            logits = cache.feed(tokens, places.tolist(), sees, list(range(size)))
+            if len(going) < len(writing):
+                going = steps.select(going)
+                writing = [writing[at] for at in going]
+            places = [places[at] + 1 for at in going]
+            logits = steps.feed([row.ids[-1] for row in writing], places)
+
+
+class LineOfRows:
+    """What `RowCache` does, in the line of tokens that the cache holds."""
+
+    def __init__(self, cache: SharedCache, visible: torch.Tensor):
+        self._cache, self._sees = cache, visible
+
+    def feed(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+        """Add one token to each row; logits of the token that follows."""
+        size = len(tokens)
+        self._sees = torch.cat([self._sees, torch.eye(size, dtype=torch.bool)], 1)
+        return self._cache.feed(tokens, positions, self._sees, list(range(size)))
+
+    def select(self, rows: list[int]) -> list[int]:
+        """Keep these rows; others' tokens go only when they are most of what is kept."""
+        self._sees = self._sees[rows]
+        used = self._sees.any(0)
+        if 2 * int(used.sum()) < len(used):
+            self._cache.select(used.nonzero().flatten())
+            self._sees = self._sees[:, used]
+        return rows
 
 
 class WholeWriter:

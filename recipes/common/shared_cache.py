@@ -7,7 +7,7 @@ kept ones and its own path: nothing is padded, and the kept keys and values are 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -37,7 +37,11 @@ class TreeAttention:
     """
 
     def __init__(self, visible: torch.Tensor, dtype: torch.dtype):
-        """For [n, length] booleans: what each token sees, itself included."""
+        """For [n, length] booleans: what each token sees, itself included.
+
+        `plain` says afterwards whether it computed everything, and transformers' sdpa nothing.
+        """
+        self.plain = True
         before = visible.shape[1] - len(visible)
         hidden = (~visible[:, :before].all(0)).nonzero()
         self.open = int(hidden[0]) if len(hidden) else before  # so many first columns all see
@@ -55,6 +59,7 @@ class TreeAttention:
         """As transformers calls attention: [batch, heads, n, size of a head] queries."""
         plain = attention_mask is self.mask and query.shape[-1] == value.shape[-1]
         if not plain or options.get("dropout") or options.get("position_bias") is not None:
+            self.plain = False
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, scaling=scaling, **options
             )
@@ -89,11 +94,13 @@ class SharedCache:
 
     Attributes:
         length: how many tokens are in it.
+        plain: whether `TreeAttention` computed all attention so far.
     """
 
     def __init__(self, run: Lockstep):
         self.run = run
         self.length = 0
+        self.plain = True
         config = run.model.config
         self._cache = DynamicCache(config=config)
         # sdpa takes booleans; eager attention adds its mask to the scores.
@@ -125,7 +132,8 @@ class SharedCache:
             attention = TreeAttention(visible, dtype)
             mask = attention.mask
         try:
-            logits = self._run(
+            logits = run_with_attention(
+                self.run,
                 attention,
                 input_ids=torch.tensor([ids], device=device),
                 position_ids=torch.tensor([positions], device=device),
@@ -138,18 +146,16 @@ class SharedCache:
             self._crop(self.length)
             raise
         self.length += len(ids)
+        self.plain = self.plain and attention is not None and attention.plain
         if logits.shape[1] != len(read):  # a model that does not know logits_to_keep
             logits = logits[:, read]
         return logits[0]
 
-    def _run(self, attention: TreeAttention | None, **inputs):
-        if attention is None:
-            return self.run(**inputs)
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
-        try:
-            return self.run(**inputs)
-        finally:
-            del ALL_ATTENTION_FUNCTIONS["sdpa"]
+    def layers(self) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor]]]:
+        """The number, keys and values of each layer that has some: [1, heads, length, size]."""
+        for place, layer in enumerate(self._cache.layers):
+            if layer.is_initialized and layer.keys is not None:
+                yield place, (layer.keys, layer.values)
 
     def forget(self, count: int) -> None:
         """Drop the tokens that were added last."""
@@ -167,6 +173,17 @@ class SharedCache:
     def _crop(self, length: int) -> None:
         for layer in self._cache.layers:
             layer.crop(length - layer.get_seq_length())
+
+
+def run_with_attention(run: Lockstep, attention: Callable | None, **inputs):
+    """A forward pass that computes attention by a function of ours, if any, instead of sdpa."""
+    if attention is None:
+        return run(**inputs)
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
+    try:
+        return run(**inputs)
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
 class KeptBeginning:

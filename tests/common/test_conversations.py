@@ -42,6 +42,7 @@ from tokenizers_for_tests import (
 from common.encoded_rows import encode_rows
 from common.encoding import Counts, PromptEncoder
 from common.errors import UserError
+from common.evaluation import score_loss
 from common.template import PromptTemplate
 
 EMPTY_THOUGHT = re.compile(r"\s*(<think>)?\s*(</think>)?\s*$")
@@ -401,6 +402,8 @@ def test_turns_that_the_chat_template_rejects_are_named_by_their_row():
 
     assert message.startswith("training row 2: chat template of ")
     assert "roles must alternate" in message
+    message = refusal(lambda: score_loss(None, encoder, [good, bad]))
+    assert message.startswith("evaluation row 2: chat template of ")
 
 
 def test_conversations_count_examples_and_answers():

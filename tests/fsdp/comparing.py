@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import losses
+from run_files import losses
 from safetensors.torch import load_file
 
 ADAPTER, MODEL = "adapter_model.safetensors", "model.safetensors"

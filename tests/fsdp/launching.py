@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launched import MARK
+from run_files import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "accelerate_configs"
@@ -91,20 +92,9 @@ def finish(process: subprocess.Popen) -> Launched:
     return Launched(process.returncode, said, errors)
 
 
-def read_json(path: Path):
-    """A JSON file's content."""
-    return json.loads(path.read_text())
-
-
 def records(folder: Path) -> list[dict]:
     """The lines of a run's predictions.jsonl."""
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-
-
-def losses(folder: Path) -> list[float]:
-    """The loss of each step that a run trained, the one that it resumed included."""
-    history = read_json(folder / "trainer_state.json")["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
+    return read_jsonl(folder / "predictions.jsonl")
 
 
 def ten_steps(root: Path) -> dict[str, dict]:

@@ -7,8 +7,9 @@ import re
 import pytest
 import torch
 from comparing import ADAPTER, MODEL, assert_equal_losses, assert_equal_updates
-from launching import losses, read_json, records
+from launching import records
 from peft import PeftModel
+from run_files import losses, read_json
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.arguments import RecipeArguments, parse_arguments

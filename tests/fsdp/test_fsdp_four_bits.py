@@ -3,8 +3,9 @@
 import pytest
 import torch
 from comparing import assert_equal_losses, assert_equal_updates
-from launching import CONFIGS, RECIPE, SAVING, read_json, records
+from launching import CONFIGS, RECIPE, SAVING, records
 from optional_packages import needs_bitsandbytes
+from run_files import read_json
 from test_fsdp import assert_sharded_over_two
 from tiny_llama import save_tiny_llama
 

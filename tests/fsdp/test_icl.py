@@ -3,7 +3,8 @@
 import icl_eval
 import in_step
 import pytest
-from launching import CONFIGS, ROOT, read_json, records
+from launching import CONFIGS, ROOT, records
+from run_files import read_json
 
 from common.arguments import parse_arguments
 

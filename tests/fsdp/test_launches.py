@@ -2,7 +2,8 @@
 
 import pytest
 from comparing import assert_equal_losses, assert_equal_updates
-from launching import CONFIGS, RECIPE, finish, free_port, read_json, start
+from launching import CONFIGS, RECIPE, finish, free_port, start
+from run_files import read_json
 
 pytestmark = pytest.mark.slow
 

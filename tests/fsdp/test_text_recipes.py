@@ -6,7 +6,8 @@ import json
 
 import pytest
 from comparing import MODEL, assert_equal_losses, assert_equal_updates
-from launching import read_json, records, ten_steps
+from launching import records, ten_steps
+from run_files import read_json
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.slow

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import with_options
-from launching import CONFIGS, OPTIONS, finish, read_json, start
+from launching import CONFIGS, OPTIONS, finish, start
 from peft import PeftModel
+from run_files import read_json
 from tiny_models import MODELS, TOKENIZER
 from transformers import AutoModelForCausalLM
 
