@@ -73,8 +73,10 @@ def compute(left: int, sign: str, right: int) -> int | None:
         fits, result = (small <= 9 and large <= 60), left * right
     elif sign == "/":
         fits, result = (left % right == 0 and right <= 10 and left // right <= 24), left // right
-    else:
-        fits, result = True, (left + right if sign == "+" else left - right)
+    elif sign == "+":
+        fits, result = True, left + right
+    else:  # a borrow is the hardest to learn
+        fits, result = (right <= 9 or left <= 20 or left % 10 >= right % 10), left - right
     return result if fits and 2 <= result <= 130 else None
 
 
