@@ -92,3 +92,8 @@ def supervised_runs(labels):
         else:
             runs.append([place, place + 1])
     return runs
+
+
+def targets(examples):
+    """The labels of each stretch that is supervised."""
+    return [labels[a:b] for _, labels in examples for a, b in supervised_runs(labels)]
