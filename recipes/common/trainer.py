@@ -165,7 +165,7 @@ class RecipeConfig(SFTConfig):
             return torch.float32, "fp16 needs float32 weights to scale the loss"
         if torch.cuda.is_available() and not self.use_cpu:
             return torch.float32, "bf16 is off"
-        return torch.float32, "on a CPU bfloat16 is slower than float32"
+        return torch.float32, "bf16 is off, as by default on a CPU"
 
 
 class LossBar(TrainerCallback):
