@@ -7,10 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from sklearn.metrics import precision_recall_fscore_support
-from template_cases import CASES
 from tiny_llama import tiny_llama
 from tokenizers_for_tests import tokenizer_for
 
@@ -18,14 +14,10 @@ from common import few_shot_report
 from common.encoding import EncodedPrompt, PromptEncoder
 from common.errors import UserError
 from common.evaluation import Asked, TaskScore, finish
-from common.few_shot import CausalAsker, FewShotScore, MaskedAsker
+from common.few_shot import FewShotScore
 from common.few_shot_report import (
-    class_figures,
-    confidences,
     interval,
-    preview_prompts,
     save_few_shot,
-    say_first_prompt,
 )
 from common.metrics import score_rows
 from common.results import count_parameters
@@ -436,177 +428,3 @@ def test_many_classes_are_not_all_shown(save, capsys, monkeypatch):
     assert classes[11] in out
     assert classes[12] not in out
     assert "65, in metrics.json" in out
-
-
-# Figures of the records
-
-
-@pytest.mark.parametrize(
-    ("right", "rows", "expected"),
-    [  # statsmodels' proportion_confint(method="wilson")
-        (8, 10, (0.4902, 0.9433)),
-        (0, 10, (0.0, 0.2775)),
-        (10, 10, (0.7225, 1.0)),
-        (50, 100, (0.4038, 0.5962)),
-        (1, 1, (0.2065, 1.0)),
-    ],
-)
-@pytest.mark.parametrize("metric", ["accuracy", "exact_match", "numeric_match"])
-def test_the_interval_of_what_is_right_or_wrong_is_wilsons(metric, right, rows, expected):
-    found = interval(metric, right / rows, math.nan, rows)  # it needs no standard error
-    assert found == pytest.approx(expected, abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("metric", "score", "stderr", "expected"),
-    [
-        ("squad", 0.5, 0.1, (0.304, 0.696)),
-        ("entity_f1", 0.95, 0.1, (0.754, 1.0)),
-        ("macro_f1", 0.1, 0.1, (0.0, 0.296)),
-        ("loss", 2.0, 0.5, (1.02, 2.98)),
-        ("loss", 0.1, 0.5, (0.0, 1.08)),
-        ("squad", 1.0, math.nan, (math.nan, math.nan)),  # a single row
-    ],
-)
-def test_other_intervals_are_within_what_the_metric_can_be(metric, score, stderr, expected):
-    found = interval(metric, score, stderr, 20)
-    assert found == pytest.approx(expected, nan_ok=True)
-
-
-@given(
-    st.lists(
-        st.tuples(st.sampled_from("abc"), st.sampled_from(["a", "b", "c", None])),
-        min_size=1,
-        max_size=20,
-    ),
-    st.integers(1, 3),
-)
-def test_class_figures_are_scikit_learns_over_all_draws(pairs, draws):
-    rng = np.random.default_rng(0)
-    answers = [answer for answer, _ in pairs]
-    records = []
-    for draw in range(draws):  # other predictions for the same rows
-        said = [pairs[place][1] for place in rng.permutation(len(pairs))]
-        records += records_of(answers, said, draw)
-    found = class_figures(records, "abcd")  # of d there is none
-    golds = [one["answer"] for one in records]
-    said = [one["prediction"] or "" for one in records]
-    expected = precision_recall_fscore_support(golds, said, labels=[*"abcd"], zero_division=0.0)
-    for label, *figures in zip("abcd", *expected, strict=True):
-        names = ("precision", "recall", "f1")
-        assert [found[label][name] for name in names] == pytest.approx(figures[:3])
-        assert found[label]["rows"] == answers.count(label)
-
-
-def test_a_confidence_is_the_probability_of_what_that_way_of_scoring_predicts():
-    # Not normalized, as sums of log-likelihoods are not.
-    record = {
-        "answer": "b",
-        "prediction": "a",
-        "predictions": {"sum": "a", "calibrated": "b"},
-        "scores": {
-            "sum": {"a": math.log(0.06), "b": math.log(0.03), "c": math.log(0.01)},
-            "calibrated": {"a": -1000.0, "b": 0.0, "c": -math.inf},
-        },
-    }
-    sure, right = confidences([record], "sum")
-    assert (sure, right) == (pytest.approx([0.6]), [False])
-    sure, right = confidences([record], "calibrated")
-    assert (sure, right) == (pytest.approx([1.0]), [True])
-
-
-# Prompts
-
-
-def shown_before(number, row):
-    return [(f"Shown before {number},", " negative")]
-
-
-def asker_of(name, max_length=200, tokenizer="gpt2"):
-    encoder = PromptEncoder(template_of(name), tokenizer_for(tokenizer), max_length)
-    return MaskedAsker(encoder) if tokenizer == "bert" else CausalAsker(encoder)
-
-
-@pytest.mark.parametrize("name", ["movie_reviews", "next_sentence", "squad", "gsm8k", "wnut17"])
-def test_a_preview_shows_every_prompt_of_a_row_with_its_demonstrations(name, capsys, monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    asker, rows = asker_of(name, 400), CASES[name].rows[:2]
-    preview_prompts(asker, rows, shown_before)
-    out = capsys.readouterr().out
-    for number, row in enumerate(rows):
-        questions = asker.encoder.template.questions(row)
-        assert out.count(f"row {number + 1}: ") == len(questions)
-        assert out.count(f"Shown before {number}, negative") == len(questions)
-        for question in questions:
-            assert asker.encoder.template.prompt(question) in out
-    assert "tokens, 1 demonstration" in out
-    assert ("candidates: " in out) == bool(asker.encoder.template.label)
-
-
-def test_a_preview_shows_the_cloze_of_a_masked_model(capsys, monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    preview_prompts(asker_of("movie_reviews", tokenizer="bert"), CASES["movie_reviews"].rows, None)
-    out = capsys.readouterr().out
-    assert out.count("[MASK]") >= 3
-    assert "tokens, 0 demonstrations" in out
-
-
-def test_a_conversation_is_shown_as_it_is_scored(capsys, monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    asker, row = asker_of("conversations", 400), CASES["conversations"].rows[0]
-    preview_prompts(asker, [row], None)
-    say_first_prompt(asker, row, None)
-    out = capsys.readouterr().out
-    for message in row["messages"]:
-        assert out.count(message["content"].strip()) >= 2
-    assert "tokens, 0 demonstrations" in out
-
-
-def test_a_preview_says_where_a_row_does_not_fit(capsys, monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    preview_prompts(asker_of("movie_reviews", 5), CASES["movie_reviews"].rows[:2], None)
-    out = capsys.readouterr().out
-    assert "row 1: does not fit into 5 tokens" in out
-    assert "row 2: does not fit into 5 tokens" in out
-
-
-def test_markup_and_control_characters_in_a_prompt_are_only_text(capsys, monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    rows = [{"sentence": "[bold]film[/] \x1b[31mred", "label": "positive"}]
-    preview_prompts(asker_of("movie_reviews"), rows, None)
-    say_first_prompt(asker_of("movie_reviews"), rows[0], None)
-    assert capsys.readouterr().out.count(r"[bold]film[/] \x1b[31mred") == 2
-
-
-def test_the_first_prompt_is_shown_whole_and_of_a_long_one_the_ends(capsys, monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    row = CASES["movie_reviews"].rows[0]
-    say_first_prompt(asker_of("movie_reviews"), row, shown_before)
-    out = capsys.readouterr().out
-    assert "Shown before 0, negative" in out
-    assert out.rstrip().endswith(CASES["movie_reviews"].prompt)
-
-    def many(number, asked):
-        return [(f"Demonstration {n} of many:", " negative") for n in range(200)]
-
-    say_first_prompt(asker_of("movie_reviews", 10_000), row, many)
-    out = capsys.readouterr().out
-    assert "Demonstration 0 of many" in out
-    assert "Demonstration 100 of many" not in out
-    assert out.rstrip().endswith(CASES["movie_reviews"].prompt)
-    assert " characters ...]" in out
-    assert len(out) < 3_200
-
-
-def test_a_first_row_that_does_not_fit_shows_nothing(capsys, monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    say_first_prompt(asker_of("movie_reviews", 5), CASES["movie_reviews"].rows[0], None)
-    assert capsys.readouterr().out == ""
-
-
-def test_other_processes_show_no_prompts(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    row = CASES["movie_reviews"].rows[0]
-    preview_prompts(asker_of("movie_reviews"), [row], None)
-    say_first_prompt(asker_of("movie_reviews"), row, None)
-    assert capsys.readouterr().out == ""
