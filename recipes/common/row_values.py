@@ -91,6 +91,12 @@ def _read_turn(raw: Any) -> dict[str, Any]:
         turn["tool_calls"] = [_read_call(call) for call in as_list(calls)]
     elif role != "system" and not turn["content"].strip():
         raise RowError("is empty; fill it or leave the row out")
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        if isinstance(given.get(key), str) and given[key].strip():
+            raise RowError(
+                f"has {key}, which would not be learned; write it into the content as the model's "
+                "chat template does, such as <think>...</think>, or remove it"
+            )
     if role == "tool":
         turn |= {key: str(given[key]) for key in ("name", "tool_call_id") if key in given}
     if role == "assistant" and given.get("weight") == 0:

@@ -129,6 +129,10 @@ def test_every_way_of_writing_a_conversation_reads_the_same(texts, letters, way)
             [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
             "turn 1 holds a part that is no text (image_url); only text is learned",
         ),
+        (
+            [HI[0], {**HI[1], "reasoning_content": "It is a greeting."}],
+            "turn 2 has reasoning_content, which would not be learned; write it into the content",
+        ),
     ],
 )
 def test_a_conversation_that_cannot_be_learned_says_why(turns, problem):
