@@ -242,5 +242,5 @@ def run_recipe(
         print(f"error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"interrupted; {resume} goes on", file=sys.stderr)
+        print(f"interrupted; {resume} goes on from what was saved", file=sys.stderr)
         sys.exit(130)

@@ -204,7 +204,9 @@ class KeptWriter:
 
 
 class LineOfRows:
-    """What `RowCache` does, in the line of tokens that the cache holds."""
+    """What `RowCache` does, in the line of tokens that the cache holds: on GPUs, and where
+    attention is not computed by `TreeAttention`.
+    """
 
     def __init__(self, cache: SharedCache, visible: torch.Tensor):
         self._cache, self._sees = cache, visible

@@ -39,7 +39,8 @@ def read_turns(columns: Mapping[str, Any]) -> tuple[Turn, ...]:
     tool calls in OpenAI's forms (`tool_calls`, the older `function_call`, arguments as JSON text)
     and ShareGPT's `function_call` turns. A tool's turn that does not say which call it answers
     answers the one in its place. A system turn without text is none. A turn that is not to be
-    learned keeps OpenAI's `weight: 0`; other keys are left behind.
+    learned keeps OpenAI's `weight: 0`. Reasoning beside the content is refused; other keys are left
+    behind.
 
     The order must be: a system turn or none, a user's, then turns of which no two of the user or
     of the assistant meet, and those of tools stand behind the assistant's. Turns of the user or of
