@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from common.errors import UserError
+from common.launch import end_process_group
 from common.schema import load_yaml
 
 USAGE = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]"
@@ -237,6 +238,7 @@ def run_recipe(
     """
     try:
         main(*parse_arguments(arguments, description, defaults))
+        end_process_group()
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         print(f"error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)

@@ -167,3 +167,15 @@ def check_joined(world_size: int) -> None:
             "would train a model of its own; launch with 'accelerate launch --config_file "
             "accelerate_configs/ddp.yaml' (or fsdp2.yaml) and the versions of requirements.txt"
         )
+
+
+def end_process_group() -> None:
+    """End what the processes of a launch spoke through, at the end of a run that went well.
+
+    Left open it is torn down with the interpreter: gloo's threads then let go of their last
+    tensors while Python ends, which once in many runs aborts a process whose work is done.
+    """
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -321,6 +322,16 @@ def test_an_interrupt_ends_in_one_line_and_exit_code_130(monkeypatch, capsys):
     code, err = end_of([], main, monkeypatch, capsys)
     assert (code, err.count("\n")) == (130, 1)
     assert "--resume_from_checkpoint last" in err
+
+
+def test_a_run_that_went_well_ends_what_its_processes_spoke_through(monkeypatch):
+    def main(arguments, training):
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+    monkeypatch.setattr(sys, "argv", ["recipe.py"])
+    run_recipe(main, Arguments, "What it does.", DEFAULTS)
+    assert not torch.distributed.is_initialized()
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):

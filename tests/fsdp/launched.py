@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from common.launch import say
+from common import arguments
+from common.launch import end_process_group, say
 
 MARK = "=====run:"
 
@@ -22,9 +23,10 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     # `use_all_cores` would take more, for which the models are too small and other launches run.
     torch.set_num_threads = lambda count: None
-    for name, (script, *arguments) in json.loads(Path(sys.argv[1]).read_text()).items():
+    arguments.end_process_group = lambda: None  # the runs share one
+    for name, (script, *options) in json.loads(Path(sys.argv[1]).read_text()).items():
         say(f"{MARK}{name}")
-        sys.argv = [script, *arguments]
+        sys.argv = [script, *options]
         try:
             runpy.run_path(script, run_name="__main__")
         except SystemExit as end:
@@ -32,3 +34,4 @@ if __name__ == "__main__":
         # What a process of its own would not have: accelerate's memory of the run before.
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+    end_process_group()
