@@ -282,6 +282,37 @@ class PromptEncoder:
             raise UserError(f"{self.template.path}: cloze: must hold {{{{ mask }}}} once")
         return before, after
 
+    def causal_cloze(self, question: Question) -> tuple[EncodedPrompt, dict[str, list[list[int]]]]:
+        """The cloze for a causal model: what stands before the mask, and for each class its words,
+        each with the rest of the text behind it.
+
+        Raises:
+            DoesNotFit: see `prompt`.
+            UserError: the template has no cloze.
+        """
+        if "cloze" not in self.template.texts:
+            raise UserError(f"{self.template.path}: cloze: is missing; --cloze needs it")
+        tokenizer = self.text.tokenizer
+        first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+        def parts(one: Question) -> tuple[list[int], dict[str, list[list[int]]]]:
+            before, after = self.cloze_parts(one)
+            text = before.rstrip()
+            space = before[len(text) :]
+            # A text that begins with the mask needs something from which its word is predicted.
+            return self.text.text_prompt(text) or [first], {
+                label: [self.text.continuation(f"{space}{word}{after}") for word in words]
+                for label, words in self.template.verbalizer.items()
+            }
+
+        def build(one: Question) -> list[int]:
+            ids, follow = parts(one)
+            return ids + max((ids for some in follow.values() for ids in some), key=len)
+
+        asked, _ = self._shorten(question, self.max_length, build, window=False)
+        ids, follow = parts(asked)
+        return EncodedPrompt(ids, [], asked, asked is not question), follow
+
     def pair(self, question: Question) -> tuple[list[int], list[int], EncodedPrompt]:
         """Ids, token types and the shortened question of a sentence pair.
 

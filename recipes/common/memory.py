@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from common.launch import fsdp_option, uses_fsdp
-from common.rehearsal import decoder_layers, heaviest_batch, rehearse
+from common.rehearsal import Loss, decoder_layers, heaviest_batch, rehearse
 
 _BLOCKWISE = 1 + 4 / 256  # bytes: bitsandbytes keeps a float32 for 256 states of 8 bits
 
@@ -78,7 +78,9 @@ def gib(size: float) -> str:
     return f"{size / 2**30:.2f}"
 
 
-def estimate_memory(model: nn.Module, training, examples: Sequence[dict]) -> MemoryEstimate:
+def estimate_memory(
+    model: nn.Module, training, examples: Sequence[dict], loss: Loss | None = None
+) -> MemoryEstimate:
     """What training will need in each process, for the accelerate config that launched it.
 
     Parameters, gradients and optimizer states are counted; activations and logits are those of a
@@ -144,7 +146,7 @@ def estimate_memory(model: nn.Module, training, examples: Sequence[dict]) -> Mem
     moments = [step]
     logging.disable(logging.ERROR)  # torch logs what it raises
     try:
-        peaks = rehearse(model, training, heaviest_batch(examples, training), parts)
+        peaks = rehearse(model, training, heaviest_batch(examples, training), parts, loss)
     except Exception as error:  # a model's own code may do anything, and an estimate ends no run
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:80]
         notes.append(f"without activations, for the rehearsal failed: {reason}")

@@ -7,9 +7,10 @@ import heapq
 import math
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import torch
@@ -47,6 +48,9 @@ class MicroBatch:
     supervised: int
     padded: bool
     lengths: tuple[int, ...] = ()
+
+
+Loss = Callable[[nn.Module, Any, MicroBatch], torch.Tensor]
 
 
 def heaviest_batch(examples: Sequence[dict], training) -> MicroBatch:
@@ -96,7 +100,11 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def rehearse(
-    model: nn.Module, training, batch: MicroBatch, weights: Mapping[int, float]
+    model: nn.Module,
+    training,
+    batch: MicroBatch,
+    weights: Mapping[int, float],
+    loss: Loss | None = None,
 ) -> list[Counter]:
     """The highest sums of what is alive in a training step besides parameters and optimizer.
 
@@ -112,6 +120,7 @@ def rehearse(
         batch: the shape of the forward pass.
         weights: by a trained parameter's id, the part of its gradient that counts once it is
             computed: 1 where it stays in this process.
+        loss: of a model, the trainer's arguments and a batch; by default `RecipeTrainer`'s.
 
     Returns:
         Bytes of `activations`, `logits` and `gradients` at two moments: when the backward pass
@@ -121,8 +130,8 @@ def rehearse(
     """
     alike = _list_of_equals(model)
     if alike is None:
-        return _step(model, None, training, batch, weights)
-    two, three = (_step(model, (alike, depth), training, batch, weights) for depth in (2, 3))
+        return _step(model, None, training, batch, weights, loss)
+    two, three = (_step(model, (alike, depth), training, batch, weights, loss) for depth in (2, 3))
     more = len(alike) - 2
     return [
         Counter({kind: a[kind] + more * (b[kind] - a[kind]) for kind in {*a, *b}})
@@ -200,11 +209,12 @@ def _step(
     training,
     batch: MicroBatch,
     weights: Mapping[int, float],
+    loss: Loss | None,
 ) -> list[Counter]:
     """The peaks of one step; `shortened` is a list of layers and how many of them to keep."""
     head = model.get_output_embeddings()
     recorder = _Recorder(torch.Size() if head is None else head.weight.shape, batch.padded)
-    fake, hollow = FakeTensorMode(), {}  # hollow: what stands for what in the copy, by its id
+    fake, hollow = FakeTensorMode(allow_non_fake_inputs=True), {}  # hollow: what stands for what in the copy, by its id
 
     def watch(parameter: nn.Parameter, weight: float) -> None:
         def finish(one: nn.Parameter) -> None:
@@ -239,7 +249,7 @@ def _step(
     # The functions that make masks ask a fake tensor nothing, and would never leave a mask out.
     asking = mock.patch.object(masking_utils, "is_tracing", return_value=False)
     with asking, RowsApart(batch.lengths) if batch.lengths else nullcontext(), fake, recorder:
-        _loss(copied, training, batch).backward()
+        (loss or _loss)(copied, training, batch).backward()
     return recorder.peaks[:1] if shortened is None else recorder.peaks[::2]
 
 

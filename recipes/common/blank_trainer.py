@@ -1,0 +1,224 @@
+"""Training through the blank of a text: the loss over labels, and saving what PEFT has no way to
+save: soft prompts that are sharded, networks in front of them, label embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from peft import PeftModel, PromptEmbedding
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+from common.blank_evaluation import SOFT_VERBALIZER
+from common.blank_rows import Example
+from common.blanks import bare_model, collate, only_at, word_scores
+from common.encoding import IGNORED
+from common.rehearsal import MicroBatch
+from common.sharding import reshard
+from common.trainer import RecipeTrainer
+from common.verbalizer import combine_words
+
+TRAINED = "trained.safetensors"  # of a checkpoint: everything that is trained, by its name
+BASE = "base_model"  # where a model is kept that was tuned together with a soft prompt
+
+
+class BlankTrainer(RecipeTrainer):
+    """`RecipeTrainer` whose loss is the cross-entropy of the right label among the labels.
+
+    Args:
+        examples: as `blank_rows.encode_blanks` makes them.
+        combine: how words make a label's score.
+    """
+
+    def __init__(self, model, training, examples: Sequence[Example], combine: str, **options):
+        training.remove_unused_columns = False
+        super().__init__(
+            model,
+            training,
+            train_dataset=Dataset.from_list(list(examples)),
+            data_collator=collate,
+            **options,
+        )
+        self.combine = combine
+        # A step's loss is a mean over its rows. Masked models' own loss ignores how many there
+        # are, and comes out scaled by the accumulation steps.
+        self._loss_shifts_labels = False
+        self.model_accepts_loss_kwargs = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Cross-entropy over the labels summed over the rows, divided by their number in the whole
+        step over all processes and accumulation steps.
+        """
+        words = word_scores(self.model, inputs, run=model)
+        scores = combine_words(words, inputs["word_labels"], self.combine)
+        loss = F.cross_entropy(
+            scores,
+            inputs["labels"],
+            reduction="sum",
+            label_smoothing=self.args.label_smoothing_factor,
+        )
+        if num_items_in_batch is None:
+            loss = loss / len(scores)
+        else:
+            loss = loss / num_items_in_batch
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes  # the gradients will be averaged
+        if model.training:
+            self.slots_seen += inputs["input_ids"].numel()
+            self.tokens_seen += int(inputs["attention_mask"].sum())
+        return (loss, {"scores": scores}) if return_outputs else loss
+
+    def trained_weights(self) -> dict[str, torch.Tensor]:
+        """Everything that is trained, whole, by its name; on other processes than the main one, of
+        a sharded model, nothing.
+        """
+        trained = {name for name, one in self.model.named_parameters() if one.requires_grad}
+        if not self.is_fsdp_enabled:
+            found = {name: one.detach().cpu() for name, one in self.model.named_parameters()}
+        else:
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            found = get_model_state_dict(self.model, options=options)
+        return {name: one.contiguous() for name, one in found.items() if name in trained}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """Save what was trained; called by all processes. A soft prompt or prefix is saved as
+        PEFT's, a tuned model as transformers', label embeddings beside them.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        weights = self.trained_weights()
+        if not self.args.should_save:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if _internal_call:  # a checkpoint on the way
+            save_file(weights, folder / TRAINED)
+            return
+        soft = {name: one for name, one in weights.items() if ".soft_verbalizer." in f".{name}"}
+        if soft:
+            parts = {name.rpartition(".")[2]: one for name, one in soft.items()}
+            save_file(parts, folder / SOFT_VERBALIZER, {"format": "pt"})
+        rest = {name: one for name, one in weights.items() if name not in soft}
+        if not isinstance(self.model, PeftModel):
+            self._save_whole(folder, rest)
+            return
+        prompts = {name for name in rest if name.startswith("prompt_encoder.")}
+        if rest.keys() - prompts:  # the model was tuned, too
+            prefix = "base_model."
+            base = {name.removeprefix(prefix): rest[name] for name in rest.keys() - prompts}
+            self._save_whole(folder / BASE, base)
+        self._save_prompt(folder, {name: rest[name] for name in prompts})
+
+    def _save_whole(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        """A model of which every parameter was trained; of tied ones each comes once."""
+        bare = bare_model(self.model)
+        whole = dict(weights)
+        for name, one in bare.named_parameters(remove_duplicate=False):
+            if name not in whole and not name.startswith("soft_verbalizer."):
+                twin = next(other for other, it in bare.named_parameters() if it is one)
+                whole[name] = whole[twin]
+        for name, one in bare.named_buffers():
+            if name in bare.state_dict():
+                whole[name] = one
+        bare.save_pretrained(folder, state_dict=whole)
+        self.processing_class.save_pretrained(folder)
+
+    def _save_prompt(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        """The soft prompt as PEFT saves it: the embeddings that come out of its network."""
+        config = self.model.peft_config["default"]
+        kind = type(self.model.prompt_encoder["default"])  # a new one: the model's may be sharded
+        encoder = kind(config, None) if kind is PromptEmbedding else kind(config)
+        encoder.load_state_dict(
+            {name.removeprefix("prompt_encoder.default."): one for name, one in weights.items()}
+        )
+        with torch.no_grad():
+            count = config.num_virtual_tokens * config.num_transformer_submodules
+            embeddings = encoder(torch.arange(count)[None])[0].clone()
+        save_file({"prompt_embeddings": embeddings}, folder / "adapter_model.safetensors")
+        kept = config.inference_mode, config.base_model_name_or_path
+        config.inference_mode = True
+        if (folder / BASE).exists():
+            config.base_model_name_or_path = str(folder / BASE)
+        config.save_pretrained(folder)
+        config.inference_mode, config.base_model_name_or_path = kept
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        weights = load_file(Path(resume_from_checkpoint) / TRAINED)
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_model_state_dict(self.model, weights, options=options)
+
+
+class KeepBest(TrainerCallback):
+    """Scores validation rows after every pass, and ends with the weights of the best pass.
+
+    The trainer's own `load_best_model_at_end` would load a checkpoint through PEFT, which knows
+    only the embeddings that a network in front of them has made.
+
+    Args:
+        score: of the validation rows as the model is now, higher is better; a tuple, so that what
+            comes second decides between equals.
+    """
+
+    def __init__(self, model, score: Callable[[], tuple[float, ...]]):
+        self.model, self.score = model, score
+        self.best: tuple[float, ...] | None = None
+        self.scores: list[tuple[float, ...]] = []
+        self._weights: list[torch.Tensor] = []
+
+    def _parts(self) -> list[torch.Tensor]:
+        trained = (one for one in self.model.parameters() if one.requires_grad)
+        return [one.to_local() if isinstance(one, DTensor) else one for one in trained]
+
+    @torch.no_grad()
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """Score, and keep the weights if they are the best so far."""
+        value = self.score()
+        reshard(self.model)
+        self.scores.append(value)
+        if self.best is None or value > self.best:
+            self.best = value
+            self._weights = [one.detach().to("cpu", copy=True) for one in self._parts()]
+
+    @torch.no_grad()
+    def on_train_end(self, args, state, control, **kwargs):
+        """Go back to the best weights."""
+        for one, best in zip(self._parts(), self._weights, strict=True):
+            one.copy_(best)
+
+
+def blank_shapes(examples: Sequence[Example]) -> list[dict[str, list[int]]]:
+    """Examples as `memory.estimate_memory` wants them: as many supervised tokens as places are
+    read.
+    """
+    shapes = []
+    for example in examples:
+        read = len({(sequence, column) for sequence, column, *_ in example["reads"]})
+        ids = example["input_ids"]
+        labels = [IGNORED] * (len(ids) - read) + [0] * read
+        shapes.append({"input_ids": ids, "labels": labels})
+    return shapes
+
+
+def rehearsed_loss(model, training, batch: MicroBatch) -> torch.Tensor:
+    """The loss of `BlankTrainer` for the shapes of a batch, see `rehearsal.rehearse`."""
+    tokens = torch.zeros(batch.rows, batch.width, dtype=torch.long, device=training.device)
+    places = torch.zeros(batch.supervised, 2, dtype=torch.long, device=training.device)
+    halved = training.bf16 or training.fp16
+    dtype = torch.float16 if training.fp16 else torch.bfloat16
+    with (
+        torch.autocast(training.device.type, dtype, enabled=halved),
+        only_at(model, places, batch.width),
+    ):
+        logits = model(
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False
+        ).logits
+    return logits.float().log_softmax(-1)[0, :, 0].sum()

@@ -1,0 +1,176 @@
+"""How likely each label word is to fill the blank of a text, with gradients: the scores of prompt
+tuning.
+
+Only the states at the places that are read (see `blank_rows.py`) go through the model's head: the
+logits of all places would be a large part of what a step computes, and most of what it keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+
+from common.blank_rows import Example
+from common.journal import Journal
+from common.lockstep import Lockstep
+from common.scoring import CPU_PASS_TOKENS, plan_padded, run_passes
+from common.token_tree import Pass
+
+
+def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    """A batch: the sequences of all rows, padded on the right so that nothing comes between a soft
+    prompt and the text; the places that are read; and the right label of each row.
+
+    Returns:
+        `input_ids` and `attention_mask`, [sequences, width]; `places`, [places, 2] sequence and
+        column of each place; `reads`, [n, 5] row, place, token, word, sign; `word_labels`, [words],
+        which are the same for all rows; `labels`, [rows].
+    """
+    sequences: list[torch.Tensor] = []
+    places: dict[tuple[int, int], int] = {}
+    reads = []
+    for row, example in enumerate(examples):
+        for sequence, column, token, word, sign in example["reads"]:
+            place = (len(sequences) + sequence, column)
+            reads.append((row, places.setdefault(place, len(places)), token, word, sign))
+        start = 0
+        for length in example["lengths"]:
+            sequences.append(torch.tensor(example["input_ids"][start : start + length]))
+            start += length
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {
+        "input_ids": pad(sequences, batch_first=True),
+        "attention_mask": pad([torch.ones_like(one) for one in sequences], batch_first=True),
+        "places": torch.tensor(list(places)),
+        "reads": torch.tensor(reads),
+        "word_labels": torch.tensor(examples[0]["word_labels"]),
+        "labels": torch.tensor([example["labels"] for example in examples]),
+    }
+
+
+def bare_model(model):
+    """The transformers model inside of PEFT's wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+class SoftVerbalizer(torch.nn.Module):
+    """A trained embedding for each label in place of the head's last layer (Hambardzumyan et al.
+    2021, WARP, arXiv:2101.00121). It starts at the mean of the label's words.
+
+    The model then has one "token" for each label: see `soft_requests`.
+    """
+
+    def __init__(self, model, words: Mapping[str, Sequence[Sequence[int]]]):
+        """
+        Args:
+            words: label -> the ids of its words.
+        """
+        super().__init__()
+        head = bare_model(model).get_output_embeddings()
+        self.weight = torch.nn.Parameter(_means(head.weight.detach(), words))
+        bias = getattr(head, "bias", None)
+        if bias is not None:
+            bias = torch.nn.Parameter(_means(bias.detach(), words))
+        self.register_parameter("bias", bias)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """[..., size] states -> [..., labels] logits."""
+        return F.linear(states, self.weight, self.bias)
+
+
+def _means(rows: torch.Tensor, words: Mapping[str, Sequence[Sequence[int]]]) -> torch.Tensor:
+    return torch.stack(
+        [torch.stack([rows[list(ids)].mean(0) for ids in some]).mean(0) for some in words.values()]
+    ).float()
+
+
+@contextmanager
+def only_at(model, places: torch.Tensor, width: int) -> Iterator[None]:
+    """Let the model's head see a few states only: its logits are then [1, places, vocabulary].
+    Where the model has a `soft_verbalizer`, that stands in for the head's last layer.
+
+    Args:
+        model: a causal or a masked language model, or PEFT's wrapper around one.
+        places: [places, 2] sequence and column of each state.
+        width: of the sequences, without the soft prompt that stands in front.
+    """
+    bare = bare_model(model)
+
+    def pick(module, args, output):
+        states = output[0]
+        # Counted from the end: a soft prompt makes the sequences longer, a prefix does not.
+        picked = states[places[:, 0], states.shape[1] - width + places[:, 1]][None]
+        if isinstance(output, tuple):
+            return (picked, *output[1:])
+        output.last_hidden_state = picked
+        return output
+
+    hook = bare.base_model.register_forward_hook(pick)
+    soft = getattr(bare, "soft_verbalizer", None)
+    if soft is not None:
+        head = bare.get_output_embeddings()
+        head.forward = soft.forward
+    try:
+        yield
+    finally:
+        hook.remove()
+        if soft is not None:
+            del head.forward
+
+
+def word_scores(
+    model, batch: Mapping[str, torch.Tensor], run: Callable | None = None
+) -> torch.Tensor:
+    """The log-likelihood (nats) of each word in the blank of each row, with gradients.
+
+    Args:
+        batch: as `collate` gives it.
+        run: what is called instead of the model, such as a `Lockstep`.
+
+    Returns:
+        [rows, words].
+    """
+    with only_at(model, batch["places"], batch["input_ids"].shape[1]):
+        logits = (run or model)(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).logits
+    rows, places, tokens, words, signs = batch["reads"].T
+    log_probs = logits[0].float().log_softmax(-1)[places, tokens] * signs
+    scores = log_probs.new_zeros(len(batch["labels"]), len(batch["word_labels"]))
+    return scores.index_put((rows, words), log_probs, accumulate=True)
+
+
+@torch.no_grad()  # not inference_mode: what FSDP gathers meanwhile is trained afterwards
+def score_examples(
+    model,
+    examples: Sequence[Example],
+    *,
+    batch_tokens: int = 4096,
+    description: str | None = None,
+    journal: Journal | None = None,
+) -> torch.Tensor:
+    """The log-likelihood (nats) of each word in the blank of each row: [rows, words].
+
+    Args:
+        batch_tokens, description, journal: as in `scoring.log_likelihoods`.
+    Raises:
+        UserError: a single row does not fit into memory.
+    """
+    run = Lockstep(model)
+    if run.device.type == "cpu":
+        batch_tokens = min(batch_tokens, CPU_PASS_TOKENS)
+
+    def plan(some: Sequence[Example], budget: int) -> list[Pass]:
+        sizes = [max(example["lengths"]) * len(example["lengths"]) for example in some]
+        return plan_padded(sizes, budget)
+
+    def compute(some: Sequence[Example], one: Pass) -> list[list[float]]:
+        batch = {name: tensor.to(run.device) for name, tensor in collate(some).items()}
+        return word_scores(model, batch, run).tolist()
+
+    found = run_passes(run, examples, plan, compute, batch_tokens, description, journal)
+    return torch.tensor([found[index] for index in range(len(examples))])

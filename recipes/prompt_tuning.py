@@ -1,0 +1,343 @@
+"""Prompt tuning with a verbalizer: classification as the model's own pre-training task.
+
+A template puts a row into a text with a blank ("The movie review is: [x] It was [mask]."), the
+model says how likely each label word fills it, and a verbalizer makes labels of words (PET, Schick
+and Schuetze 2021, arXiv:2001.07676; LM-BFF, Gao et al. 2021, arXiv:2012.15723). Trained is a soft
+prompt, embeddings that stand in front of the text, while the model stays frozen (Lester et al.
+2021, arXiv:2104.08691); or the model itself, through the same blank.
+
+Choose it for classification with few rows, or to serve many tasks from one frozen model: a task is
+a file of some kilobytes. With many rows LoRA or all parameters learn more.
+
+    accelerate launch recipes/prompt_tuning.py
+    accelerate launch --config_file accelerate_configs/fsdp2.yaml recipes/prompt_tuning.py
+    accelerate launch recipes/prompt_tuning.py --tune model --per_class 16 --draws 5
+    accelerate launch recipes/prompt_tuning.py --template my_task.yaml --search_label_words true
+"""
+
+import copy
+import random
+import time
+from dataclasses import dataclass
+
+from common.arguments import RecipeArguments, option, require_at_least, run_recipe
+from common.errors import UserError
+
+DEFAULTS = {
+    "output_dir": "runs/prompt_tuning",
+    "learning_rate": None,  # what is tuned decides, see RATES
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,  # of all steps
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 8,
+    "train_sampling_strategy": "batch_rebalance",
+}
+# Embeddings in front of a frozen model want steps that would ruin the model's own weights.
+RATES = {"soft_prompt": 0.03, "p_tuning": 1e-3, "prefix": 0.01, "model": 1e-5, "verbalizer": 1e-3}
+
+
+LOAD_SNIPPET = """\
+from peft import PeftModel
+from transformers import {kind}, AutoTokenizer
+
+model = {kind}.from_pretrained({base!r})
+model = PeftModel.from_pretrained(model, {folder!r})
+tokenizer = AutoTokenizer.from_pretrained({folder!r})
+"""
+
+
+@dataclass
+class PromptArguments(RecipeArguments):
+    """Arguments of this method."""
+
+    tune: str = option(
+        "soft_prompt",
+        "soft_prompt; p_tuning: through a small network; prefix: keys and values in every layer; "
+        "model: all parameters (PET); both: model and soft prompt; none: score only.",
+        choices=["soft_prompt", "p_tuning", "prefix", "model", "both", "none"],
+    )
+    virtual_tokens: int = option(16, "Length of the soft prompt: 8 to 100; longer is slower.")
+    init: str = option(
+        "template",
+        "Where a soft prompt starts: at the template's own text, the label words, words drawn from "
+        "the vocabulary, or random numbers.",
+        choices=["template", "words", "vocabulary", "random"],
+    )
+    prompt_encoder: str = option(
+        "mlp", "The network of p_tuning: mlp, or lstm as in the paper.", choices=["mlp", "lstm"]
+    )
+    cloze: bool = option(
+        False,
+        "Ask a causal model by the template's cloze, wherever its blank is, instead of the prompt.",
+    )
+    combine: str = option(
+        "logsumexp",
+        "How words make a label's score: logsumexp adds their probabilities, mean as OpenPrompt.",
+        choices=["logsumexp", "mean", "max"],
+    )
+    soft_verbalizer: bool = option(
+        False, "Train an embedding per label, which starts at its words (WARP), to read the blank."
+    )
+    calibrate: bool = option(
+        False,
+        "Divide by what the blank says without content: for --tune none with one-sided models.",
+    )
+    per_class: int | None = option(
+        None, "Few-shot: draw so many training rows per class, and as many to choose the best pass."
+    )
+    draws: int = option(1, "With --per_class: draws of rows, each with its own run.")
+    search_label_words: bool = option(
+        False, "Propose label words from the training rows, write a template with them, and stop."
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_at_least(self, virtual_tokens=1, draws=1, per_class=1)
+        if self.draws > 1 and not self.per_class:
+            raise UserError("--draws: draws of which rows? Pass --per_class, such as 16")
+        if self.soft_verbalizer and self.tune == "none":
+            raise UserError("--soft_verbalizer: is trained; leave it out, or --tune none")
+
+
+def main(args: PromptArguments, training) -> dict | None:
+    """Train through the blank of a template, and score it beside the untouched model.
+
+    Returns:
+        What metrics.json holds; None after --preview, --predict and --search_label_words.
+    """
+    # Imported here, so that --help answers at once.
+    from transformers import AutoModelForMaskedLM, set_seed
+
+    from common.blank_evaluation import answer_blank_file, asker_of, evaluate_blanks
+    from common.blank_results import preview_blanks, save_draws, save_score
+    from common.blank_rows import encode_blanks, few_shot_rows, label_word_ids
+    from common.blank_trainer import BlankTrainer, KeepBest, blank_shapes, rehearsed_loss
+    from common.blanks import SoftVerbalizer, bare_model
+    from common.checkpoints import find_checkpoint
+    from common.data import load_splits, overlap, parse_columns
+    from common.encoding import PromptEncoder
+    from common.launch import progress, say
+    from common.memory import MemoryMeter, estimate_memory
+    from common.models import describe_model, is_masked, load_model, load_tokenizer, stored_config
+    from common.results import publish, save_run, show_plan
+    from common.sharding import place_model
+    from common.template import PromptTemplate
+    from common.verbalizer import check_words
+
+    if args.predict:
+        return answer_blank_file(args, training)
+    model_name, name = args.model_name_or_path, describe_model(args.model_name_or_path)
+    load = {"revision": args.revision, "trust_remote_code": training.trust_remote_code}
+    template = PromptTemplate.load(args.template, columns=parse_columns(args.columns))
+    if not template.label:
+        raise UserError(f"{template.path}: verbalizer: is missing; the blank is read by its words")
+    train, evaluation = load_splits(template, args, training.seed, progress=progress("checking"))
+    if shared := overlap(train, evaluation, template):
+        say(f"warning: {shared} evaluation rows are training rows too; the score will flatter")
+    masked = is_masked(stored_config(model_name, revision=args.revision))
+    tokenizer = load_tokenizer(model_name, **load)
+    prompted = args.tune not in ("model", "none")
+    encoder = PromptEncoder(
+        template,
+        tokenizer,
+        min(training.max_length, tokenizer.model_max_length) - args.virtual_tokens * prompted,
+        args.rendering,
+        args.chat_template_kwargs,
+    )
+    asker = asker_of(encoder, masked, args.cloze)
+    question = template.questions(train.rows[0])[0]
+    words = label_word_ids(asker, question)
+    for note in check_words(template, encoder.text, words):
+        say(note)
+    scored = encode_blanks(asker, evaluation.rows, soft=args.soft_verbalizer)
+    if args.preview:
+        return preview_blanks(scored, asker, args.preview)
+    method = {
+        "masked": masked,
+        "cloze": masked or args.cloze,
+        "verbalizer": "soft" if args.soft_verbalizer else "hard",
+        "combine": args.combine,
+        "calibrated": args.calibrate,
+    }
+    evaluate = {
+        "combine": args.combine,
+        "calibrate": args.calibrate,
+        "batch_tokens": args.eval_batch_tokens,
+    }
+
+    def new_model():
+        return load_model(
+            model_name,
+            dtype=training.model_dtype[0],
+            attn_implementation=args.attn_implementation,
+            model_class=AutoModelForMaskedLM if masked else None,
+            **load,
+        )
+
+    memory = MemoryMeter()
+    model = place_model(new_model(), training)
+    base = evaluate_blanks(
+        model, asker, encode_blanks(asker, evaluation.rows), description="scoring base", **evaluate
+    )
+    say(f"untouched model: {base}")
+    if args.tune == "none":
+        return save_score(base, encoder, training, model, name, memory.stop(), method)
+    del model
+
+    if training.learning_rate is None:
+        training.learning_rate = RATES[args.tune.replace("both", "model")]
+    runs = []
+    for draw in range(args.draws):
+        run, rows, validation = copy.copy(training), train.rows, None
+        run.seed = training.seed + draw
+        if args.draws > 1:
+            run.output_dir = f"{training.output_dir}/draw_{draw}"
+        if args.per_class:
+            rows, chosen = few_shot_rows(template, rows, args.per_class, run.seed)
+            validation = encode_blanks(asker, chosen, soft=args.soft_verbalizer)
+        blanks = encode_blanks(asker, rows, soft=args.soft_verbalizer)
+        checkpoint = find_checkpoint(run.output_dir, training.resume_from_checkpoint)
+        memory = MemoryMeter()
+        model = new_model()
+        # Only what is tuned gets gradients: PEFT freezes the rest.
+        set_seed(run.seed)
+        if prompted:
+            model = with_prompt(model, args, masked, start_ids(args, asker, question, words))
+        if args.tune == "both":
+            model.base_model.requires_grad_(True)
+        if args.soft_verbalizer:
+            bare_model(model).soft_verbalizer = SoftVerbalizer(model, words)
+        trainer = BlankTrainer(
+            model, run, blanks.encoded.examples, args.combine, processing_class=tokenizer
+        )
+        trainer.optimizer = optimizer_of(model, args, run)
+        estimated = estimate_memory(
+            model, run, blank_shapes(blanks.encoded.examples), rehearsed_loss
+        )
+        model = trainer.shard()
+        sources = {"train": train.source, "eval": evaluation.source}
+        show_plan(name, model, blanks.encoded, run, sources, estimated)
+        if validation:
+
+            def score(model=model, validation=validation):
+                found = evaluate_blanks(model, asker, validation, description=None, **evaluate)
+                right = [one["log_likelihoods"][one["answer"]] for one in found.records]
+                return found.score, sum(right) / len(right)
+
+            trainer.add_callback(KeepBest(model, score))
+        memory.restart()
+        start = time.perf_counter()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        seconds = time.perf_counter() - start
+        peak = memory.stop()
+        tuned = evaluate_blanks(model, asker, scored, description="scoring tuned", **evaluate)
+        trainer.save_model(run.output_dir)
+        runs.append(
+            save_run(
+                trainer,
+                encoder,
+                blanks.encoded,
+                base,
+                tuned,
+                method=f"prompt_tuning ({args.tune})",
+                model_name=name,
+                load_snippet=LOAD_SNIPPET.format(
+                    kind=f"AutoModelFor{'Masked' if masked else 'Causal'}LM",
+                    base=bare_model(model).name_or_path,
+                    folder=run.output_dir,
+                ),
+                estimated=estimated,
+                peak_memory_bytes=peak,
+                peak_resident_bytes=memory.resident,
+                train_seconds=seconds,
+                skipped_rows=train.skipped,
+                more={
+                    **method,
+                    "tune": args.tune,
+                    "virtual_tokens": args.virtual_tokens * prompted,
+                },
+            )
+        )
+        if training.publish:
+            publish(run.output_dir, training)
+    return runs[0] if args.draws == 1 else save_draws(runs, training.output_dir)
+
+
+def with_prompt(model, args: PromptArguments, masked: bool, ids: list[int]):
+    """PEFT's soft prompt or prefix in front of the model, which is frozen.
+
+    PEFT has no task type for masked models: as a feature extractor it puts the prompt in front and
+    leaves the rest to us.
+
+    Args:
+        ids: tokens at whose embeddings a soft prompt starts; none for random numbers.
+    """
+    import torch
+    from peft import (
+        PrefixTuningConfig,
+        PromptEncoderConfig,
+        PromptTuningConfig,
+        get_peft_model,
+    )
+
+    shape = {
+        "task_type": "FEATURE_EXTRACTION" if masked else "CAUSAL_LM",
+        "num_virtual_tokens": args.virtual_tokens,
+    }
+    if args.tune == "prefix":
+        return get_peft_model(model, PrefixTuningConfig(**shape))
+    if args.tune == "p_tuning":
+        network = args.prompt_encoder.upper()
+        return get_peft_model(
+            model, PromptEncoderConfig(encoder_reparameterization_type=network, **shape)
+        )
+    embeddings = model.get_input_embeddings().weight.detach()
+    model = get_peft_model(model, PromptTuningConfig(prompt_tuning_init="RANDOM", **shape))
+    prompt = model.prompt_encoder["default"].embedding.weight
+    with torch.no_grad():
+        if ids:
+            ids = (ids * args.virtual_tokens)[: args.virtual_tokens]
+            prompt.copy_(embeddings[ids])
+        else:
+            prompt.mul_(embeddings.float().std())  # of the spread of words
+    return model
+
+
+def start_ids(args: PromptArguments, asker, question, words: dict) -> list[int]:
+    """The tokens that a soft prompt starts at, which is repeated or cut to its length."""
+    text, template = asker.encoder.text, asker.encoder.template
+    if args.init == "words":
+        return [
+            token for some in zip(*words.values(), strict=False) for ids in some for token in ids
+        ]
+    if args.init == "vocabulary":  # the most frequent are the first in most vocabularies
+        common = range(min(5000, len(text.tokenizer)))
+        plain = [token for token in common if token not in text.control_ids]
+        return random.choices(plain, k=args.virtual_tokens)
+    if args.init == "template":
+        emptied = question.change(**dict.fromkeys(template.prompt_variables, ""))
+        ids = asker.prompt(emptied, ()).ids
+        return [token for token in ids if token not in text.control_ids]
+    return []
+
+
+def optimizer_of(model, args: PromptArguments, training):
+    """AdamW, for the soft prompt, the label embeddings and the model at rates of their own."""
+    from torch.optim import AdamW
+
+    rates = {"prompt_encoder": training.learning_rate, "soft_verbalizer": RATES["verbalizer"]}
+    if args.tune == "both":
+        rates["prompt_encoder"] = RATES["soft_prompt"]
+    groups: dict[float, list] = {}
+    for name, one in model.named_parameters():
+        if one.requires_grad:
+            rate = next((rates[part] for part in rates if part in name), training.learning_rate)
+            groups.setdefault(rate, []).append(one)
+    return AdamW(
+        [{"params": some, "lr": rate} for rate, some in groups.items()],
+        weight_decay=training.weight_decay,
+    )
+
+
+if __name__ == "__main__":
+    run_recipe(main, PromptArguments, __doc__, DEFAULTS)
