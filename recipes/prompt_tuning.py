@@ -111,7 +111,7 @@ def main(args: PromptArguments, training) -> dict | None:
     from common.blank_evaluation import answer_blank_file, asker_of, evaluate_blanks
     from common.blank_results import preview_blanks, save_draws, save_score
     from common.blank_rows import encode_blanks, few_shot_rows, label_word_ids
-    from common.blank_trainer import BlankTrainer, KeepBest, blank_shapes, rehearsed_loss
+    from common.blank_trainer import BlankTrainer, KeepBest, heaviest_blanks, rehearsed_loss
     from common.blanks import SoftVerbalizer, bare_model
     from common.checkpoints import find_checkpoint
     from common.data import load_splits, overlap, parse_columns
@@ -157,7 +157,7 @@ def main(args: PromptArguments, training) -> dict | None:
         "cloze": masked or args.cloze,
         "verbalizer": "soft" if args.soft_verbalizer else "hard",
         "combine": args.combine,
-        "calibrated": args.calibrate,
+        "calibrate": args.calibrate,
     }
     evaluate = {
         "combine": args.combine,
@@ -212,7 +212,7 @@ def main(args: PromptArguments, training) -> dict | None:
         )
         trainer.optimizer = optimizer_of(model, args, run)
         estimated = estimate_memory(
-            model, run, blank_shapes(blanks.encoded.examples), rehearsed_loss
+            model, run, heaviest_blanks(blanks.encoded.examples, run), rehearsed_loss
         )
         model = trainer.shard()
         sources = {"train": train.source, "eval": evaluation.source}

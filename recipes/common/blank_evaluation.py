@@ -177,7 +177,7 @@ def answer_blank_file(args, training) -> None:
         asker,
         encoded,
         combine=run["combine"],
-        calibrate=run["calibrated"],
+        calibrate=run["calibrate"],
         batch_tokens=args.eval_batch_tokens,
         answers=False,
         description="answering",

@@ -20,10 +20,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from common.batches import micro_batches
 from common.blank_evaluation import SOFT_VERBALIZER
 from common.blank_rows import Example
 from common.blanks import bare_model, collate, only_at, word_scores
-from common.encoding import IGNORED
 from common.rehearsal import MicroBatch
 from common.sharding import reshard
 from common.trainer import RecipeTrainer
@@ -126,6 +126,10 @@ class BlankTrainer(RecipeTrainer):
             if name not in whole and not name.startswith("soft_verbalizer."):
                 twin = next(other for other, it in bare.named_parameters() if it is one)
                 whole[name] = whole[twin]
+        if (doubled := getattr(bare, "head_bias", None)) is not None:  # see `prepare_for_fsdp2`
+            head = bare.get_output_embeddings()
+            name = next(name for name, one in bare.named_modules() if one is head)
+            whole[doubled] = whole[f"{name}.bias"]
         for name, one in bare.named_buffers():
             if name in bare.state_dict():
                 whole[name] = one
@@ -195,17 +199,19 @@ class KeepBest(TrainerCallback):
             one.copy_(best)
 
 
-def blank_shapes(examples: Sequence[Example]) -> list[dict[str, list[int]]]:
-    """Examples as `memory.estimate_memory` wants them: as many supervised tokens as places are
-    read.
-    """
-    shapes = []
-    for example in examples:
-        read = len({(sequence, column) for sequence, column, *_ in example["reads"]})
-        ids = example["input_ids"]
-        labels = [IGNORED] * (len(ids) - read) + [0] * read
-        shapes.append({"input_ids": ids, "labels": labels})
-    return shapes
+def heaviest_blanks(examples: Sequence[Example], training) -> MicroBatch:
+    """The largest of the forward passes that training will make, for `memory.estimate_memory`."""
+
+    def shape(batch: Sequence[int]) -> MicroBatch:
+        lengths = [length for index in batch for length in examples[index]["lengths"]]
+        read = [
+            len({(sequence, column) for sequence, column, *_ in examples[index]["reads"]})
+            for index in batch
+        ]
+        return MicroBatch(len(lengths), max(lengths), 1, sum(read), len({*lengths}) > 1)
+
+    batches = micro_batches([len(example["input_ids"]) for example in examples], training)
+    return max(map(shape, batches), key=lambda one: one.rows * one.width)
 
 
 def rehearsed_loss(model, training, batch: MicroBatch) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from common.launch import fsdp_option, uses_fsdp
-from common.rehearsal import Loss, decoder_layers, heaviest_batch, rehearse
+from common.rehearsal import Loss, MicroBatch, decoder_layers, heaviest_batch, rehearse
 
 _BLOCKWISE = 1 + 4 / 256  # bytes: bitsandbytes keeps a float32 for 256 states of 8 bits
 
@@ -79,7 +79,7 @@ def gib(size: float) -> str:
 
 
 def estimate_memory(
-    model: nn.Module, training, examples: Sequence[dict], loss: Loss | None = None
+    model: nn.Module, training, examples: Sequence[dict] | MicroBatch, loss: Loss | None = None
 ) -> MemoryEstimate:
     """What training will need in each process, for the accelerate config that launched it.
 
@@ -97,8 +97,12 @@ def estimate_memory(
     Args:
         model: a PEFT model or a whole one before it is sharded, on any device, meta included.
         training: the trainer's arguments.
-        examples: `input_ids` and `labels` of each.
+        examples: `input_ids` and `labels` of each; or the largest micro-batch of them.
+        loss: of the rehearsal, if it is not `RecipeTrainer`'s.
     """
+    batch = examples
+    if not isinstance(batch, MicroBatch):
+        batch = heaviest_batch(examples, training)
     sharded = uses_fsdp()
     share = training.world_size if sharded else 1
     halved = sharded and (training.bf16 or training.fp16)
@@ -146,7 +150,7 @@ def estimate_memory(
     moments = [step]
     logging.disable(logging.ERROR)  # torch logs what it raises
     try:
-        peaks = rehearse(model, training, heaviest_batch(examples, training), parts, loss)
+        peaks = rehearse(model, training, batch, parts, loss)
     except Exception as error:  # a model's own code may do anything, and an estimate ends no run
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:80]
         notes.append(f"without activations, for the rehearsal failed: {reason}")

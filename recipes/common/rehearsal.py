@@ -214,7 +214,10 @@ def _step(
     """The peaks of one step; `shortened` is a list of layers and how many of them to keep."""
     head = model.get_output_embeddings()
     recorder = _Recorder(torch.Size() if head is None else head.weight.shape, batch.padded)
-    fake, hollow = FakeTensorMode(allow_non_fake_inputs=True), {}  # hollow: what stands for what in the copy, by its id
+    fake, hollow = (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        {},
+    )  # hollow: what stands for what in the copy, by its id
 
     def watch(parameter: nn.Parameter, weight: float) -> None:
         def finish(one: nn.Parameter) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
@@ -38,11 +40,46 @@ def place_model(model, training):
         if isinstance(model, PeftModel):
             update_fsdp_plugin_peft(model, accelerator)
         return accelerator.prepare(model)
+    prepare_for_fsdp2(plugin, model)
     # accelerate shards a model only together with an optimizer; this one is never used.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     model, _ = accelerator.prepare(model, optimizer)
     check_shards(model, accelerator.num_processes)
     return model.eval()
+
+
+def prepare_for_fsdp2(plugin, model) -> None:
+    """What accelerate's grouping of parameters needs to shard BERT and its like.
+
+    It groups the embeddings itself and fails where they are sharded already, so FSDP2 wraps the
+    layers only, and not what holds the embeddings, which transformers names beside them. The bias
+    of their head is registered twice, and torch refuses a parameter that two groups share: the one
+    that no forward pass reads is taken away, and `head_bias` of the model says where it belongs.
+    """
+    bare = model.get_base_model() if isinstance(model, PeftModel) else model
+    names = getattr(bare, "_no_split_modules", None) or ()
+    embeddings, head = bare.get_input_embeddings(), bare.get_output_embeddings()
+    holders = {
+        type(one).__name__
+        for one in bare.modules()
+        if any(part is embeddings for part in one.modules())
+    }
+    if holders.intersection(names) and plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = [one for one in names if one not in holders]
+    bias = getattr(head, "bias", None)
+    for name, module in bare.named_modules():
+        if bias is not None and module is not head and module._parameters.get("bias") is bias:
+            del module._parameters["bias"]
+            bare.head_bias = f"{name}.bias"
+            # transformers would tie it again.
+            tied = bare._tied_weights_keys.items()
+            bare._tied_weights_keys = {
+                target: source for target, source in tied if not re.search(source, bare.head_bias)
+            }
+            tied = bare.all_tied_weights_keys.items()
+            bare.all_tied_weights_keys = {
+                target: source for target, source in tied if source != bare.head_bias
+            }
 
 
 def reshard(model) -> None:

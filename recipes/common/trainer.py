@@ -40,7 +40,7 @@ from common.launch import (
 )
 from common.packing import RowsApart, row_lengths, rows_stay_apart
 from common.quantization import prepare_four_bit
-from common.sharding import FSDP_OFF, check_shards, reshard
+from common.sharding import FSDP_OFF, check_shards, prepare_for_fsdp2, reshard
 
 # PEFT reads transformers' old name for activation checkpointing; a user can do nothing about it.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -251,6 +251,7 @@ class RecipeTrainer(SFTTrainer):
             plugin.activation_checkpointing = False
             self.args.activation_checkpointing = True
         if plugin.fsdp_version == 2:
+            prepare_for_fsdp2(plugin, self.model)
             self.create_optimizer()  # whose parameters accelerate then exchanges for the shards
             self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         else:

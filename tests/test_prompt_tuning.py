@@ -1,0 +1,306 @@
+"""recipes/prompt_tuning.py run whole, on tiny causal and masked models with random weights."""
+
+import json
+from pathlib import Path
+
+import prompt_tuning
+import pytest
+import torch
+from peft import PeftModel
+from run_files import losses, read_json, read_jsonl
+from safetensors.torch import load_file
+from tiny_bert import tiny_bert
+from tiny_llama import save_tiny_llama
+from tokenizers_for_tests import tokenizer_for
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+from common.arguments import parse_arguments
+from common.blank_evaluation import asker_of, evaluate_blanks, load_tuned
+from common.blank_rows import encode_blanks
+from common.data import load_rows
+from common.encoding import PromptEncoder
+from common.errors import UserError
+from common.models import load_tokenizer
+from common.template import PromptTemplate
+
+ROWS = [
+    {"sentence": f"{'so ' * (number % 5)}{word} film, number {number}", "label": label}
+    for number in range(12)
+    for word, label in (("fine", "positive"), ("dull", "negative"))
+]
+KINDS = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder for each kind of model."""
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
+    save_tiny_llama(folders["causal"])
+    tokenizer = tokenizer_for("bert")
+    tokenizer.save_pretrained(folders["masked"])
+    model = tiny_bert(len(tokenizer))
+    with torch.no_grad():  # such weights show every token; from smaller ones something is learned
+        for weight in model.parameters():
+            weight /= 4 if weight.dim() > 1 else 1
+    model.config.hidden_dropout_prob = model.config.attention_probs_dropout_prob = 0.0
+    model.save_pretrained(folders["masked"])
+    return folders
+
+
+@pytest.fixture(scope="module")
+def data_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    for split, rows in (("train", ROWS), ("validation", ROWS[:6])):
+        lines = (json.dumps({**row, "sentence": f"{split}: {row['sentence']}"}) for row in rows)
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def run(models, data_folder, tmp_path):
+    """Runs `main` as the command line would; gives the output folder."""
+
+    def start(kind: str, *argv: str, output: str = "out") -> Path:
+        folder = tmp_path / output
+        given = {
+            "--model_name_or_path": str(models[kind]),
+            "--dataset": str(data_folder),
+            "--output_dir": str(folder),
+            "--max_steps": "4",
+            "--virtual_tokens": "5",
+            "--max_length": "100",
+            "--disable_tqdm": "true",
+        }
+        given.update(zip(argv[::2], argv[1::2], strict=True))
+        flat = [part for pair in given.items() for part in pair]
+        options = prompt_tuning.PromptArguments, "", prompt_tuning.DEFAULTS, flat
+        prompt_tuning.main(*parse_arguments(*options))
+        return folder
+
+    return start
+
+
+def scores(folder: Path, model=None) -> list[float]:
+    """The labels' scores that what a run left gives to the evaluation rows, row by row."""
+    metrics = read_json(folder / "metrics.json")
+    model = load_tuned(folder, metrics) if model is None else model
+    template = PromptTemplate.load(str(folder / "template.yaml"))
+    tokenizer = load_tokenizer(str(folder))
+    ask = asker_of(PromptEncoder(template, tokenizer, 95), metrics["masked"], metrics["cloze"])
+    source = json.loads((folder / "rows.json").read_text())
+    rows = load_rows(template, source, "validation").rows
+    rows = encode_blanks(ask, rows, soft=metrics["verbalizer"] == "soft")
+    found = evaluate_blanks(model, ask, rows, combine=metrics["combine"])
+    return flat(found.records)
+
+
+def flat(records: list[dict]) -> list[float]:
+    return [score for record in records for score in record["log_likelihoods"].values()]
+
+
+TUNED = [
+    *[(kind, tune, False) for kind in KINDS for tune in ("soft_prompt", "p_tuning", "prefix")],
+    *[(kind, tune, False) for kind in KINDS for tune in ("model", "both")],
+    ("causal", "soft_prompt", True),
+    ("masked", "both", True),
+    ("causal", "model", True),
+]
+
+
+@pytest.mark.parametrize(("kind", "tune", "soft"), TUNED)
+def test_what_was_trained_is_saved_and_loads_with_peft_and_transformers_alone(
+    kind, tune, soft, run, data_folder, models
+):
+    argv = ["--tune", tune, "--soft_verbalizer", str(soft), "--learning_rate", "0.05"]
+    folder = run(kind, *argv)
+    (folder / "rows.json").write_text(json.dumps(str(data_folder)))
+    kept = flat(read_jsonl(folder / "predictions.jsonl"))
+    metrics = read_json(folder / "metrics.json")
+    if tune == "model":
+        model = KINDS[kind].from_pretrained(folder)
+    else:
+        base = folder / "base_model" if tune == "both" else models[kind]
+        model = PeftModel.from_pretrained(KINDS[kind].from_pretrained(base), folder)
+    if soft:
+        model = load_tuned(folder, metrics)
+        assert load_file(folder / "soft_verbalizer.safetensors")["weight"].shape == (2, 32)
+    assert scores(folder, model) == pytest.approx(kept, abs=1e-5)
+    assert scores(folder) == pytest.approx(kept, abs=1e-5)
+    assert not [*folder.glob("*.bin"), *folder.glob("*.pt")], "a pickle was left"
+    assert metrics["trainable_parameters"] > 0
+    assert len(losses(folder)) == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tune", ["soft_prompt", "p_tuning", "prefix", "model", "both"])
+def test_only_what_tune_names_changes(kind, tune, run, models, monkeypatch):
+    seen = {}
+    optimizer_of = prompt_tuning.optimizer_of
+
+    def watch(model, args, training):
+        seen["model"] = model
+        seen["before"] = {name: one.detach().clone() for name, one in model.named_parameters()}
+        return optimizer_of(model, args, training)
+
+    monkeypatch.setattr(prompt_tuning, "optimizer_of", watch)
+    run(kind, "--tune", tune, "--learning_rate", "0.01")
+    changed = {
+        name
+        for name, one in seen["model"].named_parameters()
+        if not torch.equal(one.detach(), seen["before"][name])
+    }
+    prompts = {name for name in seen["before"] if name.startswith("prompt_encoder.")}
+    if tune == "model":
+        assert not prompts
+    expected = {"model": set(seen["before"]), "both": set(seen["before"])}.get(tune, prompts)
+    # What has no part in a blank: positions behind the longest text, the other sentence's type.
+    assert changed == expected - {name for name in expected - changed if _unused(name)}
+    assert changed >= prompts
+
+
+def _unused(name: str) -> bool:
+    return "key.bias" in name  # a bias of all keys changes no attention
+
+
+def test_a_soft_prompt_starts_where_init_says(run, models):
+    model = AutoModelForCausalLM.from_pretrained(models["causal"])
+    tokenizer, table = load_tokenizer(str(models["causal"])), model.get_input_embeddings().weight
+    found = {}
+    for init in ("template", "words", "vocabulary", "random"):
+        folder = run("causal", "--init", init, "--learning_rate", "0", output=init)
+        found[init] = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
+    text = "The movie review is: \nThe sentiment of the review is"
+    ids = tokenizer(text, add_special_tokens=False).input_ids[:5]
+    assert torch.equal(found["template"], table[ids])
+    words = [
+        tokenizer(word, add_special_tokens=False).input_ids
+        for word in (" negative", " positive", " bad", " good")
+    ]
+    ids = [token for some in words for token in some][:5]
+    assert torch.equal(found["words"], table[ids])
+    for row in found["vocabulary"]:
+        assert (row == table).all(-1).any()
+    assert found["random"].std() == pytest.approx(table.std().item(), rel=0.3)
+
+
+def test_no_arguments_but_the_template_choose_rates_that_fit_what_is_tuned(run, monkeypatch):
+    rates = {}
+    optimizer_of = prompt_tuning.optimizer_of
+
+    def watch(model, args, training):
+        found = optimizer_of(model, args, training)
+        rates[args.tune] = [group["lr"] for group in found.param_groups]
+        return found
+
+    monkeypatch.setattr(prompt_tuning, "optimizer_of", watch)
+    for tune in ("soft_prompt", "model", "both"):
+        run("causal", "--tune", tune, "--max_steps", "1", output=tune)
+    assert rates == {"soft_prompt": [0.03], "model": [1e-5], "both": [1e-5, 0.03]}
+
+
+def test_few_shot_draws_have_a_run_each_and_a_mean(run):
+    folder = run("masked", "--per_class", "3", "--draws", "2", "--max_steps", "-1")
+    metrics = read_json(folder / "metrics.json")
+    each = [read_json(folder / f"draw_{number}" / "metrics.json") for number in range(2)]
+    assert metrics["draws"] == [one["score"] for one in each]
+    assert metrics["score"] == pytest.approx(sum(metrics["draws"]) / 2)
+    assert metrics["score_std"] == pytest.approx(
+        abs(metrics["draws"][0] - metrics["draws"][1]) / 2**0.5
+    )
+    assert all(one["train_rows"] == 6 for one in each)
+    assert each[0]["base_score"] == each[1]["base_score"] == metrics["base_score"]
+    assert each[0]["seed"] + 1 == each[1]["seed"]
+
+
+def test_the_best_pass_by_the_validation_rows_is_kept(run, monkeypatch):
+    import common.blank_trainer as module
+
+    weights, original = [], module.KeepBest.on_epoch_end
+
+    def watch(self, args, state, control, **kwargs):
+        self.score = lambda: ([0.2, 0.9, 0.5][len(self.scores)],)
+        original(self, args, state, control, **kwargs)
+        weights.append([one.detach().clone() for one in self._parts()])
+
+    monkeypatch.setattr(module.KeepBest, "on_epoch_end", watch)
+    options = ["--per_class", "3", "--max_steps", "-1", "--num_train_epochs", "3"]
+    folder = run("causal", *options)
+    assert len(weights) == 3
+    saved = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
+    assert torch.equal(saved, weights[1][0])
+    assert not torch.equal(saved, weights[2][0])
+
+
+def test_too_few_rows_of_a_class_are_named(run):
+    with pytest.raises(UserError, match=r"--per_class 7: takes 14 rows .* 'negative' has 12"):
+        run("causal", "--per_class", "7")
+
+
+def test_a_model_is_scored_without_training(run, capsys):
+    folder = run("masked", "--tune", "none")
+    metrics = read_json(folder / "metrics.json")
+    assert metrics["trainable_parameters"] == 0
+    assert {"score", "calibrated", "versions"} <= metrics.keys()
+    calibrated = run("masked", "--tune", "none", "--calibrate", "true", output="calibrated")
+    found = read_json(calibrated / "metrics.json")
+    assert (found["score"], found["uncalibrated"]) == (metrics["calibrated"], metrics["score"])
+
+
+@pytest.mark.parametrize("tune", ["soft_prompt", "p_tuning", "both"])
+def test_a_resumed_run_ends_like_an_uninterrupted_one(tune, run):
+    options = ["--tune", tune, "--save_strategy", "steps", "--save_steps", "2"]
+    options += ["--soft_verbalizer", "true"]
+    whole = run("masked", *options, "--save_total_limit", "5", output="whole")
+    part = run("masked", *options, "--save_total_limit", "5", output="part")
+    for path in (part / "checkpoint-4").glob("*"):
+        path.unlink()
+    (part / "checkpoint-4").rmdir()
+    resumed = run("masked", *options, "--resume_from_checkpoint", "last", output="part")
+    assert losses(resumed) == pytest.approx(losses(whole), abs=1e-6)
+    name = "adapter_model.safetensors"
+    found, expected = (load_file(one / name)["prompt_embeddings"] for one in (resumed, whole))
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_accumulated_steps_are_those_of_one_batch(run):
+    for kind in KINDS:
+        one = run(kind, "--per_device_train_batch_size", "8", output=f"one_{kind}")
+        argv = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
+        many = run(kind, *argv, output=f"many_{kind}")
+        assert losses(many) == pytest.approx(losses(one), abs=1e-4)
+
+
+def test_predict_answers_rows_without_labels(run, data_folder, tmp_path):
+    folder = run("masked", "--soft_verbalizer", "true")
+    rows = [json.loads(line) for line in (data_folder / "validation.jsonl").open()]
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("\n".join(json.dumps({"sentence": row["sentence"]}) for row in rows))
+    run("masked", "--predict", str(asked))
+    found = read_jsonl(folder / "predictions_asked.jsonl")
+    known = read_jsonl(folder / "predictions.jsonl")
+    assert [one["prediction"] for one in found] == [one["prediction"] for one in known]
+
+
+def test_preview_shows_the_blank_and_its_words(run, capsys):
+    run("causal", "--preview", "2")
+    out = capsys.readouterr().out
+    assert "The sentiment of the review is" in out
+    assert "' negative'" in out
+    assert "row 3" not in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--draws", "3"], "--draws: draws of which rows"),
+        (["--tune", "none", "--soft_verbalizer", "true"], "--soft_verbalizer: is trained"),
+        (["--virtual_tokens", "0"], "--virtual_tokens 0: must be 1 or more"),
+        (["--soft_verbalizer", "true", "--calibrate", "true"], "no words to calibrate"),
+        (["--template", "gsm8k"], "verbalizer: is missing"),
+    ],
+)
+def test_mistakes_are_one_line(argv, said, run):
+    with pytest.raises(UserError) as error:
+        run("causal", *argv)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
