@@ -116,6 +116,7 @@ def main(args: PromptArguments, training) -> dict | None:
     from common.checkpoints import find_checkpoint
     from common.data import load_splits, overlap, parse_columns
     from common.encoding import PromptEncoder
+    from common.label_search import classes_from_rows, save_label_words, search_label_words
     from common.launch import progress, say
     from common.memory import MemoryMeter, estimate_memory
     from common.models import describe_model, is_masked, load_model, load_tokenizer, stored_config
@@ -128,7 +129,11 @@ def main(args: PromptArguments, training) -> dict | None:
         return answer_blank_file(args, training)
     model_name, name = args.model_name_or_path, describe_model(args.model_name_or_path)
     load = {"revision": args.revision, "trust_remote_code": training.trust_remote_code}
-    template = PromptTemplate.load(args.template, columns=parse_columns(args.columns))
+    columns = parse_columns(args.columns)
+    if args.search_label_words:
+        template = classes_from_rows(args, columns, training.seed)
+    else:
+        template = PromptTemplate.load(args.template, columns=columns)
     if not template.label:
         raise UserError(f"{template.path}: verbalizer: is missing; the blank is read by its words")
     train, evaluation = load_splits(template, args, training.seed, progress=progress("checking"))
@@ -176,6 +181,10 @@ def main(args: PromptArguments, training) -> dict | None:
 
     memory = MemoryMeter()
     model = place_model(new_model(), training)
+    if args.search_label_words:
+        found = search_label_words(model, asker, encode_blanks(asker, train.rows), scored)
+        save_label_words(found, template, training.output_dir)
+        return None
     base = evaluate_blanks(
         model, asker, encode_blanks(asker, evaluation.rows), description="scoring base", **evaluate
     )
