@@ -198,6 +198,7 @@ def main(args: PromptArguments, training) -> dict | None:
     runs = []
     for draw in range(args.draws):
         run, rows, validation = copy.copy(training), train.rows, None
+        run.accelerator_config = copy.deepcopy(training.accelerator_config)  # trainers write to it
         run.seed = training.seed + draw
         if args.draws > 1:
             run.output_dir = f"{training.output_dir}/draw_{draw}"

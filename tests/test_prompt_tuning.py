@@ -9,9 +9,8 @@ import torch
 from peft import PeftModel
 from run_files import losses, read_json, read_jsonl
 from safetensors.torch import load_file
-from tiny_bert import tiny_bert
+from tiny_bert import save_tiny_bert
 from tiny_llama import save_tiny_llama
-from tokenizers_for_tests import tokenizer_for
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from common.arguments import parse_arguments
@@ -36,14 +35,7 @@ def models(tmp_path_factory):
     """A folder for each kind of model."""
     folders = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
     save_tiny_llama(folders["causal"])
-    tokenizer = tokenizer_for("bert")
-    tokenizer.save_pretrained(folders["masked"])
-    model = tiny_bert(len(tokenizer))
-    with torch.no_grad():  # such weights show every token; from smaller ones something is learned
-        for weight in model.parameters():
-            weight /= 4 if weight.dim() > 1 else 1
-    model.config.hidden_dropout_prob = model.config.attention_probs_dropout_prob = 0.0
-    model.save_pretrained(folders["masked"])
+    save_tiny_bert(folders["masked"])
     return folders
 
 

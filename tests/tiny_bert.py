@@ -1,6 +1,9 @@
 """A masked model so small that a test can make it at once."""
 
+from pathlib import Path
+
 import torch
+from tokenizers_for_tests import tokenizer_for
 from transformers import BertConfig, BertForMaskedLM
 
 
@@ -22,3 +25,18 @@ def tiny_bert(vocabulary: int) -> BertForMaskedLM:
             if weight.dim() > 1:
                 weight *= 8
     return model.eval()
+
+
+def save_tiny_bert(folder: Path) -> Path:
+    """A model with its tokenizer as `from_pretrained` takes them, of weights from which something
+    is learned, and without dropout.
+    """
+    tokenizer = tokenizer_for("bert")
+    tokenizer.save_pretrained(folder)
+    model = tiny_bert(len(tokenizer))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight /= 4 if weight.dim() > 1 else 1
+    model.config.hidden_dropout_prob = model.config.attention_probs_dropout_prob = 0.0
+    model.save_pretrained(folder)
+    return folder

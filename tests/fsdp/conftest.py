@@ -8,9 +8,21 @@ import cot_sft
 import full_tuning
 import instruction_sft
 import lora_sft
+import prompt_tuning
 import pytest
 import torch
-from launching import CONFIGS, FULL, OPTIONS, RECIPE, SAVING, finish, start, ten_steps
+from launching import (
+    CONFIGS,
+    FULL,
+    OPTIONS,
+    RECIPE,
+    SAVING,
+    finish,
+    prompt_runs,
+    start,
+    ten_steps,
+)
+from tiny_bert import save_tiny_bert
 from tiny_llama import save_tiny_llama
 from transformers import AutoModelForCausalLM
 
@@ -57,6 +69,7 @@ def root(tmp_path_factory) -> Path:
         for weight in model.parameters():
             weight *= 4 if weight.dim() > 1 else 1
     model.save_pretrained(folder / "model")
+    save_tiny_bert(folder / "masked")
     _write(folder / "reviews" / "train.jsonl", REVIEWS)
     seen = [{**row, "sentence": f"seen: {row['sentence']}"} for row in REVIEWS[:7]]
     _write(folder / "reviews" / "validation.jsonl", seen)
@@ -107,6 +120,7 @@ def alone(root, arguments) -> Callable[..., Path]:
             "lora": (lora_sft, lora_sft.LoraArguments),
             "cot": (cot_sft, cot_sft.CotArguments),
             "instruction": (instruction_sft, instruction_sft.InstructionArguments),
+            "prompt": (prompt_tuning, prompt_tuning.PromptArguments),
         }[recipe]
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # on so small a model a second one only waits
@@ -169,6 +183,9 @@ def two(root, arguments, launch):
     for name in ("cot", "instruction"):
         script = Path(RECIPE).with_name(f"{name}_sft.py")
         runs[f"two_{name}"] = [str(script), *arguments(f"two_{name}", **ten_steps(root)[name])]
+    script = Path(RECIPE).with_name("prompt_tuning.py")
+    for name, options in prompt_runs(root).items():
+        runs[f"two_{name}"] = [str(script), *arguments(f"two_{name}", **options)]
     return launch(CONFIGS / "fsdp2.yaml", 2, runs)
 
 
