@@ -1,0 +1,331 @@
+"""What prompt tuning gains by reading the blank only: our trainer beside a plain loop of PEFT and
+transformers' Trainer, which computes the logits of all places, on the CPU in float32.
+
+    python benchmarks/prompt_tuning.py                    # about ten minutes on two cores
+    python benchmarks/prompt_tuning.py --quick            # fewer steps, one round
+    python benchmarks/prompt_tuning.py --template sst2 --dataset data/sst2
+
+Both train the same soft prompt, from the same start, on the same 8 rows in every step, in turn,
+each in a process of its own whose first steps do not count. The plain loop learns the first label
+word as text (cross-entropy over the vocabulary), ours the right one among the labels; before they
+start, both compute the loss of the first rows' words, which has to agree. Peak memory is what
+training takes beyond what the process held before it loaded the model.
+
+`ratio` is ours over the plain loop's in steps per second. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
+
+from common.errors import UserError
+from common.models import describe_model
+from common.report import printable, versions, write_json
+
+ROWS_PER_STEP, VIRTUAL_TOKENS = 8, 16
+STEPS, QUICK_STEPS, ROUNDS, WARM_UP = 30, 12, 3, 2
+LOSS_TOLERANCE = 1e-4
+ARMS = ("plain", "ours")
+
+
+class ArmFailed(Exception):
+    """A run ended badly or did other work than the other; its text is one line."""
+
+
+# One run, in a process of its own ----------------------------------------------------------------
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Train, and write what was measured to `args.result`."""
+    import torch
+    from datasets import Dataset
+    from peft import PromptTuningConfig, get_peft_model
+    from transformers import Trainer, TrainerCallback, set_seed
+
+    from common.blank_evaluation import asker_of
+    from common.blank_rows import encode_blanks
+    from common.blank_trainer import BlankTrainer
+    from common.blanks import score_examples
+    from common.data import load_rows, parse_columns
+    from common.encoding import PromptEncoder
+    from common.memory import MemoryMeter
+    from common.models import load_model, load_tokenizer
+    from common.template import PromptTemplate
+    from common.trainer import RecipeConfig
+
+    class Stopwatch(TrainerCallback):
+        """Takes the time where the warm-up ends and where the last step does."""
+
+        marks = ()
+
+        def on_step_end(self, training, state, control, **kwargs):
+            if state.global_step in (WARM_UP, state.max_steps):
+                self.marks = (*self.marks, time.perf_counter())
+
+    training = RecipeConfig(
+        output_dir=str(args.result.parent / "out"),
+        per_device_train_batch_size=ROWS_PER_STEP,
+        max_steps=args.steps + WARM_UP,
+        learning_rate=0.03,
+        lr_scheduler_type="constant",
+        train_sampling_strategy="random",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        remove_unused_columns=False,
+    )
+    template = PromptTemplate.load(args.template, columns=parse_columns(args.columns))
+    needed = training.max_steps * ROWS_PER_STEP
+    rows = load_rows(template, args.dataset, "train", max_samples=min(needed, args.rows)).rows
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    asker = asker_of(PromptEncoder(template, tokenizer, 512), False, False)
+    blanks = encode_blanks(asker, rows)
+    memory = MemoryMeter()
+    model = load_model(args.model_name_or_path, dtype=torch.float32)
+    set_seed(training.seed)
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL_TOKENS)
+    model = get_peft_model(model, config)
+    with torch.no_grad():
+        ids = torch.arange(VIRTUAL_TOKENS) + 100
+        model.prompt_encoder["default"].embedding.weight.copy_(
+            model.get_input_embeddings().weight[ids]
+        )
+    watch = Stopwatch()
+    if args.measure == "ours":
+        trainer = BlankTrainer(
+            model,
+            training,
+            blanks.encoded.examples,
+            "logsumexp",
+            processing_class=tokenizer,
+            callbacks=[watch],
+        )
+    else:
+        rows = [
+            asker.encoder.training_example(one.questions[0])[:2] for one in blanks.asked
+        ]  # prompt and first label word with its end marker, which is left out below
+        rows = [{"input_ids": ids[:-1], "labels": labels[:-1]} for ids, labels in rows]
+        trainer = Trainer(
+            model,
+            training,
+            train_dataset=Dataset.from_list(rows),
+            data_collator=pad_right,
+            callbacks=[watch],
+        )
+    first = [blanks.encoded.examples[index] for index in range(ROWS_PER_STEP)]
+    if args.measure == "ours":
+        places = [one["word_labels"].index(one["labels"]) for one in first]
+        words = score_examples(model, first)
+        loss = -sum(words[row, place].item() for row, place in enumerate(places))
+    else:
+        with torch.no_grad():
+            batch = pad_right([trainer.train_dataset[index] for index in range(ROWS_PER_STEP)])
+            count = (batch["labels"] != -100).sum().item()
+            loss = model(**batch).loss.item() * count
+    memory.restart()
+    trainer.train()
+    peak = memory.stop()
+    start, end = watch.marks
+    lengths = [len(one["input_ids"]) for one in blanks.encoded.examples]
+    write_json(
+        args.result,
+        {
+            "seconds": end - start,
+            "first_loss": loss / ROWS_PER_STEP,
+            "peak_memory_bytes": peak,
+            "rows": len(lengths),
+            "mean_length": sum(lengths) / len(lengths),
+            "vocabulary": len(tokenizer),
+        },
+    )
+
+
+def pad_right(rows: list[dict]) -> dict:
+    """A batch for the plain loop."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    ids = [torch.tensor(row["input_ids"]) for row in rows]
+    labels = [torch.tensor(row["labels"]) for row in rows]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(one) for one in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+    }
+
+
+def run_arm(arm: str, args: argparse.Namespace, folder: Path) -> dict:
+    """What `measure` finds in a process of its own.
+
+    Raises:
+        ArmFailed: it ended with another code than 0.
+    """
+    result = folder / "result.json"
+    command = [sys.executable, __file__, "--measure", arm, "--result", str(result)]
+    command += ["--template", args.template, "--steps", str(args.steps), "--rows", str(args.rows)]
+    command += ["--columns", *args.columns] if args.columns else []
+    for name in ("dataset", "model_name_or_path"):
+        if getattr(args, name):
+            command += [f"--{name}", getattr(args, name)]
+    environment = os.environ | {"OMP_NUM_THREADS": threads(), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    if done.returncode:
+        said = (done.stderr.strip() or "no output").splitlines()[-1]
+        raise ArmFailed(f"{arm}: ended with exit code {done.returncode}: {said}")
+    return json.loads(result.read_text(encoding="utf-8"))
+
+
+def threads() -> str:
+    """OMP_NUM_THREADS, for both: as it is set, else one for each core."""
+    return os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count())
+
+
+# The comparison ----------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> dict | None:
+    """Run both in turn, print the table, and return what the last line holds.
+
+    Raises:
+        UserError: arguments that will not do.
+        ArmFailed: a run failed, or the two did not do the same work.
+    """
+    args = parse(argv)
+    if args.measure:
+        return measure(args)
+    runs: dict[str, list[dict]] = {arm: [] for arm in ARMS}
+    with tempfile.TemporaryDirectory(prefix="prompt-tuning-") as folder:
+        for number in range(1, args.rounds + 1):
+            for arm in ARMS:
+                run = run_arm(arm, args, Path(folder))
+                print(
+                    f"round {number}, {arm}: {args.steps / run['seconds']:.2f} steps/s", flush=True
+                )
+                runs[arm].append(run)
+                check_same_work(arm, run, runs["plain"][0])
+    result = summarize(runs, args.steps) | {
+        "rows_per_step": ROWS_PER_STEP,
+        "virtual_tokens": VIRTUAL_TOKENS,
+        "steps": args.steps,
+        "rounds": args.rounds,
+        "template": args.template,
+        "model": describe_model(args.model_name_or_path),
+        "omp_num_threads": threads(),
+        "versions": versions(),
+    }
+    print_table(result)
+    print(json.dumps(result))
+    return result
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; `steps` and `rounds` are always set."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps, one round")
+    parser.add_argument("--template", default="movie_reviews", help="the task [movie_reviews]")
+    parser.add_argument("--dataset", help="its rows [the template's]")
+    parser.add_argument("--columns", nargs="+", default=[], help="variable=column, as in a recipe")
+    parser.add_argument("--steps", type=int, help=f"that count, of {ROWS_PER_STEP} rows [{STEPS}]")
+    parser.add_argument("--rounds", type=int, help=f"runs of each [{ROUNDS}]")
+    parser.add_argument("--rows", type=int, default=400, help="most rows that are used [400]")
+    parser.add_argument("--model_name_or_path", help="folder, .gguf file or hub id [the bundled]")
+    parser.add_argument("--measure", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.steps is None:
+        args.steps = QUICK_STEPS if args.quick else STEPS
+    if args.rounds is None:
+        args.rounds = 1 if args.quick else ROUNDS
+    for name, least in (("steps", 1), ("rounds", 1), ("rows", ROWS_PER_STEP)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} {getattr(args, name)}: must be {least} or more")
+    return args
+
+
+def check_same_work(arm: str, run: dict, first: dict) -> None:
+    """A run against the first one of the plain loop.
+
+    Raises:
+        ArmFailed: other rows, or another loss of the same words before training.
+    """
+    if run["rows"] != first["rows"]:
+        raise ArmFailed(f"{arm}: {run['rows']} rows, but {first['rows']} in the plain loop")
+    found, wanted = run["first_loss"], first["first_loss"]
+    if not abs(found - wanted) <= LOSS_TOLERANCE:
+        raise ArmFailed(
+            f"{arm}: loss {found:.6f} of the first rows' words, but {wanted:.6f} in the plain loop"
+        )
+
+
+def summarize(runs: dict[str, list[dict]], steps: int) -> dict:
+    """`ratio` and the figures of both, over all rounds."""
+    arms = {
+        arm: {
+            "steps_per_second": steps * len(several) / sum(run["seconds"] for run in several),
+            "seconds": [run["seconds"] for run in several],
+            "peak_memory_bytes": max(run["peak_memory_bytes"] for run in several),
+        }
+        for arm, several in runs.items()
+    }
+    first = runs["plain"][0]
+    return {
+        "ratio": arms["ours"]["steps_per_second"] / arms["plain"]["steps_per_second"],
+        "memory_ratio": arms["ours"]["peak_memory_bytes"] / arms["plain"]["peak_memory_bytes"],
+        "loss_difference": abs(runs["ours"][0]["first_loss"] - first["first_loss"]),
+        "arms": arms,
+        "mean_length": first["mean_length"],
+        "vocabulary": first["vocabulary"],
+    }
+
+
+def print_table(result: dict) -> None:
+    """The figures of both; plain text outside a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(**({} if sys.stdout.isatty() else {"width": 100, "force_terminal": False}))
+    table = Table(
+        title=printable(
+            f"{result['model']}, {result['virtual_tokens']} virtual tokens, float32, "
+            f"{result['omp_num_threads']} threads, {result['steps']} steps of {ROWS_PER_STEP} rows "
+            f"of {result['template']} ({result['mean_length']:.0f} tokens)"
+        ),
+        title_justify="left",
+        caption=f"ratio {result['ratio']:.2f}, memory {result['memory_ratio']:.2f}; loss of the "
+        f"first rows' words differs by {result['loss_difference']:.1e}",
+        caption_justify="left",
+    )
+    table.add_column()
+    for name in ("steps/s", "seconds", "peak memory"):
+        table.add_column(name, justify="right")
+    for arm, one in result["arms"].items():
+        table.add_row(
+            {"plain": "PEFT and Trainer", "ours": "prompt_tuning.py"}[arm],
+            f"{one['steps_per_second']:.2f}",
+            f"{sum(one['seconds']):.1f}",
+            f"{one['peak_memory_bytes'] / 2**30:.2f} GiB",
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the run that trains is ended, too
+    try:
+        main()
+    except (UserError, ArmFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
