@@ -8,8 +8,11 @@ import cot_sft
 import icl_eval
 import instruction_sft
 import lora_sft
+import prompt_tuning
 import pytest
 import yaml
+from run_files import read_json, read_jsonl
+from tiny_llama import save_tiny_llama
 
 from common.arguments import parse_arguments
 from common.schema import KINDS
@@ -22,6 +25,7 @@ RECIPES = {
     "recipes/icl_eval.py": (icl_eval, icl_eval.IclArguments),
     "recipes/instruction_sft.py": (instruction_sft, instruction_sft.InstructionArguments),
     "recipes/cot_sft.py": (cot_sft, cot_sft.CotArguments),
+    "recipes/prompt_tuning.py": (prompt_tuning, prompt_tuning.PromptArguments),
 }
 
 
@@ -66,11 +70,38 @@ def test_every_named_file_exists():
 
 
 def test_the_template_shown_is_one(tmp_path):
-    (text,) = [one for one in blocks("yaml") if one.startswith("name:")]
+    text = blocks("yaml")[0]
     template = PromptTemplate(yaml.safe_load(text), tmp_path / "readme.yaml")
     (question,) = template.questions({"sentence": "Not a dull moment.", "stars": 1})
     assert template.prompt(question).endswith("The sentiment of the review is")
     assert question.answer == " positive"
+
+
+def test_a_task_of_ones_own_goes_as_the_steps_say(tmp_path, monkeypatch, capsys):
+    (rows,) = blocks("csv")
+    (tmp_path / "tickets.csv").write_text(rows)
+    (template,) = [one for one in blocks("yaml") if one.startswith("name: tickets")]
+    (tmp_path / "tickets.yaml").write_text(template)
+    (tmp_path / "new.csv").write_text("message\nThe lid is broken\n")
+    model = save_tiny_llama(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    (steps,) = [one for one in blocks("bash") if "tickets.yaml" in one]
+    for line in steps.splitlines():
+        argv = shlex.split(line)[3:]
+        if "--predict" not in argv:
+            argv += ["--model_name_or_path", str(model)]
+        argv += ["--max_length", "300", "--disable_tqdm", "true"]
+        options = prompt_tuning.PromptArguments, "", prompt_tuning.DEFAULTS, argv
+        prompt_tuning.main(*parse_arguments(*options))
+    said = capsys.readouterr().out
+    assert "The customer has a problem with the" in said
+    assert "' shipping'" in said
+    words = PromptTemplate.load("runs/words/template.yaml")
+    assert set(words.verbalizer) == {"billing", "technical", "delivery"}
+    assert read_json(tmp_path / "runs/zero/metrics.json")["trainable_parameters"] == 0
+    assert read_json(tmp_path / "runs/tickets/metrics.json")["train_rows"] == 11
+    (answer,) = read_jsonl(tmp_path / "runs/tickets/predictions_new.jsonl")
+    assert answer["prediction"] in words.verbalizer
 
 
 def test_every_field_of_a_template_is_explained_and_no_other():

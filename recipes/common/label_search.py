@@ -8,6 +8,7 @@ paper tries all combinations, which only few classes allow.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from common.few_shot import CausalAsker, MaskedAsker
 from common.launch import is_main_process, progress_bar
 from common.lockstep import Lockstep, gather_results, process_group
 from common.report import print_table, printable
-from common.schema import find_template, load_yaml
+from common.schema import TEMPLATE_FOLDER, find_template, load_yaml
 from common.template import PromptTemplate, Question
 
 CANDIDATES = 100  # words per class that are tried
@@ -215,9 +216,16 @@ def save_label_words(found: Found, template: PromptTemplate, output_dir: str) ->
     """Write the template with the words, show them beside others, and say how to go on."""
     path = Path(output_dir) / "template.yaml"
     if is_main_process():
-        verbalizer = {label: [word] for label, word in found.words.items()}
+        fields = {**template.fields, "verbalizer": {k: [word] for k, word in found.words.items()}}
         path.parent.mkdir(parents=True, exist_ok=True)
-        PromptTemplate({**template.fields, "verbalizer": verbalizer}, template.path).save(path)
+        if rows := fields.get("dataset", {}).get("path"):
+            beside = template.path.parent / rows
+            if beside.exists() and not (TEMPLATE_FOLDER / rows).exists():  # as seen from there
+                fields["dataset"] = {
+                    **fields["dataset"],
+                    "path": os.path.relpath(beside, output_dir),
+                }
+        PromptTemplate(fields, template.path).save(path)
         shown = {
             f"instead, {label}": printable(
                 ", ".join(f"{word} {train:.2f}/{held:.2f}" for word, train, held in some)

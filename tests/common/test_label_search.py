@@ -15,7 +15,14 @@ from common.blank_evaluation import asker_of, evaluate_blanks
 from common.blank_rows import encode_blanks
 from common.encoding import PromptEncoder
 from common.errors import UserError
-from common.label_search import _choose, classes_from_rows, save_label_words, search_label_words
+from common.label_search import (
+    Found,
+    _choose,
+    classes_from_rows,
+    save_label_words,
+    search_label_words,
+)
+from common.sources import locate
 from common.template import PromptTemplate
 
 FIELDS = {
@@ -98,6 +105,17 @@ def test_a_template_without_label_words_takes_its_classes_from_the_rows(tmp_path
     assert template.metric == "accuracy"
     given = {**FIELDS, "verbalizer": {"0": ["x"], "1": ["y"], "2": ["z"]}}
     assert classes_from_rows(arguments(tmp_path, given), {}, 0).verbalizer["2"] == ["z"]
+
+
+def test_rows_beside_the_template_are_found_from_where_the_new_one_is_written(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    fields = {**FIELDS, "verbalizer": {"0": ["x"], "1": ["y"], "2": ["z"]}}
+    fields["dataset"] = {"path": "rows.jsonl"}
+    found = Found({"0": "a", "1": "b", "2": "c"}, 0.5, 0.5, {})
+    template = PromptTemplate(fields, tmp_path / "t.yaml")
+    path = save_label_words(found, template, str(tmp_path / "runs" / "words"))
+    written = PromptTemplate.load(str(path))
+    assert locate(written, None, None).resolve() == (tmp_path / "rows.jsonl").resolve()
 
 
 def test_a_class_without_training_rows_is_named():
