@@ -35,7 +35,6 @@ DEFAULTS = {
 # Embeddings in front of a frozen model want steps that would ruin the model's own weights.
 RATES = {"soft_prompt": 0.03, "p_tuning": 1e-3, "prefix": 0.01, "model": 1e-5, "verbalizer": 1e-3}
 
-
 LOAD_SNIPPET = """\
 from peft import PeftModel
 from transformers import {kind}, AutoTokenizer
@@ -97,6 +96,8 @@ class PromptArguments(RecipeArguments):
             raise UserError("--draws: draws of which rows? Pass --per_class, such as 16")
         if self.soft_verbalizer and self.tune == "none":
             raise UserError("--soft_verbalizer: is trained; leave it out, or --tune none")
+        if self.soft_verbalizer and self.calibrate:
+            raise UserError("--calibrate: --soft_verbalizer has no words; leave one of them out")
 
 
 def main(args: PromptArguments, training) -> dict | None:
@@ -106,6 +107,7 @@ def main(args: PromptArguments, training) -> dict | None:
         What metrics.json holds; None after --preview, --predict and --search_label_words.
     """
     # Imported here, so that --help answers at once.
+    import torch
     from transformers import AutoModelForMaskedLM, set_seed
 
     from common.blank_evaluation import answer_blank_file, asker_of, evaluate_blanks
@@ -127,6 +129,8 @@ def main(args: PromptArguments, training) -> dict | None:
 
     if args.predict:
         return answer_blank_file(args, training)
+    if args.per_class and training.resume_from_checkpoint:
+        raise UserError("--resume_from_checkpoint: few-shot runs are short; leave it out")
     model_name, name = args.model_name_or_path, describe_model(args.model_name_or_path)
     load = {"revision": args.revision, "trust_remote_code": training.trust_remote_code}
     columns = parse_columns(args.columns)
@@ -171,9 +175,10 @@ def main(args: PromptArguments, training) -> dict | None:
     }
 
     def new_model():
+        whole = args.tune in ("model", "both")
         return load_model(
             model_name,
-            dtype=training.model_dtype[0],
+            dtype=torch.float32 if whole else training.model_dtype[0],
             attn_implementation=args.attn_implementation,
             model_class=AutoModelForMaskedLM if masked else None,
             **load,
@@ -205,7 +210,9 @@ def main(args: PromptArguments, training) -> dict | None:
         if args.per_class:
             rows, chosen = few_shot_rows(template, rows, args.per_class, run.seed)
             validation = encode_blanks(asker, chosen, soft=args.soft_verbalizer)
-        blanks = encode_blanks(asker, rows, soft=args.soft_verbalizer)
+        blanks = encode_blanks(
+            asker, rows, soft=args.soft_verbalizer, progress=progress("encoding")
+        )
         checkpoint = find_checkpoint(run.output_dir, training.resume_from_checkpoint)
         memory = MemoryMeter()
         model = new_model()
@@ -326,9 +333,12 @@ def start_ids(args: PromptArguments, asker, question, words: dict) -> list[int]:
         return random.choices(plain, k=args.virtual_tokens)
     if args.init == "template":
         emptied = question.change(**dict.fromkeys(template.prompt_variables, ""))
-        ids = asker.prompt(emptied, ()).ids
+        try:
+            ids = asker.prompt(emptied, ()).ids
+        except ValueError as error:  # a template that cannot do without its row
+            raise UserError(f"--init template: {error}; pass --init words") from None
         return [token for token in ids if token not in text.control_ids]
-    return []
+    return []  # random
 
 
 def optimizer_of(model, args: PromptArguments, training):

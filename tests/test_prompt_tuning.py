@@ -287,7 +287,8 @@ def test_preview_shows_the_blank_and_its_words(run, capsys):
         (["--draws", "3"], "--draws: draws of which rows"),
         (["--tune", "none", "--soft_verbalizer", "true"], "--soft_verbalizer: is trained"),
         (["--virtual_tokens", "0"], "--virtual_tokens 0: must be 1 or more"),
-        (["--soft_verbalizer", "true", "--calibrate", "true"], "no words to calibrate"),
+        (["--soft_verbalizer", "true", "--calibrate", "true"], "--soft_verbalizer has no words"),
+        (["--per_class", "2", "--resume_from_checkpoint", "last"], "few-shot runs are short"),
         (["--template", "gsm8k"], "verbalizer: is missing"),
     ],
 )

@@ -57,17 +57,17 @@ def evaluate_blanks(
             other way is kept among the details.
         answers: False for rows without answers: the records then hold predictions only.
     Raises:
-        UserError: `calibrate` without inputs free of content, or with a soft verbalizer.
+        UserError: `calibrate` without inputs free of content.
     """
     encoder, template = asker.encoder, asker.encoder.template
     start, classes = time.perf_counter(), list(template.verbalizer)
     soft = getattr(bare_model(model), "soft_verbalizer", None) is not None
     free = [] if soft else _without_content(asker, rows)
     if calibrate and not free:
-        cure = "--soft_verbalizer has no words to calibrate; leave one of them out"
-        if not soft:
-            cure = f"needs content_free in {template.path.name}, such as ['', 'N/A']"
-        raise UserError(f"--calibrate: {cure}")
+        raise UserError(
+            f"--calibrate: needs content_free in {template.path.name}, such as ['', 'N/A'], and "
+            "label words that are answers"
+        )
     model.eval()
     examples = rows.encoded.examples
     words = score_examples(model, examples, batch_tokens=batch_tokens, description=description)

@@ -79,7 +79,7 @@ class SoftVerbalizer(torch.nn.Module):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """[..., size] states -> [..., labels] logits."""
-        return F.linear(states, self.weight, self.bias)
+        return F.linear(states.to(self.weight.dtype), self.weight, self.bias)
 
 
 def _means(rows: torch.Tensor, words: Mapping[str, Sequence[Sequence[int]]]) -> torch.Tensor:
