@@ -129,7 +129,7 @@ class BlankTrainer(RecipeTrainer):
         if (doubled := getattr(bare, "head_bias", None)) is not None:  # see `prepare_for_fsdp2`
             head = bare.get_output_embeddings()
             name = next(name for name, one in bare.named_modules() if one is head)
-            whole[doubled] = whole[f"{name}.bias"].clone()
+            whole[doubled] = whole.pop(f"{name}.bias")  # from which the other is tied
         for name, one in bare.named_buffers():
             if name in bare.state_dict():
                 whole[name] = one
