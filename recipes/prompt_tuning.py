@@ -35,15 +35,6 @@ DEFAULTS = {
 # Embeddings in front of a frozen model want steps that would ruin the model's own weights.
 RATES = {"soft_prompt": 0.03, "p_tuning": 1e-3, "prefix": 0.01, "model": 1e-5, "verbalizer": 1e-3}
 
-LOAD_SNIPPET = """\
-from peft import PeftModel
-from transformers import {kind}, AutoTokenizer
-
-model = {kind}.from_pretrained({base!r})
-model = PeftModel.from_pretrained(model, {folder!r})
-tokenizer = AutoTokenizer.from_pretrained({folder!r})
-"""
-
 
 @dataclass
 class PromptArguments(RecipeArguments):
@@ -111,7 +102,7 @@ def main(args: PromptArguments, training) -> dict | None:
     from transformers import AutoModelForMaskedLM, set_seed
 
     from common.blank_evaluation import answer_blank_file, asker_of, evaluate_blanks
-    from common.blank_results import preview_blanks, save_draws, save_score
+    from common.blank_results import load_snippet, preview_blanks, save_draws, save_score
     from common.blank_rows import encode_blanks, few_shot_rows, label_word_ids
     from common.blank_trainer import BlankTrainer, KeepBest, heaviest_blanks, rehearsed_loss
     from common.blanks import SoftVerbalizer, bare_model
@@ -258,10 +249,8 @@ def main(args: PromptArguments, training) -> dict | None:
                 tuned,
                 method=f"prompt_tuning ({args.tune})",
                 model_name=name,
-                load_snippet=LOAD_SNIPPET.format(
-                    kind=f"AutoModelFor{'Masked' if masked else 'Causal'}LM",
-                    base=bare_model(model).name_or_path,
-                    folder=run.output_dir,
+                load_snippet=load_snippet(
+                    model, args.tune, masked, args.soft_verbalizer, run.output_dir
                 ),
                 estimated=estimated,
                 peak_memory_bytes=peak,

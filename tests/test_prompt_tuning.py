@@ -1,6 +1,7 @@
 """recipes/prompt_tuning.py run whole, on tiny causal and masked models with random weights."""
 
 import json
+import re
 from pathlib import Path
 
 import prompt_tuning
@@ -117,6 +118,11 @@ def test_what_was_trained_is_saved_and_loads_with_peft_and_transformers_alone(
         model = load_tuned(folder, metrics)
         assert load_file(folder / "soft_verbalizer.safetensors")["weight"].shape == (2, 32)
     assert scores(folder, model) == pytest.approx(kept, abs=1e-5)
+    if not soft:  # as the card says
+        (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+        scope = {}
+        exec(code, scope)
+        assert scores(folder, scope["model"].eval()) == pytest.approx(kept, abs=1e-5)
     assert scores(folder) == pytest.approx(kept, abs=1e-5)
     assert not [*folder.glob("*.bin"), *folder.glob("*.pt")], "a pickle was left"
     assert metrics["trainable_parameters"] > 0

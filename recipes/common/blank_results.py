@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.blank_rows import BlankRows
+from common.blank_trainer import BASE
 from common.encoding import PromptEncoder
 from common.evaluation import TaskScore
 from common.few_shot import CausalAsker, MaskedAsker
@@ -15,6 +16,20 @@ from common.launch import is_main_process
 from common.memory import gib
 from common.report import print_table, printable, versions, write_json, write_jsonl
 from common.results import count_parameters
+
+LOAD_SNIPPET = """\
+from transformers import {kind}, AutoTokenizer
+{peft}
+model = {kind}.from_pretrained({base!r})
+tokenizer = AutoTokenizer.from_pretrained({folder!r})
+"""
+LOAD_PROMPT = """\
+model = PeftModel.from_pretrained(model, {folder!r})
+# It stands in front: what the model says at the n-th token is logits[:, {virtual_tokens} + n].
+"""
+LOAD_VERBALIZER = """\
+common.blank_evaluation.load_soft_verbalizer({folder!r}, model)  # of the recipes; see word_scores
+"""
 
 
 def preview_blanks(rows: BlankRows, asker: CausalAsker | MaskedAsker, count: int) -> None:
@@ -128,3 +143,25 @@ def save_draws(runs: Sequence[Mapping[str, Any]], output_dir: str) -> dict:
             },
         )
     return metrics
+
+
+def load_snippet(model, tune: str, masked: bool, soft: bool, folder: str) -> str:
+    """Code that loads what a run has saved, for its model card.
+
+    Args:
+        tune: what was tuned.
+        soft: whether there is a soft verbalizer.
+    """
+    prompted = tune != "model"
+    base = {"model": folder, "both": f"{folder}/{BASE}"}.get(tune)
+    text = LOAD_SNIPPET.format(
+        kind=f"AutoModelFor{'Masked' if masked else 'Causal'}LM",
+        peft="from peft import PeftModel\n" if prompted else "",
+        base=base or model.get_base_model().name_or_path,
+        folder=folder,
+    )
+    if prompted:
+        length = model.peft_config["default"].num_virtual_tokens
+        shift = 0 if tune == "prefix" else length
+        text += LOAD_PROMPT.format(folder=folder, virtual_tokens=shift)
+    return text + (LOAD_VERBALIZER.format(folder=folder) if soft else "")
