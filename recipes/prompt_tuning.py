@@ -35,7 +35,7 @@ DEFAULTS = {
     "train_sampling_strategy": "batch_rebalance",
 }
 # Embeddings in front of a frozen model want steps that would ruin the model's own weights.
-RATES = {"soft_prompt": 0.03, "p_tuning": 3e-4, "prefix": 0.01, "model": 1e-5, "verbalizer": 1e-3}
+RATES = {"soft_prompt": 0.03, "p_tuning": 3e-4, "prefix": 0.01, "model": 5e-5, "verbalizer": 1e-3}
 
 
 @dataclass
@@ -51,8 +51,8 @@ class PromptArguments(RecipeArguments):
     virtual_tokens: int = option(16, "Length of the soft prompt: 8 to 100; longer is slower.")
     init: str = option(
         "template",
-        "Where a soft prompt starts: at the template's own text, the label words, words drawn from "
-        "the vocabulary, or random numbers.",
+        "Where a soft prompt or prefix starts: at the template's own text, the label words, words "
+        "drawn from the vocabulary, or random numbers.",
         choices=["template", "words", "vocabulary", "random"],
     )
     prompt_encoder: str = option(
@@ -292,8 +292,15 @@ def with_prompt(model, args: PromptArguments, masked: bool, ids: list[int]):
         "task_type": "FEATURE_EXTRACTION" if masked else "CAUSAL_LM",
         "num_virtual_tokens": args.virtual_tokens,
     }
+    ids = (ids * args.virtual_tokens)[: args.virtual_tokens]
     if args.tune == "prefix":
-        return get_peft_model(model, PrefixTuningConfig(**shape))
+        start = keys_and_values(model, ids) if ids and not masked else None
+        model = get_peft_model(model, PrefixTuningConfig(**shape))
+        prefix = model.prompt_encoder["default"].embedding.weight
+        with torch.no_grad():
+            # Random keys and values as large as PEFT's would drown the text (Li and Liang 2021).
+            prefix.mul_(0.02) if start is None else prefix.copy_(start)
+        return model
     if args.tune == "p_tuning":
         network = args.prompt_encoder.upper()
         return get_peft_model(
@@ -304,11 +311,22 @@ def with_prompt(model, args: PromptArguments, masked: bool, ids: list[int]):
     prompt = model.prompt_encoder["default"].embedding.weight
     with torch.no_grad():
         if ids:
-            ids = (ids * args.virtual_tokens)[: args.virtual_tokens]
             prompt.copy_(embeddings[ids])
         else:
             prompt.mul_(embeddings.float().std())  # of the spread of words
     return model
+
+
+def keys_and_values(model, ids: list[int]):
+    """[tokens, 2 x layers x heads x size] what a causal model's layers keep of a text, in the order
+    of PEFT's prefixes, which then begin as this text (Li and Liang 2021, section 7.4).
+    """
+    import torch
+
+    with torch.no_grad():
+        cache = model(torch.tensor([ids], device=model.device), use_cache=True).past_key_values
+    parts = [one[0].transpose(0, 1) for layer in cache.layers for one in (layer.keys, layer.values)]
+    return torch.stack(parts, 1).flatten(1)
 
 
 def start_ids(args: PromptArguments, asker, question, words: dict) -> list[int]:

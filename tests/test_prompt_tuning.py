@@ -181,6 +181,22 @@ def test_a_soft_prompt_starts_where_init_says(run, models):
     assert found["random"].std() == pytest.approx(table.std().item(), rel=0.3)
 
 
+def test_a_prefix_starts_as_the_text_in_front_of_the_prompt(run, models):
+    folder = run("causal", "--tune", "prefix", "--learning_rate", "0")
+    model = AutoModelForCausalLM.from_pretrained(models["causal"])
+    tokenizer = load_tokenizer(str(models["causal"]))
+    text = "The movie review is: \nThe sentiment of the review is"
+    start = tokenizer(text, add_special_tokens=False).input_ids[:5]
+    ids = torch.tensor([[7, 30, 12, 99]])
+    prefixed = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(models["causal"]), folder
+    )
+    with torch.no_grad():
+        expected = model(torch.cat([torch.tensor([start]), ids], 1)).logits[:, 5:]
+        found = prefixed(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
 def test_no_arguments_but_the_template_choose_rates_that_fit_what_is_tuned(run, monkeypatch):
     rates = {}
     optimizer_of = prompt_tuning.optimizer_of
@@ -193,7 +209,7 @@ def test_no_arguments_but_the_template_choose_rates_that_fit_what_is_tuned(run, 
     monkeypatch.setattr(prompt_tuning, "optimizer_of", watch)
     for tune in ("soft_prompt", "model", "both"):
         run("causal", "--tune", tune, "--max_steps", "1", output=tune)
-    assert rates == {"soft_prompt": [0.03], "model": [1e-5], "both": [1e-5, 0.03]}
+    assert rates == {"soft_prompt": [0.03], "model": [5e-5], "both": [5e-5, 0.03]}
 
 
 def test_few_shot_draws_have_a_run_each_and_a_mean(run):
