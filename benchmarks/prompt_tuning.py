@@ -58,6 +58,7 @@ def measure(args: argparse.Namespace) -> None:
     from common.encoding import PromptEncoder
     from common.memory import MemoryMeter
     from common.models import load_model, load_tokenizer
+    from common.shared_prompt import compute_prompt_once
     from common.template import PromptTemplate
     from common.trainer import RecipeConfig
 
@@ -100,6 +101,7 @@ def measure(args: argparse.Namespace) -> None:
         )
     watch = Stopwatch()
     if args.measure == "ours":
+        compute_prompt_once(model)
         trainer = BlankTrainer(
             model,
             training,

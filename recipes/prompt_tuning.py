@@ -117,6 +117,7 @@ def main(args: PromptArguments, training) -> dict | None:
     from common.models import describe_model, is_masked, load_model, load_tokenizer, stored_config
     from common.results import publish, save_run, show_plan
     from common.sharding import place_model
+    from common.shared_prompt import compute_prompt_once
     from common.template import PromptTemplate
     from common.verbalizer import check_words
 
@@ -217,6 +218,8 @@ def main(args: PromptArguments, training) -> dict | None:
             model.base_model.requires_grad_(True)
         if args.soft_verbalizer:
             bare_model(model).soft_verbalizer = SoftVerbalizer(model, words)
+        if prompted:
+            compute_prompt_once(model)
         trainer = BlankTrainer(
             model, run, blanks.encoded.examples, args.combine, processing_class=tokenizer
         )

@@ -2,6 +2,8 @@
 whatever stands in the batch and in front of the text.
 """
 
+import copy
+
 import pytest
 import torch
 from encoding_cases import LABELS, template
@@ -19,6 +21,7 @@ from common.encoding import PromptEncoder
 from common.errors import UserError
 from common.masked import masked_log_likelihoods
 from common.scoring import log_likelihoods
+from common.shared_prompt import compute_prompt_once
 
 CAUSAL, MASKED = tokenizer_for("gpt2"), tokenizer_for("bert")
 BERT = tiny_bert(len(MASKED))
@@ -98,13 +101,13 @@ def test_a_causal_model_fills_a_blank_anywhere_by_the_likelihood_of_the_whole_te
 
 @given(
     masked=st.booleans(),
-    prompt=st.sampled_from(["none", "soft", "p_tuning", "prefix"]),
+    prompt=st.sampled_from(["none", "soft", "p_tuning", "prefix", "soft, once"]),
     order=st.permutations(range(9)),
     budget=st.sampled_from([1, 60, 4096]),
 )
 def test_a_rows_scores_depend_neither_on_its_batch_nor_on_padding(masked, prompt, order, budget):
     model, ask = prompted(masked, prompt), asker(masked)
-    shift = {"soft": 3, "p_tuning": 3}.get(prompt, 0)
+    shift = 3 if prompt in ("soft", "p_tuning", "soft, once") else 0
     examples = encode_blanks(ask, [ROWS[index] for index in order]).encoded.examples
     found = score_examples(model, examples, batch_tokens=budget).tolist()
     for example, values in zip(examples, found, strict=True):
@@ -116,6 +119,7 @@ _PROMPTED: dict = {}
 
 def prompted(masked, kind):
     """A tiny model with a soft prompt or prefix that changes what it says."""
+    name = kind
     if (masked, kind) not in _PROMPTED:
         model = tiny_bert(len(MASKED)) if masked else with_opinions(tiny_llama(len(CAUSAL)))
         shape = {"task_type": "FEATURE_EXTRACTION" if masked else "CAUSAL_LM",
@@ -126,6 +130,7 @@ def prompted(masked, kind):
             "prefix": PrefixTuningConfig,
         }
         torch.manual_seed(1)
+        kind, _, once = kind.partition(", ")
         if kind in kinds:
             before = score_examples(model, encode_blanks(asker(masked), ROWS).encoded.examples)
             model = get_peft_model(model, kinds[kind](**shape))
@@ -134,8 +139,37 @@ def prompted(masked, kind):
                     one.mul_(3)
             after = score_examples(model, encode_blanks(asker(masked), ROWS).encoded.examples)
             assert (after - before).abs().max() > 0.01
-        _PROMPTED[masked, kind] = model.eval()
-    return _PROMPTED[masked, kind]
+        if once:
+            assert compute_prompt_once(model) is not masked
+        _PROMPTED[masked, name] = model.eval()
+    return _PROMPTED[masked, name]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "bloom", "llama, eager"])
+def test_a_prompt_computed_once_has_the_scores_and_gradients_of_one_per_row(kind):
+    found = {}
+    for once in (False, True):
+        torch.manual_seed(0)
+        config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        model = get_peft_model(copy.deepcopy(MODELS[kind]), config)
+        assert not once or compute_prompt_once(model)
+        batch = collate(encode_blanks(asker(), ROWS).encoded.examples)
+        scores = word_scores(model, batch)
+        scores.softmax(-1)[:, 0].sum().backward()
+        found[once] = scores.detach(), model.prompt_encoder["default"].embedding.weight.grad
+    assert torch.allclose(found[True][0], found[False][0], atol=1e-4)
+    size = found[False][1].norm()
+    assert size > 0
+    assert (found[True][1] - found[False][1]).norm() < 1e-3 * size
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma3", "rwkv"])
+def test_models_that_keep_other_things_than_all_keys_go_pefts_way(kind):
+    config = PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, token_dim=32, num_layers=2,
+        num_attention_heads=4,
+    )  # fmt: skip
+    assert not compute_prompt_once(get_peft_model(copy.deepcopy(MODELS[kind]), config))
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -1,0 +1,67 @@
+"""A soft prompt that is computed once for all rows of a batch: in a causal model, what stands in
+front of every text does not depend on the texts.
+
+PEFT puts the prompt in front of each row, and so computes it as often as there are rows; with rows
+as short as a sentence that is a third of all tokens. Here its keys and values are computed once,
+with their gradients, and every row sees them as a cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from peft import PeftModel, PeftType
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+_PROMPTS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
+
+
+def compute_prompt_once(model: PeftModel) -> bool:
+    """Replace the forward pass of a frozen causal model behind a soft prompt.
+
+    Only what `blanks.word_scores` asks of it changes in speed and not in value: other calls, and
+    models that keep more than keys and values of all tokens (sliding windows, recurrent layers),
+    go PEFT's way. A trained model does, too: FSDP2 gathers the gradients of a layer once.
+
+    Returns:
+        Whether the forward pass was replaced.
+    """
+    bare, config = model.get_base_model(), model.peft_config["default"]
+    frozen = not any(one.requires_grad for one in bare.base_model.parameters())
+    takes = inspect.signature(bare.forward).parameters
+    if config.peft_type not in _PROMPTS or config.task_type != "CAUSAL_LM" or not frozen:
+        return False
+    if "past_key_values" not in takes or not _keeps_all(DynamicCache(config=bare.config)):
+        return False
+    plain = model.forward
+
+    def forward(input_ids=None, attention_mask=None, **options):
+        # Recomputing in the backward pass would add to the cache again.
+        recomputed = model.training and bare.is_activation_checkpointing
+        known = options.keys() <= {"use_cache", "logits_to_keep"}
+        if input_ids is None or attention_mask is None or not known or recomputed:
+            return plain(input_ids=input_ids, attention_mask=attention_mask, **options)
+        cache = DynamicCache(config=bare.config)
+        prompt = model.get_prompt(batch_size=1).to(bare.get_input_embeddings().weight.dtype)
+        # Not by a call, for hooks on the body, such as `blanks.only_at`'s, mean the rows.
+        bare.base_model.forward(inputs_embeds=prompt, past_key_values=cache, use_cache=True)
+        for layer in cache.layers:
+            layer.keys = layer.keys.expand(len(input_ids), -1, -1, -1)
+            layer.values = layer.values.expand(len(input_ids), -1, -1, -1)
+        seen = attention_mask.new_ones(len(input_ids), prompt.shape[1])
+        return bare(
+            input_ids=input_ids,
+            attention_mask=torch.cat([seen, attention_mask], 1),
+            past_key_values=cache,
+            **options,
+        )
+
+    model.forward = forward
+    return True
+
+
+def _keeps_all(cache: DynamicCache) -> bool:
+    """Whether every layer keeps the keys and values of all tokens, and nothing else."""
+    return bool(cache.layers) and all(type(one) is DynamicLayer for one in cache.layers)
