@@ -15,15 +15,18 @@ from peft import PeftModel, PeftType
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from common.launch import uses_fsdp
+
 _PROMPTS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
 
 
 def compute_prompt_once(model: PeftModel) -> bool:
     """Replace the forward pass of a frozen causal model behind a soft prompt.
 
-    Only what `blanks.word_scores` asks of it changes in speed and not in value: other calls, and
-    models that keep more than keys and values of all tokens (sliding windows, recurrent layers),
-    go PEFT's way. A trained model does, too: FSDP2 gathers the gradients of a layer once.
+    Values stay, only the speed changes. Models that keep other things than keys and values of all
+    tokens (sliding windows, recurrent layers) go PEFT's way. So does everything under FSDP, whose
+    layers cannot be computed twice before the backward pass: they are sharded again after the first
+    part of it.
 
     Returns:
         Whether the forward pass was replaced.
@@ -32,6 +35,8 @@ def compute_prompt_once(model: PeftModel) -> bool:
     frozen = not any(one.requires_grad for one in bare.base_model.parameters())
     takes = inspect.signature(bare.forward).parameters
     if config.peft_type not in _PROMPTS or config.task_type != "CAUSAL_LM" or not frozen:
+        return False
+    if uses_fsdp():
         return False
     if "past_key_values" not in takes or not _keeps_all(DynamicCache(config=bare.config)):
         return False

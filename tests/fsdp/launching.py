@@ -127,19 +127,14 @@ def prompt_runs(root: Path) -> dict[str, dict]:
     """What prompt_tuning.py is told: ten steps of every kind of weights that it trains."""
     shared = {"max_steps": 10, "virtual_tokens": 5, "max_length": 100, "learning_rate": None}
     masked = {**shared, "model_name_or_path": root / "masked"}
+    network = {**masked, "tune": "p_tuning", "learning_rate": 1e-3}
     return {
         "soft_prompt": {**shared, "soft_verbalizer": "true"},
         "prompt_model": {**shared, "tune": "model", "learning_rate": 1e-3},
-        "masked_p_tuning": {
-            **masked,
-            "tune": "p_tuning",
-            "save_strategy": "steps",
-            "save_steps": 5,
-        },
+        "masked_p_tuning": {**network, "save_strategy": "steps", "save_steps": 5},
         "masked_both": {**masked, "tune": "both", "learning_rate": 1e-3, "combine": "mean"},
         "masked_resumed": {
-            **masked,
-            "tune": "p_tuning",
+            **network,
             "resume_from_checkpoint": root / "two_masked_p_tuning" / "checkpoint-5",
         },
         "few_shot": {**masked, "per_class": 4, "draws": 2, "max_steps": -1, "num_train_epochs": 3},
