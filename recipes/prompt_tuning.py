@@ -29,9 +29,7 @@ DEFAULTS = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,  # of all steps
     "num_train_epochs": 3,
-    # 8 rows a step, in 4 parts of similar length: little padding, whatever the lengths.
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 4,
+    "per_device_train_batch_size": 8,  # whose soft prompt is computed once
     "train_sampling_strategy": "batch_rebalance",
 }
 # Embeddings in front of a frozen model want steps that would ruin the model's own weights.
