@@ -58,7 +58,7 @@ def measure(args: argparse.Namespace) -> None:
     from common.encoding import PromptEncoder
     from common.memory import MemoryMeter
     from common.models import load_model, load_tokenizer
-    from common.shared_prompt import compute_prompt_once
+    from common.soft_prompts import compute_prompt_once
     from common.template import PromptTemplate
     from common.trainer import RecipeConfig
 

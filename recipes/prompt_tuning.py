@@ -16,9 +16,9 @@ a file of some kilobytes. With many rows LoRA or all parameters learn more.
 """
 
 import copy
-import random
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from common.arguments import RecipeArguments, option, require_at_least, run_recipe
 from common.errors import UserError
@@ -101,7 +101,12 @@ def main(args: PromptArguments, training) -> dict | None:
     import torch
     from transformers import AutoModelForMaskedLM, set_seed
 
-    from common.blank_evaluation import answer_blank_file, asker_of, evaluate_blanks
+    from common.blank_evaluation import (
+        answer_blank_file,
+        asker_of,
+        evaluate_blanks,
+        read_metrics,
+    )
     from common.blank_results import load_snippet, preview_blanks, save_draws, save_score
     from common.blank_rows import encode_blanks, few_shot_rows, label_word_ids
     from common.blank_trainer import BlankTrainer, KeepBest, heaviest_blanks, rehearsed_loss
@@ -110,12 +115,12 @@ def main(args: PromptArguments, training) -> dict | None:
     from common.data import load_splits, overlap, parse_columns
     from common.encoding import PromptEncoder
     from common.label_search import classes_from_rows, save_label_words, search_label_words
-    from common.launch import progress, say
+    from common.launch import is_main_process, progress, say
     from common.memory import MemoryMeter, estimate_memory
     from common.models import describe_model, is_masked, load_model, load_tokenizer, stored_config
     from common.results import publish, save_run, show_plan
     from common.sharding import place_model
-    from common.shared_prompt import compute_prompt_once
+    from common.soft_prompts import compute_prompt_once, start_ids
     from common.template import PromptTemplate
     from common.verbalizer import check_words
 
@@ -123,6 +128,11 @@ def main(args: PromptArguments, training) -> dict | None:
         return answer_blank_file(args, training)
     if args.per_class and training.resume_from_checkpoint:
         raise UserError("--resume_from_checkpoint: few-shot runs are short; leave it out")
+    if args.draws > 1 and training.publish:
+        raise UserError("--push_to_hub: which of the draws? Upload one, or train one")
+    trained = read_metrics(training.output_dir).get("trainable_parameters")
+    if trained and (args.tune == "none" or args.search_label_words):
+        raise UserError(f"--output_dir {training.output_dir}: holds a trained run; name another")
     model_name, name = args.model_name_or_path, describe_model(args.model_name_or_path)
     load = {"revision": args.revision, "trust_remote_code": training.trust_remote_code}
     columns = parse_columns(args.columns)
@@ -193,6 +203,8 @@ def main(args: PromptArguments, training) -> dict | None:
     if training.learning_rate is None:
         training.learning_rate = RATES[args.tune.replace("both", "model")]
     runs = []
+    if args.draws > 1 and is_main_process():  # until all are done again
+        Path(training.output_dir, "metrics.json").unlink(missing_ok=True)
     for draw in range(args.draws):
         run, rows, validation = copy.copy(training), train.rows, None
         run.accelerator_config = copy.deepcopy(training.accelerator_config)  # trainers write to it
@@ -211,7 +223,8 @@ def main(args: PromptArguments, training) -> dict | None:
         # Only what is tuned gets gradients: PEFT freezes the rest.
         set_seed(run.seed)
         if prompted:
-            model = with_prompt(model, args, masked, start_ids(args, asker, question, words))
+            ids = start_ids(args.init, args.virtual_tokens, asker, question, words)
+            model = with_prompt(model, args, masked, ids)
         if args.tune == "both":
             model.base_model.requires_grad_(True)
         if args.soft_verbalizer:
@@ -228,6 +241,7 @@ def main(args: PromptArguments, training) -> dict | None:
         model = trainer.shard()
         sources = {"train": train.source, "eval": evaluation.source}
         show_plan(name, model, blanks.encoded, run, sources, estimated)
+        best = None
         if validation:
 
             def score(model=model, validation=validation):
@@ -235,7 +249,8 @@ def main(args: PromptArguments, training) -> dict | None:
                 right = [one["log_likelihoods"][one["answer"]] for one in found.records]
                 return found.score, sum(right) / len(right)
 
-            trainer.add_callback(KeepBest(model, score))
+            best = KeepBest(model, score)
+            trainer.add_callback(best)
         memory.restart()
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -264,6 +279,7 @@ def main(args: PromptArguments, training) -> dict | None:
                     **method,
                     "tune": args.tune,
                     "virtual_tokens": args.virtual_tokens * prompted,
+                    "validation_scores": [one[0] for one in best.scores] if best else None,
                 },
             )
         )
@@ -289,11 +305,12 @@ def with_prompt(model, args: PromptArguments, masked: bool, ids: list[int]):
         get_peft_model,
     )
 
+    from common.soft_prompts import keys_and_values
+
     shape = {
         "task_type": "FEATURE_EXTRACTION" if masked else "CAUSAL_LM",
         "num_virtual_tokens": args.virtual_tokens,
     }
-    ids = (ids * args.virtual_tokens)[: args.virtual_tokens]
     if args.tune == "prefix":
         start = keys_and_values(model, ids) if ids and not masked else None
         model = get_peft_model(model, PrefixTuningConfig(**shape))
@@ -316,39 +333,6 @@ def with_prompt(model, args: PromptArguments, masked: bool, ids: list[int]):
         else:
             prompt.mul_(embeddings.float().std())  # of the spread of words
     return model
-
-
-def keys_and_values(model, ids: list[int]):
-    """[tokens, 2 x layers x heads x size] what a causal model's layers keep of a text, in the order
-    of PEFT's prefixes, which then begin as this text (Li and Liang 2021, section 7.4).
-    """
-    import torch
-
-    with torch.no_grad():
-        cache = model(torch.tensor([ids], device=model.device), use_cache=True).past_key_values
-    parts = [one[0].transpose(0, 1) for layer in cache.layers for one in (layer.keys, layer.values)]
-    return torch.stack(parts, 1).flatten(1)
-
-
-def start_ids(args: PromptArguments, asker, question, words: dict) -> list[int]:
-    """The tokens that a soft prompt starts at, which is repeated or cut to its length."""
-    text, template = asker.encoder.text, asker.encoder.template
-    if args.init == "words":
-        return [
-            token for some in zip(*words.values(), strict=False) for ids in some for token in ids
-        ]
-    if args.init == "vocabulary":  # the most frequent are the first in most vocabularies
-        common = range(min(5000, len(text.tokenizer)))
-        plain = [token for token in common if token not in text.control_ids]
-        return random.choices(plain, k=args.virtual_tokens)
-    if args.init == "template":
-        emptied = question.change(**dict.fromkeys(template.prompt_variables, ""))
-        try:
-            ids = asker.prompt(emptied, ()).ids
-        except ValueError as error:  # a template that cannot do without its row
-            raise UserError(f"--init template: {error}; pass --init words") from None
-        return [token for token in ids if token not in text.control_ids]
-    return []  # random
 
 
 def optimizer_of(model, args: PromptArguments, training):

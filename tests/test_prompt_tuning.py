@@ -243,6 +243,7 @@ def test_the_best_pass_by_the_validation_rows_is_kept(run, monkeypatch):
     saved = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
     assert torch.equal(saved, weights[1][0])
     assert not torch.equal(saved, weights[2][0])
+    assert read_json(folder / "metrics.json")["validation_scores"] == [0.2, 0.9, 0.5]
 
 
 def test_too_few_rows_of_a_class_are_named(run):
@@ -295,6 +296,24 @@ def test_predict_answers_rows_without_labels(run, data_folder, tmp_path):
     assert [one["prediction"] for one in found] == [one["prediction"] for one in known]
 
 
+def test_a_trained_run_is_not_written_over_by_a_score_or_a_search(run):
+    run("causal", "--max_steps", "1")
+    for argv in (["--tune", "none"], ["--search_label_words", "true"]):
+        with pytest.raises(UserError, match="holds a trained run; name another"):
+            run("causal", *argv)
+
+
+def test_what_was_not_trained_answers_nothing(run, data_folder):
+    for argv, output in (
+        (["--tune", "none"], "scored"),
+        (["--search_label_words", "true"], "searched"),
+        (["--per_class", "3", "--draws", "2", "--max_steps", "1"], "drawn"),
+    ):
+        run("causal", *argv, output=output)
+        with pytest.raises(UserError, match="holds no trained result"):
+            run("causal", "--predict", str(data_folder / "train.jsonl"), output=output)
+
+
 def test_preview_shows_the_blank_and_its_words(run, capsys):
     run("causal", "--preview", "2")
     out = capsys.readouterr().out
@@ -311,6 +330,10 @@ def test_preview_shows_the_blank_and_its_words(run, capsys):
         (["--virtual_tokens", "0"], "--virtual_tokens 0: must be 1 or more"),
         (["--soft_verbalizer", "true", "--calibrate", "true"], "--soft_verbalizer has no words"),
         (["--per_class", "2", "--resume_from_checkpoint", "last"], "few-shot runs are short"),
+        (
+            ["--per_class", "2", "--draws", "2", "--push_to_hub", "true"],
+            "--push_to_hub: which of the draws",
+        ),
         (["--template", "gsm8k"], "verbalizer: is missing"),
     ],
 )

@@ -26,6 +26,7 @@ from common.launch import is_main_process, say
 from common.metrics import score_rows
 from common.models import is_masked, load_model, load_tokenizer, stored_config
 from common.report import write_jsonl
+from common.row_values import RowError
 from common.template import PromptTemplate
 from common.verbalizer import combine_words
 
@@ -100,9 +101,18 @@ def _without_content(asker: CausalAsker | MaskedAsker, rows: BlankRows) -> list[
     found = []
     for text in template.content_free:
         emptied = question.change(**dict.fromkeys(template.prompt_variables, text))
-        requests = asker.requests(emptied, asker.prompt(emptied, ()), ())
+        try:
+            requests = asker.requests(emptied, asker.prompt(emptied, ()), ())
+        except RowError as error:
+            raise UserError(f"{template.path}: content_free: {text!r}: {error}") from None
         found.append(example_of(requests, list(template.verbalizer), None))
     return found
+
+
+def read_metrics(folder: Path | str) -> dict:
+    """What a run's metrics.json holds; empty where there is none."""
+    path = Path(folder) / "metrics.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def load_soft_verbalizer(folder: Path | str, model) -> None:
@@ -146,10 +156,10 @@ def answer_blank_file(args, training) -> None:
         UserError: no finished run there, or rows that the template cannot read.
     """
     folder = Path(training.output_dir)
-    if not (folder / "template.yaml").exists():
-        draws = " (a folder draw_N of it?)" if (folder / "draw_0").exists() else ""
-        raise UserError(f"--output_dir {folder}: holds no finished run{draws}; train one first")
-    run = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    run = read_metrics(folder)
+    if not run.get("trainable_parameters") or not (folder / "template.yaml").exists():
+        draws = " (its folders draw_N do)" if (folder / "draw_0").exists() else ""
+        raise UserError(f"--output_dir {folder}: holds no trained result{draws}; train one first")
     template = PromptTemplate.load(
         str(folder / "template.yaml"), columns=parse_columns(args.columns)
     )

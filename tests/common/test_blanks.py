@@ -21,7 +21,7 @@ from common.encoding import PromptEncoder
 from common.errors import UserError
 from common.masked import masked_log_likelihoods
 from common.scoring import log_likelihoods
-from common.shared_prompt import compute_prompt_once
+from common.soft_prompts import compute_prompt_once
 
 CAUSAL, MASKED = tokenizer_for("gpt2"), tokenizer_for("bert")
 BERT = tiny_bert(len(MASKED))

@@ -1,5 +1,5 @@
-"""A soft prompt that is computed once for all rows of a batch: in a causal model, what stands in
-front of every text does not depend on the texts.
+"""Where soft prompts and prefixes start, and a soft prompt that is computed once for all rows of a
+batch: in a causal model, what stands in front of every text does not depend on the texts.
 
 PEFT puts the prompt in front of each row, and so computes it as often as there are rows; with rows
 as short as a sentence that is a third of all tokens. Here its keys and values are computed once,
@@ -9,15 +9,67 @@ with their gradients, and every row sees them as a cache.
 from __future__ import annotations
 
 import inspect
+import random
+from collections.abc import Mapping, Sequence
 
 import torch
 from peft import PeftModel, PeftType
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from common.errors import UserError
+from common.few_shot import CausalAsker, MaskedAsker
 from common.launch import uses_fsdp
+from common.row_values import RowError
+from common.template import Question
 
 _PROMPTS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
+
+
+def start_ids(
+    init: str,
+    count: int,
+    asker: CausalAsker | MaskedAsker,
+    question: Question,
+    words: Mapping[str, Sequence[Sequence[int]]],
+) -> list[int]:
+    """The tokens that a soft prompt of `count` tokens starts at; none for random numbers.
+
+    Args:
+        init: "template" for the template's own text, "words" for the label words in turn,
+            "vocabulary" for a draw from its most frequent tokens, or "random".
+        question: one of the task's.
+        words: label -> the ids of its words.
+    Raises:
+        UserError: a template that has no text without a row.
+    """
+    text, template = asker.encoder.text, asker.encoder.template
+    found: list[int] = []
+    if init == "template":
+        emptied = question.change(**dict.fromkeys(template.prompt_variables, ""))
+        try:
+            ids = asker.prompt(emptied, ()).ids
+        except RowError as error:
+            raise UserError(f"--init template: {error}; pass --init words") from None
+        found = [token for token in ids if token not in text.control_ids]
+    elif init == "words":
+        turns = zip(*words.values(), strict=False)
+        found = [token for some in turns for ids in some for token in ids]
+    elif init == "vocabulary":  # the most frequent come first in most vocabularies
+        common = range(min(5000, len(text.tokenizer)))
+        plain = [token for token in common if token not in text.control_ids]
+        found = random.choices(plain, k=count)
+    return (found * count)[:count]
+
+
+def keys_and_values(model, ids: list[int]):
+    """[tokens, 2 x layers x heads x size] what a causal model's layers keep of a text, in the order
+    of PEFT's prefixes, which then begin as this text (Li and Liang 2021, section 7.4).
+    """
+    with torch.no_grad():
+        cache = model(torch.tensor([ids], device=model.device), use_cache=True).past_key_values
+    parts = [one[0].transpose(0, 1) for layer in cache.layers for one in (layer.keys, layer.values)]
+    return torch.stack(parts, 1).flatten(1)
 
 
 def compute_prompt_once(model: PeftModel) -> bool:
