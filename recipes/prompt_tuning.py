@@ -22,6 +22,7 @@ from pathlib import Path
 
 from common.arguments import RecipeArguments, option, require_at_least, run_recipe
 from common.errors import UserError
+from common.verbalizer import COMBINE
 
 DEFAULTS = {
     "output_dir": "runs/prompt_tuning",
@@ -63,7 +64,7 @@ class PromptArguments(RecipeArguments):
     combine: str = option(
         "logsumexp",
         "How words make a label's score: logsumexp adds their probabilities, mean as OpenPrompt.",
-        choices=["logsumexp", "mean", "max"],
+        choices=list(COMBINE),
     )
     soft_verbalizer: bool = option(
         False, "Train an embedding per label, which starts at its words (WARP), to read the blank."
@@ -128,6 +129,10 @@ def main(args: PromptArguments, training) -> dict | None:
         return answer_blank_file(args, training)
     if args.per_class and training.resume_from_checkpoint:
         raise UserError("--resume_from_checkpoint: few-shot runs are short; leave it out")
+    if training.packing:
+        raise UserError("--packing: rows with a blank are padded; leave it out")
+    if training.load_best_model_at_end:
+        raise UserError("--load_best_model_at_end: --per_class keeps the best pass; leave it out")
     if args.draws > 1 and training.publish:
         raise UserError("--push_to_hub: which of the draws? Upload one, or train one")
     trained = read_metrics(training.output_dir).get("trainable_parameters")
@@ -148,10 +153,13 @@ def main(args: PromptArguments, training) -> dict | None:
     masked = is_masked(stored_config(model_name, revision=args.revision))
     tokenizer = load_tokenizer(model_name, **load)
     prompted = args.tune not in ("model", "none")
+    room = min(training.max_length, tokenizer.model_max_length)
+    if prompted and args.virtual_tokens >= room:
+        raise UserError(f"--virtual_tokens {args.virtual_tokens}: {room} tokens fit; ask for fewer")
     encoder = PromptEncoder(
         template,
         tokenizer,
-        min(training.max_length, tokenizer.model_max_length) - args.virtual_tokens * prompted,
+        room - args.virtual_tokens * prompted,
         args.rendering,
         args.chat_template_kwargs,
     )
@@ -228,11 +236,16 @@ def main(args: PromptArguments, training) -> dict | None:
         if args.tune == "both":
             model.base_model.requires_grad_(True)
         if args.soft_verbalizer:
-            bare_model(model).soft_verbalizer = SoftVerbalizer(model, words)
+            bare_model(model).soft_verbalizer = SoftVerbalizer.at_words(model, words)
         if prompted:
             compute_prompt_once(model)
         trainer = BlankTrainer(
-            model, run, blanks.encoded.examples, args.combine, processing_class=tokenizer
+            model,
+            run,
+            blanks.encoded.examples,
+            args.combine,
+            held_out=scored.encoded.examples if run.eval_strategy != "no" else (),
+            processing_class=tokenizer,
         )
         trainer.optimizer = optimizer_of(model, args, run)
         estimated = estimate_memory(

@@ -314,6 +314,28 @@ def test_what_was_not_trained_answers_nothing(run, data_folder):
             run("causal", "--predict", str(data_folder / "train.jsonl"), output=output)
 
 
+def test_a_soft_prompt_after_a_tuned_model_in_the_same_folder_stands_before_the_untouched_one(
+    run, models
+):
+    run("masked", "--tune", "both", "--max_steps", "1")
+    folder = run("masked", "--max_steps", "1")
+    config = read_json(folder / "adapter_config.json")
+    assert config["base_model_name_or_path"] == str(models["masked"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_of_the_evaluation_rows_is_that_of_their_labels(kind, run):
+    options = ["--eval_strategy", "steps", "--eval_steps", "4", "--learning_rate", "0"]
+    folder = run(kind, *options)
+    history = read_json(folder / "trainer_state.json")["log_history"]
+    (found,) = [one["eval_loss"] for one in history if "eval_loss" in one]
+    records = read_jsonl(folder / "predictions.jsonl")
+    scores = [torch.tensor([*one["log_likelihoods"].values()]) for one in records]
+    right = [list(one["log_likelihoods"]).index(one["answer"]) for one in records]
+    loss = torch.nn.functional.cross_entropy(torch.stack(scores), torch.tensor(right))
+    assert found == pytest.approx(loss.item(), abs=1e-5)
+
+
 def test_preview_shows_the_blank_and_its_words(run, capsys):
     run("causal", "--preview", "2")
     out = capsys.readouterr().out
@@ -327,6 +349,8 @@ def test_preview_shows_the_blank_and_its_words(run, capsys):
     [
         (["--draws", "3"], "--draws: draws of which rows"),
         (["--tune", "none", "--soft_verbalizer", "true"], "--soft_verbalizer: is trained"),
+        (["--virtual_tokens", "100"], "--virtual_tokens 100: 100 tokens fit"),
+        (["--packing", "true"], "--packing: rows with a blank are padded"),
         (["--virtual_tokens", "0"], "--virtual_tokens 0: must be 1 or more"),
         (["--soft_verbalizer", "true", "--calibrate", "true"], "--soft_verbalizer has no words"),
         (["--per_class", "2", "--resume_from_checkpoint", "last"], "few-shot runs are short"),

@@ -119,27 +119,25 @@ def load_soft_verbalizer(folder: Path | str, model) -> None:
     """Put the trained label embeddings of a run into its model, which then has one "token" for each
     label at the blank.
     """
-    weights = load_file(Path(folder) / SOFT_VERBALIZER)
-    soft = SoftVerbalizer.__new__(SoftVerbalizer)
-    torch.nn.Module.__init__(soft)
-    for name in ("weight", "bias"):
-        one = weights.get(name)
-        soft.register_parameter(name, None if one is None else torch.nn.Parameter(one))
     bare = bare_model(model)
+    soft = SoftVerbalizer(**load_file(Path(folder) / SOFT_VERBALIZER))
     bare.soft_verbalizer = soft.to(bare.device)
 
 
-def load_tuned(folder: Path | str, metrics: Mapping, **load):
+def load_tuned(folder: Path | str, metrics: Mapping, model_name_or_path: str | None = None, **load):
     """The model of a finished run: PEFT's soft prompt or prefix on the model that it was trained
     with, or a tuned model; with the soft verbalizer where there is one.
 
     Args:
         metrics: what its metrics.json holds.
+        model_name_or_path: of the model behind a soft prompt, if it lies elsewhere now.
         load: options of `load_model`.
     """
     folder = Path(folder)
     adapted = (folder / "adapter_config.json").exists()
-    base = PeftConfig.from_pretrained(folder).base_model_name_or_path if adapted else str(folder)
+    base = str(folder)
+    if adapted:
+        base = model_name_or_path or PeftConfig.from_pretrained(folder).base_model_name_or_path
     masked = is_masked(stored_config(base, revision=load.get("revision")))
     model = load_model(base, model_class=AutoModelForMaskedLM if masked else None, **load)
     if adapted:
@@ -172,6 +170,7 @@ def answer_blank_file(args, training) -> None:
     model = load_tuned(
         folder,
         run,
+        args.model_name_or_path,
         dtype=training.model_dtype[0],
         revision=args.revision,
         attn_implementation=args.attn_implementation,

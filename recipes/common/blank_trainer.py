@@ -39,14 +39,24 @@ class BlankTrainer(RecipeTrainer):
     Args:
         examples: as `blank_rows.encode_blanks` makes them.
         combine: how words make a label's score.
+        held_out: examples of which the loss is computed while training.
     """
 
-    def __init__(self, model, training, examples: Sequence[Example], combine: str, **options):
+    def __init__(
+        self,
+        model,
+        training,
+        examples: Sequence[Example],
+        combine: str,
+        held_out: Sequence[Example] = (),
+        **options,
+    ):
         training.remove_unused_columns = False
         super().__init__(
             model,
             training,
             train_dataset=Dataset.from_list(list(examples)),
+            eval_dataset=Dataset.from_list(list(held_out)) if held_out else None,
             data_collator=collate,
             **options,
         )
@@ -116,7 +126,8 @@ class BlankTrainer(RecipeTrainer):
             prefix = "base_model."
             base = {name.removeprefix(prefix): rest[name] for name in rest.keys() - prompts}
             self._save_whole(folder / BASE, base)
-        self._save_prompt(folder, {name: rest[name] for name in prompts})
+        tuned = str(folder / BASE) if rest.keys() - prompts else None
+        self._save_prompt(folder, {name: rest[name] for name in prompts}, tuned)
 
     def _save_whole(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         """A model of which every parameter was trained; of tied ones each comes once."""
@@ -136,8 +147,12 @@ class BlankTrainer(RecipeTrainer):
         bare.save_pretrained(folder, state_dict=whole)
         self.processing_class.save_pretrained(folder)
 
-    def _save_prompt(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-        """The soft prompt as PEFT saves it: the embeddings that come out of its network."""
+    def _save_prompt(
+        self, folder: Path, weights: dict[str, torch.Tensor], base: str | None
+    ) -> None:
+        """The soft prompt as PEFT saves it: the embeddings that come out of its network; for the
+        model that it was trained with, or the tuned one in `base`.
+        """
         config = self.model.peft_config["default"]
         kind = type(self.model.prompt_encoder["default"])  # a new one: the model's may be sharded
         encoder = kind(config, None) if kind is PromptEmbedding else kind(config)
@@ -150,8 +165,7 @@ class BlankTrainer(RecipeTrainer):
         save_file({"prompt_embeddings": embeddings}, folder / "adapter_model.safetensors")
         kept = config.inference_mode, config.base_model_name_or_path
         config.inference_mode = True
-        if (folder / BASE).exists():
-            config.base_model_name_or_path = str(folder / BASE)
+        config.base_model_name_or_path = base or config.base_model_name_or_path
         config.save_pretrained(folder)
         config.inference_mode, config.base_model_name_or_path = kept
 

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from peft import PeftModel
 
 from common.blank_rows import Example
-from common.journal import Journal
 from common.lockstep import Lockstep
 from common.scoring import CPU_PASS_TOKENS, plan_padded, run_passes
 from common.token_tree import Pass
@@ -64,18 +63,25 @@ class SoftVerbalizer(torch.nn.Module):
     The model then has one "token" for each label: see `soft_requests`.
     """
 
-    def __init__(self, model, words: Mapping[str, Sequence[Sequence[int]]]):
-        """
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
+        """For [labels, size] embeddings and [labels] biases."""
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight)
+        self.bias = None if bias is None else torch.nn.Parameter(bias)
+
+    @classmethod
+    def at_words(cls, model, words: Mapping[str, Sequence[Sequence[int]]]) -> SoftVerbalizer:
+        """The one that training starts from.
+
         Args:
             words: label -> the ids of its words.
         """
-        super().__init__()
         head = bare_model(model).get_output_embeddings()
-        self.weight = torch.nn.Parameter(_means(head.weight.detach(), words))
         bias = getattr(head, "bias", None)
-        if bias is not None:
-            bias = torch.nn.Parameter(_means(bias.detach(), words))
-        self.register_parameter("bias", bias)
+        return cls(
+            _means(head.weight.detach(), words),
+            None if bias is None else _means(bias.detach(), words),
+        )
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """[..., size] states -> [..., labels] logits."""
@@ -151,12 +157,11 @@ def score_examples(
     *,
     batch_tokens: int = 4096,
     description: str | None = None,
-    journal: Journal | None = None,
 ) -> torch.Tensor:
     """The log-likelihood (nats) of each word in the blank of each row: [rows, words].
 
     Args:
-        batch_tokens, description, journal: as in `scoring.log_likelihoods`.
+        batch_tokens, description: as in `scoring.log_likelihoods`.
     Raises:
         UserError: a single row does not fit into memory.
     """
@@ -172,5 +177,5 @@ def score_examples(
         batch = {name: tensor.to(run.device) for name, tensor in collate(some).items()}
         return word_scores(model, batch, run).tolist()
 
-    found = run_passes(run, examples, plan, compute, batch_tokens, description, journal)
+    found = run_passes(run, examples, plan, compute, batch_tokens, description, None)
     return torch.tensor([found[index] for index in range(len(examples))])

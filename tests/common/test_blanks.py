@@ -206,7 +206,7 @@ def test_a_soft_verbalizer_starts_at_the_label_words(masked):
     hard = score_examples(model, rows.encoded.examples)
     words = label_word_ids(ask, rows.asked[0].questions[0])
     assert all(len(ids) == 1 for (ids,) in words.values())
-    model.soft_verbalizer = SoftVerbalizer(model, words)
+    model.soft_verbalizer = SoftVerbalizer.at_words(model, words)
     found = score_examples(model, soft.encoded.examples)
     # Of words of one token the soft scores are the hard ones, but for the words left out.
     assert torch.allclose(found, hard.log_softmax(-1), atol=1e-4)
@@ -218,7 +218,7 @@ def test_a_soft_verbalizer_starts_at_the_label_words(masked):
 def test_a_soft_verbalizer_of_several_words_starts_at_their_mean():
     model = MODELS["llama"]
     head = model.get_output_embeddings().weight
-    soft = SoftVerbalizer(model, {"a": [[5], [6, 7]], "b": [[9]]})
+    soft = SoftVerbalizer.at_words(model, {"a": [[5], [6, 7]], "b": [[9]]})
     assert torch.allclose(soft.weight[0], (head[5] + (head[6] + head[7]) / 2) / 2)
     assert torch.equal(soft.weight[1], head[9])
 
