@@ -48,6 +48,7 @@ METHODS = {
     "model": "model through the blank",
     "lora": "LoRA",
 }
+SHORT = {"soft_prompt": "soft", "p_tuning": "P-tuning", "model": "model", "lora": "LoRA"}
 PER_CLASS, DRAWS, TRAIN_ROWS, ROWS = 16, 5, 800, 200
 QUICK = {"per_class": 4, "draws": 2, "train_rows": 16, "rows": 20}
 # What differs from the recipes' defaults where rows are few: more passes over them.
@@ -300,20 +301,23 @@ def draw(result: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     count = len(result["tasks"])
-    figure, panels = plt.subplots(1, count, figsize=(4.2 * count, 3.8), squeeze=False, sharey=True)
-    styles = {"few": ("o", "#1f6f8b"), "many": ("s", "#c8553d")}
+    figure, panels = plt.subplots(1, count, figsize=(4.6 * count, 3.8), squeeze=False, sharey=True)
+    # Side by side where a method stands, so that neither hides the other.
+    styles = {"few": ("o", "#1f6f8b", 0.87), "many": ("s", "#c8553d", 1.15)}
     for panel, (task, runs) in zip(panels[0], result["tasks"].items(), strict=True):
         zero = mean(runs["zero"]["scores"])
         panel.axhline(zero, color="#777777", linestyle="--", linewidth=1, label="untouched model")
+        sizes = {}
         for regime, title in columns_of(result).items():
-            marker, color = styles[regime]
+            marker, color, aside = styles[regime]
             shown = {
                 method: runs[f"{method}-{regime}"]
                 for method in METHODS
                 if f"{method}-{regime}" in runs
             }
+            sizes |= {method: run["trainable_parameters"] for method, run in shown.items()}
             panel.errorbar(
-                [run["trainable_parameters"] for run in shown.values()],
+                [run["trainable_parameters"] * aside for run in shown.values()],
                 [mean(run["scores"]) for run in shown.values()],
                 yerr=[
                     stdev(run["scores"]) if len(run["scores"]) > 1 else 0 for run in shown.values()
@@ -323,26 +327,20 @@ def draw(result: dict, path: Path) -> None:
                 capsize=3,
                 label=title,
             )
-            for method, run in shown.items():
-                place = (run["trainable_parameters"], mean(run["scores"]))
-                panel.annotate(
-                    METHODS[method].split()[0],
-                    place,
-                    textcoords="offset points",
-                    xytext=(0, 9 if regime == "many" else -14),
-                    ha="center",
-                    fontsize=8,
-                    color=color,
-                )
         panel.set_xscale("log")
-        panel.margins(x=0.2)
+        panel.margins(x=0.15)
+        panel.minorticks_off()
+        counts = [f"{one / 1e6:.3g} M" if one >= 1e6 else f"{one:,}" for one in sizes.values()]
+        names = [f"{SHORT[one]}\n{count}" for one, count in zip(sizes, counts, strict=True)]
+        panel.set_xticks(list(sizes.values()), names, fontsize=8)
         panel.set_title(TASKS[task][0], loc="left")
         panel.set_xlabel("trained parameters")
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", color="#e5e5e5")
     panels[0][0].set_ylabel("accuracy")
-    panels[0][0].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper right", ncols=3, frameon=False, fontsize=8)
+    figure.tight_layout(rect=(0, 0, 1, 0.93))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
