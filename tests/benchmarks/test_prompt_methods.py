@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,13 +18,12 @@ SPEC.loader.exec_module(bench)
 
 
 @pytest.mark.slow
-def test_a_benchmark_that_is_started_again_repeats_no_run(tmp_path):
+def test_a_benchmark_that_is_started_again_repeats_no_run(tmp_path, capsys):
     folder, keep = save_tiny_llama(tmp_path / "model"), tmp_path / "keep"
-    words = [sys.executable, SCRIPT, "--quick", "--methods", "soft_prompt", "lora"]
-    words += ["--regimes", "few", "--draws", "1", "--model_name_or_path", str(folder)]
-    done = subprocess.run([*words, "--keep", keep], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    words = ["--quick", "--methods", "soft_prompt", "lora", "--regimes", "few", "--draws", "1"]
+    words += ["--model_name_or_path", str(folder), "--keep", str(keep)]
+    result = bench.main(words)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
     runs = result["tasks"]["movie_reviews"]
     assert runs.keys() == {"zero", "soft_prompt-few", "lora-few"}
     assert runs["soft_prompt-few"]["trainable_parameters"] == 16 * 32
@@ -36,13 +33,10 @@ def test_a_benchmark_that_is_started_again_repeats_no_run(tmp_path):
     assert sorted(row["label"] for row in rows) == ["negative"] * 4 + ["positive"] * 4
     times = {path: path.stat().st_mtime_ns for path in keep.rglob("metrics.json")}
     assert len(times) == 3
-    again = subprocess.run([*words, "--keep", keep], cwd=ROOT, capture_output=True, text=True)
-    assert json.loads(again.stdout.splitlines()[-1]) == result
+    assert bench.main(words) == result
     assert {path: path.stat().st_mtime_ns for path in keep.rglob("metrics.json")} == times
-    changed = [*words, "--keep", keep, "--rows", "7"]
-    refused = subprocess.run(changed, cwd=ROOT, capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert "was run with other settings" in refused.stderr.splitlines()[-1]
+    with pytest.raises(UserError, match="was run with other settings"):
+        bench.main([*words, "--rows", "7"])
 
 
 def test_mistakes_are_refused(tmp_path):
