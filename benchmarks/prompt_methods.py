@@ -5,9 +5,10 @@
     python benchmarks/prompt_methods.py --quick             # the bundled reviews, a few rows
 
 Runs `recipes/prompt_tuning.py`, and `recipes/lora_sft.py` on the same rows, in float32 on a CPU:
-the untouched model (zero), --per_class rows of each class in several draws, of which each has as
-many validation rows to choose the best pass by (LoRA trains all its passes), and --train_rows of
-all. The score is the accuracy on the same evaluation rows every time.
+the untouched model (zero), --per_class rows of each class for --steps steps in several draws, of
+which each has as many validation rows to choose the best pass by (LoRA takes its last), and one
+pass over --train_rows of all. A step has 8 rows. The score is the accuracy on the same evaluation
+rows every time.
 
 DATA holds `sst2`, `trec` and `rte` as `prepare_data.py` writes them. With --keep an interrupted
 benchmark can be started again and goes on: runs that are there are not repeated. The figure shows
@@ -49,10 +50,10 @@ METHODS = {
     "lora": "LoRA",
 }
 SHORT = {"soft_prompt": "soft", "p_tuning": "P-tuning", "model": "model", "lora": "LoRA"}
-PER_CLASS, DRAWS, TRAIN_ROWS, ROWS = 16, 5, 800, 200
-QUICK = {"per_class": 4, "draws": 2, "train_rows": 16, "rows": 20}
-# What differs from the recipes' defaults where rows are few: more passes over them.
-FEW = {"num_train_epochs": 10}
+FULL = {"per_class": 16, "draws": 5, "steps": 40, "train_rows": 800, "rows": 200}
+QUICK = {"per_class": 4, "draws": 2, "steps": 10, "train_rows": 16, "rows": 20}
+# What a run depends on, and so does what is kept of it.
+SETTINGS = {"none": (), "few": ("per_class", "draws", "steps"), "many": ("train_rows",)}
 
 
 class RunFailed(Exception):
@@ -107,10 +108,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, help="[all that --data holds]")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     parser.add_argument("--regimes", nargs="+", choices=("few", "many"), default=["few", "many"])
-    parser.add_argument("--per_class", type=int, help=f"rows of each class [{PER_CLASS}]")
-    parser.add_argument("--draws", type=int, help=f"of these rows [{DRAWS}]")
-    parser.add_argument("--train_rows", type=int, help=f"where rows are many [{TRAIN_ROWS}]")
-    parser.add_argument("--rows", type=int, help=f"of each task that are scored [{ROWS}]")
+    parser.add_argument("--per_class", type=int, help="rows of each class [16]")
+    parser.add_argument("--draws", type=int, help="of these rows [5]")
+    parser.add_argument("--steps", type=int, help="of a draw [40]")
+    parser.add_argument("--train_rows", type=int, help="where rows are many [800]")
+    parser.add_argument("--rows", type=int, help="of each task that are scored [200]")
     parser.add_argument("--quick", action="store_true", help="few rows of everything")
     parser.add_argument("--model_name_or_path", help="folder, .gguf file or hub id [the bundled]")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="folder for what the runs leave")
@@ -120,8 +122,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.tasks = [name for name in TASKS if (name == BUNDLED) == (args.data is None)]
     if args.data is None and (others := [name for name in args.tasks if name != BUNDLED]):
         raise UserError(f"--tasks {others[0]}: needs --data, the folder that holds {others[0]}")
-    full = {"per_class": PER_CLASS, "draws": DRAWS, "train_rows": TRAIN_ROWS, "rows": ROWS}
-    for name, value in (QUICK if args.quick else full).items():
+    for name, value in (QUICK if args.quick else FULL).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
         if getattr(args, name) < 1:
@@ -163,8 +164,7 @@ def make_run(task: str, method: str, regime: str, args: argparse.Namespace, keep
             for file in TASKS[task][1]
         },
     }
-    settings |= {"per_class": args.per_class, "draws": args.draws} if regime == "few" else {}
-    settings |= {"train_rows": args.train_rows} if regime == "many" else {}
+    settings |= {name: getattr(args, name) for name in SETTINGS[regime]}
     file = folder / "settings.json"
     if file.exists() and json.loads(file.read_text(encoding="utf-8")) != settings:
         raise UserError(
@@ -177,9 +177,9 @@ def make_run(task: str, method: str, regime: str, args: argparse.Namespace, keep
     if args.model_name_or_path:
         options["model_name_or_path"] = args.model_name_or_path
     if regime == "many":
-        options["max_train_samples"] = args.train_rows
+        options |= {"max_train_samples": args.train_rows, "num_train_epochs": 1}
     if regime == "few":
-        options |= FEW
+        options["max_steps"] = args.steps
     if method == "lora" and regime == "few":
         # The rows of each draw as prompt_tuning.py takes them, in files of their own.
         runs = []
