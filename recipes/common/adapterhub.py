@@ -1,0 +1,147 @@
+"""Adapters that AdapterHub's `adapters` has saved, as ours (Poth et al. 2023, arXiv:2311.11077).
+
+model = load_adapterhub(AutoModelForCausalLM.from_pretrained(base), folder)
+model.save_pretrained(output)      # from now on it is PEFT's
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from common.bottleneck import SUBLAYERS, BottleneckConfig, BottleneckLayer, layer_number
+from common.errors import UserError
+
+# What a configuration may ask for and PEFT's tuner does not have, with the value that is none.
+_ABSENT = {
+    "ln_before": False,
+    "ln_after": False,
+    "phm_layer": False,
+    "use_gating": False,
+    "inv_adapter": None,
+    "cross_adapter": False,
+    "stochastic_depth": 0.0,
+    "original_ln_after": True,
+    "residual_before_ln": True,
+}
+
+
+def load_adapterhub(model, folder: str | Path, adapter_name: str = "default") -> PeftModel:
+    """The model with the adapter that `save_adapter(folder, name, use_safetensors=True)` has left.
+
+    Args:
+        model: a transformers model of the kind that the adapter was trained on.
+    Raises:
+        UserError: no such folder, a pickle, another method or a variant that is not here, or
+            weights that do not fit the model.
+    """
+    folder = Path(folder)
+    config, weights = _read(folder)
+    kind = model.config.model_type
+    if kind not in SUBLAYERS or model.config.is_encoder_decoder:
+        raise UserError(f"{folder}: adapters of model type {kind!r} are not converted")
+    found: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+    for key, tensor in weights.items():
+        place = re.fullmatch(
+            r"(.*)\.adapters\.[^.]+\.(adapter_down\.0|adapter_up|scaling)(.*)", key
+        )
+        number = layer_number(key)
+        if place is None or number is None:
+            raise UserError(f"{folder}: {key}: is no part of a bottleneck adapter")
+        sublayer = "attention" if "attention" in place.group(1) else "ffn"
+        part = place.group(2).removeprefix("adapter_").removesuffix(".0")
+        found.setdefault((number, sublayer), {})[part + place.group(3)] = tensor
+    if not found:
+        raise UserError(f"{folder}: holds no weights")
+    peft_config = _converted(folder, config)
+    peft_config.bottleneck_size = next(iter(found.values()))["down.weight"].shape[0]
+    layers = sorted({number for number, _ in found})
+    if layers != list(range(model.config.num_hidden_layers)):
+        peft_config.layers_to_transform = layers
+    model = get_peft_model(model, peft_config, adapter_name)
+    expected = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, BottleneckLayer):
+            expected[layer_number(name), _sublayer_of(kind, name)] = layer
+    if expected.keys() != found.keys():
+        odd = sorted(expected.keys() ^ found.keys())[0]
+        raise UserError(
+            f"{folder}: layer {odd[0]}, {odd[1]}: has an adapter in one of file and model"
+        )
+    for place, tensors in found.items():
+        layer = expected[place]
+        own = {
+            f"{part}.{name}": one
+            for part in ("down", "up")
+            for name, one in getattr(layer, f"bottleneck_{part}")[adapter_name].named_parameters()
+        }
+        if adapter_name in layer.bottleneck_scaling:
+            own["scaling"] = layer.bottleneck_scaling[adapter_name]
+        for name in sorted(own.keys() | tensors.keys()):
+            shapes = [tuple(some[name].shape) if name in some else None for some in (own, tensors)]
+            if shapes[0] != shapes[1]:
+                raise UserError(
+                    f"{folder}: layer {place[0]}, {place[1]}, {name}: has shape {shapes[1]}, and "
+                    f"{shapes[0]} in this model; load it on the model it was trained on"
+                )
+            with torch.no_grad():
+                own[name].copy_(tensors[name])
+    return model
+
+
+def _read(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The configuration and the weights of a folder."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        raise UserError(
+            f"{folder}: no adapter_config.json; name a folder of adapters' save_adapter"
+        )
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        config = saved["config"]
+        if config.get("architecture") is not None:
+            raise UserError(f"{file}: {config['architecture']} is no bottleneck adapter")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{file}: is not a configuration that adapters has saved") from None
+    weights = folder / "adapter.safetensors"
+    if not weights.is_file():
+        raise UserError(
+            f"{folder}: no adapter.safetensors; a .bin is a pickle, which is not loaded: in "
+            "adapters, save_adapter(FOLDER, NAME, use_safetensors=True) writes what is"
+        )
+    try:
+        return config, load_file(weights)
+    except SafetensorError as error:
+        raise UserError(f"{weights}: cannot be read ({error})") from None
+
+
+def _converted(folder: Path, config: dict) -> BottleneckConfig:
+    """A configuration of adapters as ours; the size comes from the weights."""
+    for name, none in _ABSENT.items():
+        if config.get(name, none) != none:
+            raise UserError(f"{folder}: {name}={config[name]!r}: such adapters are not converted")
+    scaling = config.get("scaling", 1.0)
+    if isinstance(config["reduction_factor"], dict) or scaling == "channel":
+        raise UserError(f"{folder}: sizes by layer and scaling by channel are not converted")
+    places = [config["mh_adapter"], config["output_adapter"]]
+    parallel, normed = config.get("is_parallel", False), config.get("original_ln_before", False)
+    return BottleneckConfig(
+        placement="both" if all(places) else "attention" if places[0] else "ffn",
+        adapter_input="input" if parallel else "residual" if normed else "output",
+        act={"leakyrelu": "leaky_relu"}.get(config["non_linearity"], config["non_linearity"]),
+        scaling=scaling,
+        dropout=config.get("dropout", 0.0),
+        train_norms=False,
+    )
+
+
+def _sublayer_of(kind: str, name: str) -> str:
+    """Which sublayer a module ends: "attention" or "ffn"."""
+    ends = {one.output: sublayer for sublayer, some in SUBLAYERS[kind].items() for one in some}
+    return ends[max((end for end in ends if f".{name}".endswith(f".{end}")), key=len)]

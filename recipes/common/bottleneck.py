@@ -1,0 +1,400 @@
+"""Bottleneck adapters (Houlsby et al. 2019, arXiv:1902.00751) as a PEFT tuner.
+
+    from bottleneck import BottleneckConfig      # importing it is what makes PEFT know the method
+    model = get_peft_model(model, BottleneckConfig(task_type="CAUSAL_LM", bottleneck_size=64))
+
+After a sublayer of the transformer, before its output h is added to the residual x, an adapter
+adds `scaling * up(act(down(h)))`: down takes the model's width d to a bottleneck of m, up takes it
+back. The model is frozen. All that PEFT does with LoRA works (`save_pretrained`, `PeftModel`,
+`set_adapter`, `disable_adapter`, `unload`), but `merge`: an adapter is not linear.
+
+This file needs torch, transformers and peft and nothing else of the collection: copy it. What is
+saved with it loads where it was imported first.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+import torch
+from peft import PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import register_peft_method
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+INIT_STD = 1e-2  # of the paper (section 3.6); its code has 1e-3
+
+
+class Sublayer(NamedTuple):
+    """Where a sublayer ends and what its output is added to, as paths inside of its block."""
+
+    output: str  # its last linear layer
+    residual: str  # the module that is given x
+    argument: int = 0  # as which of its arguments
+    norm: str | None = None  # the norm after the addition, in post-norm models
+
+
+def _pre_norm(attention: dict[str, str], ffn: dict[str, str]) -> dict[str, list[Sublayer]]:
+    """Sublayers whose norm is given x."""
+    places = {"attention": attention, "ffn": ffn}
+    return {place: [Sublayer(*one) for one in some.items()] for place, some in places.items()}
+
+
+_LLAMA = _pre_norm(
+    {"self_attn.o_proj": "input_layernorm"}, {"mlp.down_proj": "post_attention_layernorm"}
+)
+_GEMMA2 = _pre_norm(
+    {"self_attn.o_proj": "input_layernorm"}, {"mlp.down_proj": "pre_feedforward_layernorm"}
+)
+_T5 = _pre_norm(
+    {"SelfAttention.o": "layer_norm", "EncDecAttention.o": "layer_norm"},
+    {"DenseReluDense.wo": "layer_norm"},
+)
+_BERT = {
+    place: [
+        Sublayer(f"{one}output.dense", f"{one}output", 1, f"{one}output.LayerNorm") for one in some
+    ]
+    for place, some in {"attention": ("attention.", "crossattention."), "ffn": ("",)}.items()
+}
+# By the `model_type` of transformers' config.
+SUBLAYERS: dict[str, dict[str, list[Sublayer]]] = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
+    "distilbert": {
+        "attention": [Sublayer("attention.out_lin", "attention", 0, "sa_layer_norm")],
+        "ffn": [Sublayer("ffn.lin2", "ffn", 0, "output_layer_norm")],
+    },
+    **dict.fromkeys(("t5", "mt5"), _T5),
+    "gpt2": _pre_norm(
+        {"attn.c_proj": "ln_1", "crossattention.c_proj": "ln_cross_attn"}, {"mlp.c_proj": "ln_2"}
+    ),
+    "gpt_neox": _pre_norm(
+        {"attention.dense": "input_layernorm"}, {"mlp.dense_4h_to_h": "post_attention_layernorm"}
+    ),
+    "opt": _pre_norm({"self_attn.out_proj": "self_attn_layer_norm"}, {"fc2": "final_layer_norm"}),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "smollm3"), _LLAMA),
+    **dict.fromkeys(("gemma2", "gemma3", "gemma3_text"), _GEMMA2),
+}
+# What transformers calls the list of a model's layers; T5 has lists of sublayers in them.
+_LAYER_LISTS = ["block", "h", "layers", "layer"]
+
+
+def _peft_type() -> PeftType:
+    """PEFT's list of methods is closed, so ours becomes a member of it when this is imported."""
+    if "BOTTLENECK" not in PeftType.__members__:
+        member = str.__new__(PeftType, "BOTTLENECK")
+        member._name_ = member._value_ = "BOTTLENECK"
+        member.__objclass__, member._sort_order_ = PeftType, len(PeftType.__members__)
+        PeftType._member_names_.append("BOTTLENECK")
+        for names in (PeftType._member_map_, PeftType._value2member_map_):
+            names["BOTTLENECK"] = member
+        type.__setattr__(PeftType, "BOTTLENECK", member)
+    return PeftType["BOTTLENECK"]
+
+
+BOTTLENECK = _peft_type()
+
+
+@dataclass
+class BottleneckConfig(PeftConfig):
+    """What the adapters are and where they sit; the values of the paper are the defaults.
+
+    The named configurations of AdapterHub's `adapters` are: `DoubleSeqBnConfig`: the defaults with
+    act="swish"; `SeqBnConfig` (Pfeiffer et al. 2021, arXiv:2005.00247): placement="ffn",
+    adapter_input="residual", act="relu"; `ParBnConfig` (He et al. 2022, arXiv:2110.04366):
+    placement="ffn", adapter_input="input", act="relu", scaling=4.0, init_weights="identity".
+
+    Args:
+        bottleneck_size: m, the width of the bottleneck; 64 unless `reduction_factor` is given.
+        reduction_factor: sets m to the model's width divided by it, at least 1.
+        placement: after the "attention" sublayer (cross-attention too), after the feed-forward
+            sublayer ("ffn"), or after "both".
+        adapter_input: what is read. "output": h, that of the sublayer; "residual": h + x, through
+            the norm that follows in post-norm models; "input": x, beside the sublayer (parallel).
+        act: the activation, a name of transformers' ACT2FN.
+        scaling: factor of what is added, or "learned": one number for each adapter, from 1.
+        dropout: of what is added.
+        init_weights: "near_identity": weights normal with standard deviation 0.01, cut off at two
+            of them, biases zero; "identity": `up` zero besides, so that the model starts unchanged.
+        train_norms: train the model's layer norms, too, as the paper does; by default of all but
+            causal language models. With `layers_to_transform` those of these layers.
+        target_modules: linear layers to put adapters after, instead of `placement`: for models
+            that SUBLAYERS does not have, and for some of them only.
+        exclude_modules: of these, the ones to leave out.
+        layers_to_transform: numbers of the layers that get adapters, from 0; all by default.
+        layers_pattern: the name of the model's list of layers, where it is an unusual one.
+        modules_to_save: further modules to train and save whole, such as a new head.
+    """
+
+    bottleneck_size: int | None = None
+    reduction_factor: float | None = None
+    placement: str = "both"
+    adapter_input: str = "output"
+    act: str = "gelu"
+    scaling: float | str = 1.0
+    dropout: float = 0.0
+    init_weights: str = "near_identity"
+    train_norms: bool | None = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = field(default=None)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = BOTTLENECK
+        choices = {
+            "placement": ("both", "ffn", "attention"),
+            "adapter_input": ("output", "residual", "input"),
+            "init_weights": ("near_identity", "identity"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: is one of {', '.join(allowed)}")
+        if self.bottleneck_size and self.reduction_factor:
+            raise ValueError("bottleneck_size and reduction_factor: say one of them")
+        if not self.bottleneck_size and not self.reduction_factor:
+            self.bottleneck_size = 64
+        if (self.bottleneck_size or self.reduction_factor) <= 0:
+            raise ValueError("bottleneck_size, reduction_factor: above 0")
+        if self.act not in ACT2FN:
+            raise ValueError(f"act={self.act!r}: is one of {', '.join(ACT2FN)}")
+        if isinstance(self.scaling, str) and self.scaling != "learned":
+            raise ValueError(f"scaling={self.scaling!r}: is a number or 'learned'")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("layers_to_transform: needs target_modules as a list, not as a regex")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+
+
+class BottleneckLayer(nn.Module, BaseTunerLayer):
+    """A sublayer's last linear layer with the adapters after it. Several that are active are
+    applied one after the other, in their order.
+    """
+
+    adapter_layer_names = ("bottleneck_down", "bottleneck_up", "bottleneck_scaling")
+    other_param_names = ("bottleneck_activation", "bottleneck_dropout", "bottleneck_config")
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: BottleneckConfig):
+        super().__init__()
+        self.base_layer = base_layer
+        self.features = _width(base_layer)
+        self.bottleneck_down = nn.ModuleDict()
+        self.bottleneck_up = nn.ModuleDict()
+        self.bottleneck_scaling = nn.ParameterDict()
+        self.bottleneck_activation = nn.ModuleDict()
+        self.bottleneck_dropout = nn.ModuleDict()
+        self.bottleneck_config: dict[str, BottleneckConfig] = {}
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self._residual: torch.Tensor | None = None
+        self._hook = None
+        # Held in a tuple, so that it is no part of this module; read by name, since PEFT puts a
+        # wrapper there when the norm is trained.
+        self._norm: tuple[nn.Module, str] | None = None
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: BottleneckConfig) -> None:
+        """Add an adapter, with new weights."""
+        size = config.bottleneck_size or max(1, int(self.features // config.reduction_factor))
+        down, up = nn.Linear(self.features, size), nn.Linear(size, self.features)
+        for linear in (down, up):
+            if linear.weight.device.type != "meta":
+                nn.init.trunc_normal_(linear.weight, std=INIT_STD, a=-2 * INIT_STD, b=2 * INIT_STD)
+                nn.init.zeros_(linear.bias)
+        if config.init_weights == "identity" and up.weight.device.type != "meta":
+            nn.init.zeros_(up.weight)
+        self.bottleneck_down[adapter_name] = down
+        self.bottleneck_up[adapter_name] = up
+        if config.scaling == "learned":
+            self.bottleneck_scaling[adapter_name] = nn.Parameter(torch.ones(1))
+        self.bottleneck_activation[adapter_name] = ACT2FN[config.act]
+        self.bottleneck_dropout[adapter_name] = nn.Dropout(config.dropout)
+        self.bottleneck_config[adapter_name] = config
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def watch_residual(self, block: nn.Module, sublayer: Sublayer) -> None:
+        """Take x, which never comes by here, from the module that is given it."""
+        if self._hook is not None:
+            return
+        self._argument = sublayer.argument
+        source = block.get_submodule(sublayer.residual)
+        self._hook = source.register_forward_pre_hook(self._keep_residual, with_kwargs=True)
+        if sublayer.norm:
+            parent, _, name = sublayer.norm.rpartition(".")
+            self._norm = (block.get_submodule(parent), name)
+
+    def _keep_residual(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = [*args, *kwargs.values()]
+        active = [self.bottleneck_config.get(name) for name in self.active_adapters]
+        read = any(one is not None and one.adapter_input != "output" for one in active)
+        self._residual = given[self._argument] if read and not self.disable_adapters else None
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        hidden = self.base_layer(x, *args, **kwargs)
+        residual, self._residual = self._residual, None
+        if self.disable_adapters:
+            return hidden
+        for name in self.active_adapters:
+            if name in self.bottleneck_down:
+                hidden = hidden + self._added(name, hidden, residual)
+        return hidden
+
+    def _added(self, name: str, hidden: torch.Tensor, residual: torch.Tensor | None):
+        """What an adapter adds to h (shape batch x tokens x d, as h), in h's dtype."""
+        config, read = self.bottleneck_config[name], hidden
+        if config.adapter_input == "input":
+            read = residual
+        elif config.adapter_input == "residual":
+            read = hidden + residual
+            if self._norm is not None:
+                read = getattr(*self._norm)(read)
+        down, up = self.bottleneck_down[name], self.bottleneck_up[name]
+        added = up(self.bottleneck_activation[name](down(read.to(down.weight.dtype))))
+        if name in self.bottleneck_scaling:
+            added = added * self.bottleneck_scaling[name]
+        elif config.scaling != 1:
+            added = added * config.scaling
+        return self.bottleneck_dropout[name](added).to(hidden.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused with a NotImplementedError."""
+        raise NotImplementedError(
+            "bottleneck adapters cannot be merged: up(act(down(h))) is not linear in h, so no "
+            "weight of the model could do the same; keep the adapter loaded, or train LoRA"
+        )
+
+
+class BottleneckModel(BaseTuner):
+    """PEFT's tuner; made by `get_peft_model` and its like."""
+
+    prefix = "bottleneck_"
+    tuner_layer_cls = BottleneckLayer
+    target_module_mapping: ClassVar = {
+        kind: [one.output for some in sublayers.values() for one in some]
+        for kind, sublayers in SUBLAYERS.items()
+    }
+
+    def _prepare_adapter_config(self, config: BottleneckConfig, model_config: dict):
+        kind = model_config.get("model_type")
+        known = SUBLAYERS.get(kind)
+        if config.target_modules is None:
+            if known is None:
+                raise ValueError(
+                    f"model type {kind!r}: is none that bottleneck adapters know their place in; "
+                    "pass target_modules, the names of the linear layers that end its attention "
+                    "and feed-forward sublayers, such as ['o_proj', 'down_proj']"
+                )
+            places = [config.placement] if config.placement != "both" else list(known)
+            config.target_modules = {one.output for place in places for one in known[place]}
+            # Of BERT's names one is the end of another.
+            others = {one.output for place in known if place not in places for one in known[place]}
+            also = {o for o in others if any(o.endswith("." + t) for t in config.target_modules)}
+            if also:
+                config.exclude_modules = also | set(config.exclude_modules or ())
+        reads_x = config.adapter_input != "output"
+        if reads_x and known is None:
+            raise ValueError(
+                f"adapter_input={config.adapter_input!r}: what the sublayers of {kind!r} are added "
+                "to is not known here; pass 'output'"
+            )
+        if reads_x and model_config.get("do_layer_norm_before") is False:
+            raise ValueError(f"adapter_input={config.adapter_input!r}: not with post-norm OPT")
+        if config.layers_to_transform is not None and not config.layers_pattern:
+            config.layers_pattern = list(_LAYER_LISTS)
+        return config
+
+    def _prepare_model(self, config: BottleneckConfig, model: nn.Module) -> None:
+        if config.train_norms is None:
+            causal = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+            config.train_norms = not (causal or config.task_type == "CAUSAL_LM")
+        if config.train_norms:
+            names = norm_names(model, config.layers_to_transform)
+            config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *names]))
+
+    def _create_and_replace(
+        self,
+        peft_config: BottleneckConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        if isinstance(target, BottleneckLayer):
+            target.update_layer(adapter_name, peft_config)
+            layer = target
+        else:
+            layer = BottleneckLayer(target, adapter_name, peft_config)
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+        if peft_config.adapter_input != "output":
+            kind = self.get_model_config(self.model)["model_type"]
+            sublayer = _sublayer(kind, current_key)
+            block = current_key.removesuffix(sublayer.output).removesuffix(".")
+            layer.watch_residual(self.model.get_submodule(block), sublayer)
+
+    def unload(self) -> nn.Module:
+        """The model as it was."""
+        for layer in self.model.modules():
+            if isinstance(layer, BottleneckLayer) and layer._hook is not None:
+                layer._hook.remove()
+        return super().unload()
+
+
+def layer_number(name: str) -> int | None:
+    """The number of the layer that a module or parameter belongs to, by its name."""
+    found = re.match(rf"(?:.*?\.)??(?:{'|'.join(_LAYER_LISTS)})\.(\d+)\.", name)
+    return int(found.group(1)) if found else None
+
+
+def norm_names(model: nn.Module, layers: list[int] | int | None = None) -> list[str]:
+    """The layer norms of a model, as PEFT's `modules_to_save` takes them: by the ends of their
+    names, or, of some layers only, by their whole names. Norms of queries and keys are left out.
+    """
+    chosen = [layers] if isinstance(layers, int) else layers
+    names: dict[str, None] = {}
+    for name, module in model.named_modules():
+        if not type(module).__name__.endswith("Norm") or ".modules_to_save" in name:
+            continue
+        name = name.removesuffix(".original_module")  # another adapter trains it, too
+        short = name.rpartition(".")[2]
+        if short in ("q_norm", "k_norm") or (chosen and layer_number(name) not in chosen):
+            continue
+        names[name if chosen else short] = None
+    return list(names)
+
+
+def _width(layer: nn.Module) -> int:
+    """The width of what Linear (also in 4 or 8 bits) or transformers' Conv1D puts out."""
+    width = getattr(layer, "out_features", getattr(layer, "nf", None))
+    if width is None:
+        raise ValueError(
+            f"target_modules: {type(layer).__name__} is no linear layer; bottleneck adapters stand "
+            "after the linear layer that ends a sublayer"
+        )
+    return width
+
+
+def _sublayer(kind: str, key: str) -> Sublayer:
+    """The sublayer that a module ends."""
+    some = [one for place in SUBLAYERS[kind].values() for one in place]
+    ends = [one for one in some if f".{key}".endswith(f".{one.output}")]
+    if not ends:
+        raise ValueError(
+            f"target_modules: {key} ends no sublayer of model type {kind!r}, so what its output is "
+            "added to is not known; pass adapter_input='output'"
+        )
+    return max(ends, key=lambda one: len(one.output))
+
+
+if BOTTLENECK not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    register_peft_method(name="bottleneck", config_cls=BottleneckConfig, model_cls=BottleneckModel)
