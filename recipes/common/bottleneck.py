@@ -210,12 +210,12 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
                 nn.init.zeros_(linear.bias)
         if config.init_weights == "identity" and up.weight.device.type != "meta":
             nn.init.zeros_(up.weight)
-        self.bottleneck_down[adapter_name] = down
-        self.bottleneck_up[adapter_name] = up
+        self.bottleneck_down[adapter_name], self.bottleneck_up[adapter_name] = down, up
         if config.scaling == "learned":
             self.bottleneck_scaling[adapter_name] = nn.Parameter(torch.ones(1))
         self.bottleneck_activation[adapter_name] = ACT2FN[config.act]
-        self.bottleneck_dropout[adapter_name] = nn.Dropout(config.dropout)
+        dropout = nn.Dropout(config.dropout).train(self.base_layer.training)
+        self.bottleneck_dropout[adapter_name] = dropout
         self.bottleneck_config[adapter_name] = config
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
