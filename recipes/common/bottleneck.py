@@ -168,14 +168,14 @@ class BottleneckConfig(PeftConfig):
             raise ValueError(f"scaling={self.scaling!r}: is a number or 'learned'")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("layers_to_transform: needs target_modules as a list, not as a regex")
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list):
-                setattr(self, name, set(getattr(self, name)))
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
 
 
 class BottleneckLayer(nn.Module, BaseTunerLayer):
     """A sublayer's last linear layer with the adapters after it. Several that are active are
-    applied one after the other, in their order.
+    applied one after the other, in their order. While `passed_over` is set none is; unlike PEFT's
+    `disable_adapter` that leaves `requires_grad` alone, which FSDP2 reads only once.
     """
 
     adapter_layer_names = ("bottleneck_down", "bottleneck_up", "bottleneck_scaling")
@@ -191,7 +191,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.bottleneck_activation = nn.ModuleDict()
         self.bottleneck_dropout = nn.ModuleDict()
         self.bottleneck_config: dict[str, BottleneckConfig] = {}
-        self._disable_adapters = False
+        self._disable_adapters = self.passed_over = False
         self.merged_adapters = []
         self._residual: torch.Tensor | None = None
         self._hook = None
@@ -240,7 +240,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         hidden = self.base_layer(x, *args, **kwargs)
         residual, self._residual = self._residual, None
-        if self.disable_adapters:
+        if self.disable_adapters or self.passed_over:
             return hidden
         for name in self.active_adapters:
             if name in self.bottleneck_down:
