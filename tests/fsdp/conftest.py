@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import adapter_sft
 import cot_sft
 import full_tuning
 import instruction_sft
@@ -17,6 +18,7 @@ from launching import (
     OPTIONS,
     RECIPE,
     SAVING,
+    adapter_runs,
     finish,
     prompt_runs,
     start,
@@ -118,6 +120,7 @@ def alone(root, arguments) -> Callable[..., Path]:
         argv = arguments(name, **{"gradient_accumulation_steps": 4, "use_cpu": "true", **options})
         module, kind = {
             "lora": (lora_sft, lora_sft.LoraArguments),
+            "adapter": (adapter_sft, adapter_sft.AdapterArguments),
             "cot": (cot_sft, cot_sft.CotArguments),
             "instruction": (instruction_sft, instruction_sft.InstructionArguments),
             "prompt": (prompt_tuning, prompt_tuning.PromptArguments),
@@ -153,7 +156,7 @@ def launch(root) -> Callable:
     """Launches runs under a config, one after another in the same processes, and waits."""
 
     def run(config: Path, processes: int, runs: dict[str, list[str]]):
-        file = root / "runs" / f"{'_'.join(runs)}.json"
+        file = root / "runs" / f"{next(iter(runs))}_and_{len(runs) - 1}_more.json"
         return finish(start(config, file, runs, "--num_processes", str(processes)))
 
     return run
@@ -183,6 +186,9 @@ def two(root, arguments, launch):
     for name in ("cot", "instruction"):
         script = Path(RECIPE).with_name(f"{name}_sft.py")
         runs[f"two_{name}"] = [str(script), *arguments(f"two_{name}", **ten_steps(root)[name])]
+    script = Path(RECIPE).with_name("adapter_sft.py")
+    for name, options in adapter_runs().items():
+        runs[f"two_{name}"] = [str(script), *arguments(f"two_{name}", **options)]
     script = Path(RECIPE).with_name("prompt_tuning.py")
     for name, options in prompt_runs(root).items():
         runs[f"two_{name}"] = [str(script), *arguments(f"two_{name}", **options)]

@@ -18,7 +18,7 @@ FULL = str(Path(__file__).with_name("full_tuning.py"))
 OPTIONS = str(Path(__file__).with_name("with_options.py"))
 # Of a run that leaves checkpoints 10, 15 and 20.
 SAVING = {"save_strategy": "steps", "save_steps": 5, "save_total_limit": 3}
-TIMEOUT = 120  # seconds; a run that hangs has lost a process
+TIMEOUT = 300  # seconds; a run that hangs has lost a process
 
 
 @dataclass
@@ -119,6 +119,27 @@ def ten_steps(root: Path) -> dict[str, dict]:
             "learning_rate": 1e-3,
             "packing": "true",
             "sample_steps": 5,
+        },
+    }
+
+
+def adapter_runs() -> dict[str, dict]:
+    """What adapter_sft.py is told: ten steps of all that it trains, and of what reads the residual
+    where activations are recomputed.
+    """
+    shared = {"max_steps": 10, "bottleneck_size": 8}
+    return {
+        "adapter": {
+            **shared,
+            "scaling": "learned",
+            "train_norms": "true",
+            "drop_adapters_below": 1,
+        },
+        "adapter_top": {
+            **shared,
+            "adapter_input": "residual",
+            "top_layers": 1,
+            "activation_checkpointing": "true",
         },
     }
 
