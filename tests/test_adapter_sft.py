@@ -270,6 +270,21 @@ def test_preview_and_predict(run, data_folder, tmp_path, capsys):
     assert [one["prediction"] for one in answered] == [one["prediction"] for one in scored]
 
 
+def test_icl_eval_scores_it(run, data_folder, tmp_path):
+    folder = run("--learning_rate", "0.01")
+    command = [
+        *(sys.executable, "recipes/icl_eval.py", "--adapter", str(folder), "--shots", "0"),
+        *("--template", str(folder / "template.yaml"), "--dataset", str(data_folder)),
+        *("--rendering", "text", "--output_dir", str(tmp_path / "scored")),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    scored = read_jsonl(tmp_path / "scored" / "predictions.jsonl")
+    own = read_jsonl(folder / "predictions.jsonl")
+    for one, other in zip(scored, own, strict=True):
+        assert one["scores"]["sum"] == pytest.approx(other["log_likelihoods"], abs=1e-4)
+
+
 def test_the_loss_on_the_evaluation_rows_is_followed_on_request(run):
     folder = run("--eval_strategy", "steps", "--eval_steps", "2")
     history = read_json(folder / "trainer_state.json")["log_history"]

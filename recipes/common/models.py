@@ -172,6 +172,8 @@ def resolve_adapter(adapter: str, revision: str | None = None) -> Path:
     Raises:
         UserError: no adapter there, pickled weights only, or a hub that refuses.
     """
+    import common.bottleneck  # noqa: F401  PEFT knows its adapters from here on
+
     folder = Path(adapter).expanduser()
     if not folder.is_dir():
         if adapter.startswith((".", "/", "~")) or adapter.count("/") != 1:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from peft import PeftConfig, PeftModel
 
+import common.bottleneck  # noqa: F401  PEFT knows its adapters from here on
 from common.data import load_rows, parse_columns
 from common.encoding import PromptEncoder
 from common.errors import UserError
