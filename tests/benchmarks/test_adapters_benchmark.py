@@ -2,11 +2,11 @@
 
 import importlib.util
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from run_files import read_json
 from tiny_llama import save_tiny_llama
 
 from common.errors import UserError
@@ -18,30 +18,10 @@ bench = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(bench)
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    return str(save_tiny_llama(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    """The arms run here: importing the libraries takes longer than all of them."""
-
-    def run_arm(arm, args, folder):
-        words = ["--measure", arm, "--result", str(folder / "result.json"), "--quick"]
-        for name in ("template", "steps", "rows", "rounds", "bottleneck_size"):
-            words += [f"--{name}", str(getattr(args, name))]
-        bench.main([*words, "--model_name_or_path", args.model_name_or_path])
-        return read_json(folder / "result.json")
-
-    monkeypatch.setattr(bench, "run_arm", run_arm)
-
-
-def test_a_run_compares_the_same_work_and_ends_with_a_line_of_json(
-    in_process, model_folder, capsys
-):
+def test_a_run_compares_the_same_work_and_ends_with_a_line_of_json(tmp_path, arms_here, capsys):
+    arms_here(bench)
     words = ["--quick", "--steps", "2", "--bottleneck_size", "8"]
-    bench.main([*words, "--model_name_or_path", model_folder])
+    bench.main([*words, "--model_name_or_path", str(save_tiny_llama(tmp_path))])
     shown = capsys.readouterr().out
     result = json.loads(shown.splitlines()[-1])
     assert list(result)[:2] == ["ratio", "top_ratio"]
@@ -60,10 +40,11 @@ def test_a_run_compares_the_same_work_and_ends_with_a_line_of_json(
     assert "lowest third dropped" in shown
 
 
-def test_an_arm_in_a_process_of_its_own_that_fails_is_one_line(tmp_path):
-    args = bench.parse(["--quick", "--model_name_or_path", str(tmp_path / "nowhere")])
-    with pytest.raises(bench.ArmFailed, match="adapter: ended with exit code 2: error: "):
-        bench.run_arm("adapter", args, tmp_path)
+def test_an_arm_that_fails_is_one_line(tmp_path, monkeypatch):
+    ended = subprocess.CompletedProcess([], 2, "", "a bar\nerror: no such model\n")
+    monkeypatch.setattr(bench.subprocess, "run", lambda *args, **options: ended)
+    with pytest.raises(bench.ArmFailed, match=r"^adapter: .* code 2: error: no such"):
+        bench.run_arm("adapter", bench.parse(["--quick"]), tmp_path)
 
 
 def test_the_rank_of_equal_size():

@@ -36,11 +36,10 @@ def command(*arguments: object) -> subprocess.CompletedProcess:
 # The whole benchmark
 
 
-@pytest.mark.slow
-def test_a_run_compares_the_same_work_and_ends_with_a_line_of_json(model_folder):
-    done = command("--quick", "--steps", 2, "--model_name_or_path", model_folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    *lines, last = done.stdout.splitlines()
+def test_a_run_compares_the_same_work_and_ends_with_a_line_of_json(model_folder, arms_here, capsys):
+    arms_here(bench)
+    bench.main(["--quick", "--steps", "2", "--model_name_or_path", str(model_folder)])
+    *lines, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)
     assert next(iter(result)) == "ratio"
     padded, packed = result["arms"]["padded"], result["arms"]["packed"]

@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,13 +16,12 @@ bench = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(bench)
 
 
-@pytest.mark.slow
-def test_a_run_compares_the_same_work_and_ends_with_a_line_of_json(tmp_path):
+def test_a_run_compares_the_same_work_and_ends_with_a_line_of_json(tmp_path, arms_here, capsys):
+    arms_here(bench)
     folder = save_tiny_llama(tmp_path / "model")
-    words = [sys.executable, SCRIPT, "--quick", "--steps", "2", "--model_name_or_path", str(folder)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    bench.main(["--quick", "--steps", "2", "--model_name_or_path", str(folder)])
+    shown = capsys.readouterr().out
+    result = json.loads(shown.splitlines()[-1])
     assert next(iter(result)) == "ratio"
     arms = result["arms"]
     assert result["ratio"] == pytest.approx(
@@ -32,7 +29,7 @@ def test_a_run_compares_the_same_work_and_ends_with_a_line_of_json(tmp_path):
     )
     assert result["loss_difference"] < 1e-4
     assert all(one["peak_memory_bytes"] > 0 for one in arms.values())
-    assert f"ratio {result['ratio']:.2f}" in done.stdout
+    assert f"ratio {result['ratio']:.2f}" in shown
 
 
 RUN = {"seconds": 2.0, "first_loss": 3.5, "peak_memory_bytes": 100, "rows": 32}

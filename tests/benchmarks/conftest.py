@@ -1,0 +1,26 @@
+"""What the tests of several benchmarks share."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+
+@pytest.fixture
+def arms_here(monkeypatch):
+    """Makes a benchmark run its arms in this process and not in processes of their own, in which
+    importing the libraries takes longer than the arms; their command lines stay as they are.
+    """
+
+    def install(module) -> None:
+        def run(command, **options):
+            assert command[:2] == [sys.executable, module.__file__]
+            module.main(command[2:])
+            return subprocess.CompletedProcess(command, 0, "", "")
+
+        monkeypatch.setattr(
+            module, "subprocess", SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL)
+        )
+
+    return install
