@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import adapter_sft
 import cot_sft
 import icl_eval
 import instruction_sft
@@ -11,8 +12,10 @@ import lora_sft
 import prompt_tuning
 import pytest
 import yaml
+from peft import PeftModel
 from run_files import read_json, read_jsonl
 from tiny_llama import save_tiny_llama
+from transformers import AutoModelForCausalLM
 
 from common.arguments import parse_arguments
 from common.schema import KINDS
@@ -21,6 +24,7 @@ from common.template import PromptTemplate
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECIPES = {
+    "recipes/adapter_sft.py": (adapter_sft, adapter_sft.AdapterArguments),
     "recipes/lora_sft.py": (lora_sft, lora_sft.LoraArguments),
     "recipes/icl_eval.py": (icl_eval, icl_eval.IclArguments),
     "recipes/instruction_sft.py": (instruction_sft, instruction_sft.InstructionArguments),
@@ -102,6 +106,22 @@ def test_a_task_of_ones_own_goes_as_the_steps_say(tmp_path, monkeypatch, capsys)
     assert read_json(tmp_path / "runs/tickets/metrics.json")["train_rows"] == 11
     (answer,) = read_jsonl(tmp_path / "runs/tickets/predictions_new.jsonl")
     assert answer["prediction"] in words.verbalizer
+
+
+def test_adapters_in_ones_own_code_are_made_as_shown(tmp_path, monkeypatch):
+    folder = save_tiny_llama(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "recipes" / "common")
+    (code,) = [one for one in blocks("python") if "BottleneckConfig" in one]
+    model, base = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+    names = {"model": model, "base": base}
+    exec(code, names)
+    assert isinstance(names["model"], PeftModel)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size > 0
+    rows = re.findall(r"`((?:placement|layers_to_transform)=[^`]*)`", README)
+    assert len(rows) == 3
+    for row in rows:
+        assert eval(f"BottleneckConfig({row})", names)
 
 
 def test_every_field_of_a_template_is_explained_and_no_other():
