@@ -10,6 +10,7 @@ from pathlib import Path
 import adapter_sft
 import pytest
 import torch
+from optional_packages import needs_bitsandbytes
 from peft import PeftModel
 from run_files import losses, read_json, read_jsonl
 from safetensors.torch import load_file
@@ -168,6 +169,24 @@ def test_variants_are_trained_and_load_with_peft(run, model_folder, options, cou
         name for name, one in weights(start).items() if not torch.equal(one, weights(folder)[name])
     ]
     assert len(moved) == count
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("adapter_input", ["output", "residual"])
+def test_a_base_in_four_bits_learns_and_answers_as_it_scored(
+    run, data_folder, adapter_input, tmp_path
+):
+    wide = str(save_tiny_llama(tmp_path / "wide", hidden_size=64))
+    options = ("--model_name_or_path", wide, "--load_in_4bit", "true")
+    options += ("--adapter_input", adapter_input)
+    folder = run(*options, "--learning_rate", "0.02", "--max_steps", "12")
+    assert read_json(folder / "metrics.json")["quantization"]
+    assert losses(folder)[-1] < losses(folder)[0] - 0.1
+    run(*options, "--predict", str(data_folder / "validation.jsonl"))
+    answered = read_jsonl(folder / "predictions_validation.jsonl")
+    scored = read_jsonl(folder / "predictions.jsonl")
+    for one, other in zip(answered, scored, strict=True):
+        assert one["log_likelihoods"] == pytest.approx(other["log_likelihoods"], abs=1e-3)
 
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])

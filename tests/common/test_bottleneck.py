@@ -195,6 +195,14 @@ def test_placements(kind):
     assert count["both"] == count["ffn"] + count["attention"]
 
 
+def test_a_placement_is_kept(tmp_path):
+    model = adapted("bert", placement="ffn", layers_to_transform=[1])
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build("bert"), tmp_path)
+    assert adapters(again).keys() == adapters(model).keys()
+    assert torch.equal(logits(again), logits(model))
+
+
 def test_cross_attention_of_a_bert_decoder_is_attention():
     model = build("bert", AutoModelForCausalLM, is_decoder=True, add_cross_attention=True)
     assert len(adapters(adapted(model=copy.deepcopy(model), placement="attention"))) == 4
