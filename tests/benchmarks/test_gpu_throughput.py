@@ -1,9 +1,10 @@
 """The GPU benchmark, on a model so small that a CPU trains it, and the formula behind its MFU."""
 
+import io
 import json
-import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from common.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = "benchmarks/gpu_throughput.py"
 sys.path.insert(0, str(ROOT / "benchmarks"))  # its scripts import each other
 
 import flops  # noqa: E402
@@ -26,14 +26,33 @@ TINY = flops.SHAPES["tiny"]
 BOTH = gpu_throughput.BOTH
 
 
+def spec_and_result(spec: dict, folder: Path) -> tuple[str, str]:
+    (folder / "spec.json").write_text(json.dumps(spec))
+    return str(folder / "spec.json"), str(folder / "result.json")
+
+
+def trainings_here(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Trainings in this process, which saves the seconds that another one needs to start."""
+    import datasets
+
+    def run_arm(spec: dict, deadline: float) -> dict:
+        with redirect_stdout(io.StringIO()):  # it goes into a file of the arm's own
+            gpu_arm.main(*spec_and_result(spec, folder))
+        return json.loads((folder / "result.json").read_text())
+
+    patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "cache"))
+    patch.setattr(gpu_throughput, "run_arm", run_arm)
+
+
 @pytest.fixture(scope="module")
-def measured() -> tuple[list[str], dict]:
+def measured(tmp_path_factory) -> tuple[list[str], dict]:
     """The table's lines and the JSON of the last one, with an attention that cannot be had."""
-    command = [sys.executable, SCRIPT, "--tiny", "--quick", "--steps", "2", "--peak_tflops", "0.5"]
-    command += ["--attn_implementation", "sdpa", "no_such_attention"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    words = ["--tiny", "--quick", "--steps", "2", "--peak_tflops", "0.5"]
+    words += ["--attn_implementation", "sdpa", "no_such_attention"]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as shown:
+        trainings_here(patch, tmp_path_factory.mktemp("arms"))
+        gpu_throughput.main(words)
+    lines = shown.getvalue().splitlines()
     return lines[:-1], json.loads(lines[-1])
 
 
@@ -43,7 +62,6 @@ def trained_tokens() -> int:
     return sum(len(row["input_ids"]) for row in data[5 * 8 :])
 
 
-@pytest.mark.slow
 def test_both_sides_train_the_same_tokens_from_the_same_loss(measured):
     ours, theirs = measured[1]["rows"][:2]
     assert (ours["side"], theirs["side"]) == BOTH
@@ -54,7 +72,6 @@ def test_both_sides_train_the_same_tokens_from_the_same_loss(measured):
     assert ours["first_loss"] == pytest.approx(theirs["first_loss"], abs=1e-5)
 
 
-@pytest.mark.slow
 def test_the_figures_follow_from_one_another(measured):
     rows = measured[1]["rows"][:2]
     for row in rows:
@@ -66,7 +83,6 @@ def test_the_figures_follow_from_one_another(measured):
     assert measured[1]["ratio"] == pytest.approx(quotient)
 
 
-@pytest.mark.slow
 def test_what_cannot_be_trained_is_a_row_that_says_why(measured):
     failed = measured[1]["rows"][2:]
     assert [row["side"] for row in failed] == list(BOTH)
@@ -76,7 +92,6 @@ def test_what_cannot_be_trained_is_a_row_that_says_why(measured):
         assert "tokens_per_second" not in row
 
 
-@pytest.mark.slow
 def test_the_table_has_a_line_for_each_row(measured):
     table, rows = measured[0], measured[1]["rows"]
     assert table[0].startswith("| model | method |")
@@ -88,16 +103,8 @@ def test_the_table_has_a_line_for_each_row(measured):
 
 @pytest.fixture
 def train_here(monkeypatch, tmp_path):
-    """Trainings in this process, which saves the seconds that another one needs to start."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-    def run_arm(spec: dict, deadline: float) -> dict:
-        gpu_arm.main(*spec_and_result(spec, tmp_path))
-        return json.loads((tmp_path / "result.json").read_text())
-
-    monkeypatch.setattr(gpu_throughput, "run_arm", run_arm)
+    """Gives a function that measures in this process."""
+    trainings_here(monkeypatch, tmp_path)
 
     def measure(*arguments: str) -> dict:
         options = ["--tiny", "--steps", "2", "--rounds", "1", *arguments]
@@ -105,11 +112,6 @@ def train_here(monkeypatch, tmp_path):
         return {(row["variant"], row["side"]): row for row in rows}
 
     return measure
-
-
-def spec_and_result(spec: dict, folder: Path) -> tuple[str, str]:
-    (folder / "spec.json").write_text(json.dumps(spec))
-    return str(folder / "spec.json"), str(folder / "result.json")
 
 
 @pytest.mark.slow
