@@ -55,6 +55,8 @@ TITLES = {
     "full": "all parameters",
 }
 SEED = 42  # the first; the trainer's own
+FULL = {"seeds": 3, "train_rows": 800, "rows": None}
+QUICK = {"seeds": 1, "train_rows": 16, "rows": 20}
 
 
 class RunFailed(Exception):
@@ -107,11 +109,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.tasks = [name for name in TASKS if (name == BUNDLED) == (args.data is None)]
     if args.data is None and (others := [name for name in args.tasks if name != BUNDLED]):
         raise UserError(f"--tasks {others[0]}: needs --data, the folder that holds {others[0]}")
-    args.seeds = args.seeds if args.seeds is not None else 1 if args.quick else 3
-    args.train_rows = args.train_rows or (16 if args.quick else 800)
-    args.rows = args.rows or (20 if args.quick else None)
-    for name in ("seeds", "train_rows", "rows"):
-        if (getattr(args, name) or 1) < 1 or getattr(args, name) == 0:
+    for name, number in (QUICK if args.quick else FULL).items():
+        if getattr(args, name) is None:
+            setattr(args, name, number)
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be 1 or more")
     return args
 

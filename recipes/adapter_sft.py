@@ -36,13 +36,9 @@ DEFAULTS = {
 }
 
 LOAD_SNIPPET = """\
-import sys
-
+import peft_bottleneck  # a file of this folder: put it beside your script; PEFT learns the method
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-sys.path.append({adapter!r})  # where bottleneck.py is, which tells PEFT of the method
-import bottleneck
 
 model = AutoModelForCausalLM.from_pretrained({base!r})
 model = PeftModel.from_pretrained(model, {adapter!r})
@@ -74,7 +70,9 @@ class AdapterArguments(RecipeArguments):
         "near_identity: small random weights, as the paper; identity: exactly the base model.",
         choices=["near_identity", "identity"],
     )
-    train_norms: bool = option(False, "Train the model's layer norms, too, as the paper does.")
+    train_norms: bool = option(
+        False, "Train the model's layer norms, too, as the paper; all weights are float32 then."
+    )
     top_layers: int | None = option(
         None, "Adapters in so many layers at the top only: no backward pass below them."
     )
@@ -82,7 +80,7 @@ class AdapterArguments(RecipeArguments):
         None, "For models that are not known: the linear layers that end sublayers: o_proj fc2."
     )
     adapterhub: str | None = option(
-        None, "Folder of an adapter that AdapterHub's adapters saved: start from it."
+        None, "Folder of an adapter that AdapterHub's adapters saved: start from it, as it is."
     )
     drop_adapters_below: int | None = option(
         None, "Also score without those below this layer, and keep that adapter (AdapterDrop 2021)."
@@ -96,6 +94,11 @@ class AdapterArguments(RecipeArguments):
         require_at_least(
             self, bottleneck_size=1, adapter_dropout=0, top_layers=1, drop_adapters_below=1
         )
+        own = ("bottleneck_size", "placement", "adapter_input", "act", "scaling", "init_weights")
+        own += ("adapter_dropout", "train_norms", "top_layers", "target_modules")
+        for name in own if self.adapterhub else ():
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise UserError(f"--{name}: an adapter of --adapterhub is as it is; leave it out")
         if self.scaling != "learned":
             try:
                 self.scaling = float(self.scaling)
@@ -112,6 +115,7 @@ def main(args: AdapterArguments, training) -> dict | None:
         What metrics.json holds; None after --preview and --predict.
     """
     # Imported here, so that --help answers at once.
+    import torch
     from datasets import Dataset
     from peft import get_peft_model
     from transformers import set_seed
@@ -159,17 +163,24 @@ def main(args: AdapterArguments, training) -> dict | None:
 
     checkpoint = find_checkpoint(output_dir, training.resume_from_checkpoint)
     memory = MemoryMeter()
+    # PEFT adds adapters in float32, but trains norms in the model's dtype.
     model = load_model(
         model_name,
-        dtype=training.model_dtype[0],
+        dtype=torch.float32 if args.train_norms else training.model_dtype[0],
         attn_implementation=args.attn_implementation,
         **load,
         **quantized,
     )
-    count = model.config.num_hidden_layers
+    count = model.config.get_text_config().num_hidden_layers
     for name in ("top_layers", "drop_adapters_below"):
         if (getattr(args, name) or 0) >= count:
             raise UserError(f"--{name} {getattr(args, name)}: the model has {count} layers")
+    lowest = count - (args.top_layers or count)
+    if args.drop_adapters_below and args.drop_adapters_below <= lowest:
+        raise UserError(
+            f"--drop_adapters_below {args.drop_adapters_below}: the lowest adapters are those of "
+            f"layer {lowest}"
+        )
     if args.target_modules:
         require_modules(model, args.target_modules)
 
@@ -183,7 +194,7 @@ def main(args: AdapterArguments, training) -> dict | None:
         dropout=args.adapter_dropout,
         init_weights=args.init_weights,
         train_norms=args.train_norms,
-        layers_to_transform=[*range(count - args.top_layers, count)] if args.top_layers else None,
+        layers_to_transform=[*range(lowest, count)] if args.top_layers else None,
         target_modules=args.target_modules,
         task_type="CAUSAL_LM",
     )
@@ -197,8 +208,9 @@ def main(args: AdapterArguments, training) -> dict | None:
         raise UserError(f"--target_modules: {error}") from None
     if args.top_layers:
         # Where activations are recomputed, transformers asks for gradients down to the embeddings.
-        lowest = decoder_layers(model)[count - args.top_layers]
-        lowest.register_forward_pre_hook(lambda layer, given: (given[0].detach(), *given[1:]))
+        decoder_layers(model)[lowest].register_forward_pre_hook(
+            lambda layer, given: (given[0].detach(), *given[1:])
+        )
     held_out = None
     if training.eval_strategy != "no":  # the loss on the evaluation rows, while training
         held_out = Dataset.from_list(encode_rows(encoder, evaluation.rows).examples)
@@ -212,7 +224,7 @@ def main(args: AdapterArguments, training) -> dict | None:
     estimated = estimate_memory(model, training, encoded.examples)
     model = trainer.shard()
     budget = {"max_new_tokens": args.max_new_tokens, "batch_tokens": args.eval_batch_tokens}
-    with without_adapters_below(model, count):
+    with without_adapters(model):
         base = evaluate_task(model, encoder, evaluation.rows, description="scoring base", **budget)
     say(f"base model: {base}")
     name = describe_model(model_name)
@@ -228,7 +240,7 @@ def main(args: AdapterArguments, training) -> dict | None:
     trainer.save_model(output_dir)
     more = {}
     if args.drop_adapters_below:
-        with without_adapters_below(model, args.drop_adapters_below) as dropped:
+        with without_adapters(model, args.drop_adapters_below) as dropped:
             rest = evaluate_task(
                 model, encoder, evaluation.rows, description="scoring dropped", **budget
             )
@@ -243,7 +255,7 @@ def main(args: AdapterArguments, training) -> dict | None:
         if is_main_process():
             save_without_adapters_below(output_dir, args.drop_adapters_below)
     if is_main_process():
-        shutil.copy(bottleneck.__file__, output_dir)
+        shutil.copy(bottleneck.__file__, f"{output_dir}/peft_bottleneck.py")
     metrics = save_run(
         trainer,
         encoder,
@@ -268,24 +280,31 @@ def main(args: AdapterArguments, training) -> dict | None:
 
 
 @contextmanager
-def without_adapters_below(model, layer: int):
-    """AdapterDrop (Rueckle et al. 2021, arXiv:2010.11918): the layers below compute nothing but
-    the base model meanwhile. Gives the number of adapters that are passed over.
+def without_adapters(model, below: int | None = None):
+    """The base model meanwhile, or only in the layers below a number: AdapterDrop (Rueckle et al.
+    2021, arXiv:2010.11918). Gives the number of adapters that are passed over.
     """
     from common.bottleneck import BottleneckLayer, layer_number
 
-    below = [
-        one
-        for name, one in model.named_modules()
-        if isinstance(one, BottleneckLayer) and layer_number(name) < layer
-    ]
-    for one in below:
+    adapters = {
+        name: one for name, one in model.named_modules() if isinstance(one, BottleneckLayer)
+    }
+    if below is not None:
+        adapters = {
+            name: one for name, one in adapters.items() if is_below(layer_number(name), below)
+        }
+    for one in adapters.values():
         one.passed_over = True
     try:
-        yield len(below)
+        yield len(adapters)
     finally:
-        for one in below:
+        for one in adapters.values():
             one.passed_over = False
+
+
+def is_below(number: int | None, layer: int) -> bool:
+    """Whether a layer is; what stands in none is not."""
+    return number is not None and number < layer
 
 
 def save_without_adapters_below(output_dir: str, layer: int) -> None:
@@ -299,11 +318,11 @@ def save_without_adapters_below(output_dir: str, layer: int) -> None:
     kept = {
         name: one
         for name, one in weights.items()
-        if ".bottleneck_" not in name or layer_number(name) >= layer
+        if ".bottleneck_" not in name or not is_below(layer_number(name), layer)
     }
     config = PeftConfig.from_pretrained(output_dir)
     config.layers_to_transform = sorted(
-        {layer_number(name) for name in kept if ".bottleneck_" in name}
+        {layer_number(name) for name in kept if ".bottleneck_" in name} - {None}
     )
     Path(output_dir, "dropped").mkdir(exist_ok=True)
     save_file(kept, f"{output_dir}/dropped/adapter_model.safetensors", {"format": "pt"})

@@ -101,7 +101,7 @@ def test_a_run_leaves_everything_that_the_design_names(run):
     saved = weights(folder)
     assert len(saved) == 2 * 2 * 4  # two layers, two sublayers, down and up with their biases
     assert metrics["trainable_parameters"] == sum(one.numel() for one in saved.values())
-    for name in ("loss.png", "README.md", "template.yaml", "tokenizer.json", "bottleneck.py"):
+    for name in ("loss.png", "README.md", "template.yaml", "tokenizer.json", "peft_bottleneck.py"):
         assert (folder / name).stat().st_size > 0
     assert not list(folder.glob("*.bin")), "a pickle was left"
 
@@ -118,11 +118,18 @@ def test_training_starts_near_the_base_model_or_at_it(run, model_folder):
     assert torch.equal(logits(PeftModel.from_pretrained(base, at)), expected)
 
 
-def test_the_base_model_is_scored_without_its_adapters(run):
-    metrics = read_json(run("--learning_rate", "0.05") / "metrics.json")
-    plain = run("--learning_rate", "0", "--init_weights", "identity", output="plain")
-    untouched = read_json(plain / "metrics.json")
-    assert untouched["score"] == untouched["base_score"] == metrics["base_score"]
+def test_the_base_model_is_scored_without_its_adapters(run, tmp_path, monkeypatch):
+    (tmp_path / "loss.yaml").write_text(
+        'name: loss\nform: generative\nprompt: "{{ sentence }}"\nanswer: " {{ label }}"\n'
+        "metric: loss\n"
+    )
+    options = ("--template", str(tmp_path / "loss.yaml"), "--learning_rate", "0")
+    plain = read_json(run(*options, "--init_weights", "identity", output="plain") / "metrics.json")
+    assert plain["score"] == plain["base_score"]
+    monkeypatch.setattr("common.bottleneck.INIT_STD", 1.0)  # so that adapters show from the start
+    large = read_json(run(*options) / "metrics.json")
+    assert large["base_score"] == plain["base_score"]
+    assert abs(large["score"] - plain["score"]) > 0.01
 
 
 def test_the_adapter_loads_with_peft_and_one_file_in_a_script_of_its_own(
@@ -131,10 +138,11 @@ def test_the_adapter_loads_with_peft_and_one_file_in_a_script_of_its_own(
     folder = run()
     card = (folder / "README.md").read_text()
     snippet = card.split("```python\n")[1].split("```")[0]
+    shutil.copy(folder / "peft_bottleneck.py", tmp_path)
     script = tmp_path / "load.py"
     script.write_text(
         snippet
-        + "import torch\n"
+        + "import datasets, sys, torch\n"
         + f"out = model.eval()(input_ids=torch.tensor({IDS.tolist()})).logits\n"
         + "assert not [name for name in sys.modules if name.split('.')[0] == 'common']\n"
         + "torch.save(out.detach(), 'logits.pt')\n"
@@ -232,7 +240,7 @@ def test_dropped_adapters_are_scored_saved_and_still_peft_s(run, model_folder, c
         AutoModelForCausalLM.from_pretrained(model_folder), folder / "dropped"
     )
     assert not torch.allclose(logits(rest), logits(whole), atol=1e-4)
-    with adapter_sft.without_adapters_below(whole, 1) as count:
+    with adapter_sft.without_adapters(whole, below=1) as count:
         assert count == 2
         assert torch.equal(logits(rest), logits(whole))
     trained = [one for one in whole.modules() if isinstance(one, BottleneckLayer)]
@@ -258,11 +266,12 @@ def test_it_goes_on_from_an_adapter_of_adapterhub(run, model_folder, tmp_path):
             name = name.replace(ours, f".output_adapters.adapters.old.adapter_{part}.")
         renamed[name] = one
     save_file(renamed, theirs / "adapter.safetensors")
-    again = run("--adapterhub", str(theirs), "--learning_rate", "0", output="again")
+    same = ("--bottleneck_size", "64")  # the default: the adapter says what it is
+    again = run("--adapterhub", str(theirs), "--learning_rate", "0", *same, output="again")
     for name, one in weights(first).items():
         assert torch.equal(weights(again)[name], one)
     with pytest.raises(UserError, match="no adapter_config"):
-        run("--adapterhub", str(tmp_path), output="wrong")
+        run("--adapterhub", str(tmp_path), *same, output="wrong")
 
 
 def test_resuming_gives_the_uninterrupted_runs_losses_and_weights(run, tmp_path):
@@ -320,6 +329,14 @@ def test_the_loss_on_the_evaluation_rows_is_followed_on_request(run):
         (("--bottleneck_size", "0"), "--bottleneck_size 0: must be 1 or more"),
         (("--top_layers", "2"), "--top_layers 2: the model has 2 layers"),
         (("--drop_adapters_below", "3"), "--drop_adapters_below 3: the model has 2 layers"),
+        (
+            ("--top_layers", "1", "--drop_adapters_below", "1"),
+            "--drop_adapters_below 1: the lowest adapters are those of layer 1",
+        ),
+        (
+            ("--adapterhub", "somewhere", "--bottleneck_size", "64", "--placement", "ffn"),
+            "--placement: an adapter of --adapterhub is as it is",
+        ),
         (("--target_modules", "down"), "--target_modules down: the model has no such layer"),
         (
             ("--target_modules", "up_proj", "--adapter_input", "input"),

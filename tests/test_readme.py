@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import adapter_sft
@@ -111,7 +112,8 @@ def test_a_task_of_ones_own_goes_as_the_steps_say(tmp_path, monkeypatch, capsys)
 def test_adapters_in_ones_own_code_are_made_as_shown(tmp_path, monkeypatch):
     folder = save_tiny_llama(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(ROOT / "recipes" / "common")
+    shutil.copy(ROOT / "recipes" / "common" / "bottleneck.py", tmp_path / "peft_bottleneck.py")
+    monkeypatch.syspath_prepend(tmp_path)
     (code,) = [one for one in blocks("python") if "BottleneckConfig" in one]
     model, base = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
     names = {"model": model, "base": base}

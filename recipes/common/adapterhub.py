@@ -39,40 +39,56 @@ def load_adapterhub(model, folder: str | Path, adapter_name: str = "default") ->
         model: a transformers model of the kind that the adapter was trained on.
     Raises:
         UserError: no such folder, a pickle, another method or a variant that is not here, or
-            weights that do not fit the model.
+            weights that do not fit the model, which is then as it was.
     """
-    folder = Path(folder)
-    config, weights = _read(folder)
-    kind = model.config.model_type
+    folder, kind = Path(folder), model.config.model_type
     if kind not in SUBLAYERS or model.config.is_encoder_decoder:
         raise UserError(f"{folder}: adapters of model type {kind!r} are not converted")
+    config, weights = _read(folder)
+    found = _by_place(folder, weights)
+    peft_config = _converted(folder, config)
+    peft_config.bottleneck_size = next(iter(found.values()))["down.weight"].shape[0]
+    layers = sorted({number for number, _ in found})
+    if layers != list(range(model.config.get_text_config().num_hidden_layers)):
+        peft_config.layers_to_transform = layers
+    try:
+        adapted = get_peft_model(model, peft_config, adapter_name)
+    except ValueError as error:  # layers that the model does not have
+        raise UserError(f"{folder}: does not fit the model ({error})") from None
+    try:
+        _fill(folder, adapted, kind, found, adapter_name)
+    except UserError:
+        adapted.unload()
+        raise
+    return adapted
+
+
+def _by_place(folder: Path, weights: dict) -> dict[tuple[int, str], dict[str, torch.Tensor]]:
+    """The weights by layer and sublayer ("attention" or "ffn"), named as ours are."""
     found: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+    parts = r"(.*)\.adapters\.[^.]+\.(adapter_down\.0|adapter_up|scaling)(.*)"
     for key, tensor in weights.items():
-        place = re.fullmatch(
-            r"(.*)\.adapters\.[^.]+\.(adapter_down\.0|adapter_up|scaling)(.*)", key
-        )
-        number = layer_number(key)
+        place, number = re.fullmatch(parts, key), layer_number(key)
         if place is None or number is None:
             raise UserError(f"{folder}: {key}: is no part of a bottleneck adapter")
         sublayer = "attention" if "attention" in place.group(1) else "ffn"
         part = place.group(2).removeprefix("adapter_").removesuffix(".0")
         found.setdefault((number, sublayer), {})[part + place.group(3)] = tensor
-    if not found:
-        raise UserError(f"{folder}: holds no weights")
-    peft_config = _converted(folder, config)
-    peft_config.bottleneck_size = next(iter(found.values()))["down.weight"].shape[0]
-    layers = sorted({number for number, _ in found})
-    if layers != list(range(model.config.num_hidden_layers)):
-        peft_config.layers_to_transform = layers
-    model = get_peft_model(model, peft_config, adapter_name)
-    expected = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, BottleneckLayer):
-            expected[layer_number(name), _sublayer_of(kind, name)] = layer
-    if expected.keys() != found.keys():
-        odd = sorted(expected.keys() ^ found.keys())[0]
+    if not found or any("down.weight" not in some for some in found.values()):
+        raise UserError(f"{folder}: adapter.safetensors: holds no weights of adapters")
+    return found
+
+
+def _fill(folder: Path, model: PeftModel, kind: str, found: dict, adapter_name: str) -> None:
+    """Copy the weights to where they belong."""
+    expected = {
+        (layer_number(name), _sublayer_of(kind, name)): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, BottleneckLayer) and adapter_name in layer.bottleneck_down
+    }
+    for place in sorted(expected.keys() ^ found.keys()):
         raise UserError(
-            f"{folder}: layer {odd[0]}, {odd[1]}: has an adapter in one of file and model"
+            f"{folder}: layer {place[0]}, {place[1]}: has an adapter in one of file and model"
         )
     for place, tensors in found.items():
         layer = expected[place]
@@ -92,7 +108,6 @@ def load_adapterhub(model, folder: str | Path, adapter_name: str = "default") ->
                 )
             with torch.no_grad():
                 own[name].copy_(tensors[name])
-    return model
 
 
 def _read(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -127,18 +142,25 @@ def _converted(folder: Path, config: dict) -> BottleneckConfig:
         if config.get(name, none) != none:
             raise UserError(f"{folder}: {name}={config[name]!r}: such adapters are not converted")
     scaling = config.get("scaling", 1.0)
+    missing = {"mh_adapter", "output_adapter", "non_linearity", "reduction_factor"} - config.keys()
+    if missing:
+        raise UserError(f"{folder}: adapter_config.json: {min(missing)}: is missing")
     if isinstance(config["reduction_factor"], dict) or scaling == "channel":
         raise UserError(f"{folder}: sizes by layer and scaling by channel are not converted")
     places = [config["mh_adapter"], config["output_adapter"]]
     parallel, normed = config.get("is_parallel", False), config.get("original_ln_before", False)
-    return BottleneckConfig(
-        placement="both" if all(places) else "attention" if places[0] else "ffn",
-        adapter_input="input" if parallel else "residual" if normed else "output",
-        act={"leakyrelu": "leaky_relu"}.get(config["non_linearity"], config["non_linearity"]),
-        scaling=scaling,
-        dropout=config.get("dropout", 0.0),
-        train_norms=False,
-    )
+    act = str(config["non_linearity"]).lower()
+    try:
+        return BottleneckConfig(
+            placement="both" if all(places) else "attention" if places[0] else "ffn",
+            adapter_input="input" if parallel else "residual" if normed else "output",
+            act={"leakyrelu": "leaky_relu"}.get(act, act),
+            scaling=scaling,
+            dropout=config.get("dropout", 0.0),
+            train_norms=False,
+        )
+    except ValueError as error:
+        raise UserError(f"{folder}: adapter_config.json: {error}") from None
 
 
 def _sublayer_of(kind: str, name: str) -> str:

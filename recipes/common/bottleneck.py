@@ -1,22 +1,24 @@
 """Bottleneck adapters (Houlsby et al. 2019, arXiv:1902.00751) as a PEFT tuner.
 
-    from bottleneck import BottleneckConfig      # importing it is what makes PEFT know the method
+    from peft_bottleneck import BottleneckConfig   # importing it makes PEFT know the method
     model = get_peft_model(model, BottleneckConfig(task_type="CAUSAL_LM", bottleneck_size=64))
 
 After a sublayer of the transformer, before its output h is added to the residual x, an adapter
 adds `scaling * up(act(down(h)))`: down takes the model's width d to a bottleneck of m, up takes it
-back. The model is frozen. All that PEFT does with LoRA works (`save_pretrained`, `PeftModel`,
-`set_adapter`, `disable_adapter`, `unload`), but `merge`: an adapter is not linear.
+back. The model is frozen. PEFT's `save_pretrained`, `from_pretrained`, `add_adapter`,
+`set_adapter`, `delete_adapter`, `disable_adapter` and `unload` work as with LoRA; merging does not,
+for an adapter is not linear, nor do several adapters in one batch (`adapter_names`).
 
-This file needs torch, transformers and peft and nothing else of the collection: copy it. What is
-saved with it loads where it was imported first.
+This file needs torch, transformers and peft and nothing else of the collection: copy it, by another
+name, since pandas takes a bottleneck.py for a package that it would like to use. What is saved with
+it loads where it was imported first.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from peft import PeftConfig, PeftType
@@ -48,9 +50,7 @@ def _pre_norm(attention: dict[str, str], ffn: dict[str, str]) -> dict[str, list[
 _LLAMA = _pre_norm(
     {"self_attn.o_proj": "input_layernorm"}, {"mlp.down_proj": "post_attention_layernorm"}
 )
-_GEMMA2 = _pre_norm(
-    {"self_attn.o_proj": "input_layernorm"}, {"mlp.down_proj": "pre_feedforward_layernorm"}
-)
+_GEMMA2 = _LLAMA | {"ffn": [Sublayer("mlp.down_proj", "pre_feedforward_layernorm")]}
 _T5 = _pre_norm(
     {"SelfAttention.o": "layer_norm", "EncDecAttention.o": "layer_norm"},
     {"DenseReluDense.wo": "layer_norm"},
@@ -103,10 +103,9 @@ BOTTLENECK = _peft_type()
 class BottleneckConfig(PeftConfig):
     """What the adapters are and where they sit; the values of the paper are the defaults.
 
-    The named configurations of AdapterHub's `adapters` are: `DoubleSeqBnConfig`: the defaults with
-    act="swish"; `SeqBnConfig` (Pfeiffer et al. 2021, arXiv:2005.00247): placement="ffn",
-    adapter_input="residual", act="relu"; `ParBnConfig` (He et al. 2022, arXiv:2110.04366):
-    placement="ffn", adapter_input="input", act="relu", scaling=4.0, init_weights="identity".
+    Pfeiffer et al. 2021 (arXiv:2005.00247): placement="ffn", adapter_input="residual", act="relu".
+    He et al. 2022 (arXiv:2110.04366), parallel: placement="ffn", adapter_input="input", act="relu",
+    scaling=4.0, init_weights="identity".
 
     Args:
         bottleneck_size: m, the width of the bottleneck; 64 unless `reduction_factor` is given.
@@ -121,7 +120,8 @@ class BottleneckConfig(PeftConfig):
         init_weights: "near_identity": weights normal with standard deviation 0.01, cut off at two
             of them, biases zero; "identity": `up` zero besides, so that the model starts unchanged.
         train_norms: train the model's layer norms, too, as the paper does; by default of all but
-            causal language models. With `layers_to_transform` those of these layers.
+            causal language models. With `layers_to_transform` those of these layers. They keep the
+            model's dtype, and 16 bits are too few for their small steps.
         target_modules: linear layers to put adapters after, instead of `placement`: for models
             that SUBLAYERS does not have, and for some of them only.
         exclude_modules: of these, the ones to leave out.
@@ -143,7 +143,7 @@ class BottleneckConfig(PeftConfig):
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    modules_to_save: list[str] | None = field(default=None)
+    modules_to_save: list[str] | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -156,14 +156,14 @@ class BottleneckConfig(PeftConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: is one of {', '.join(allowed)}")
-        if self.bottleneck_size and self.reduction_factor:
+        if self.bottleneck_size is not None and self.reduction_factor is not None:
             raise ValueError("bottleneck_size and reduction_factor: say one of them")
-        if not self.bottleneck_size and not self.reduction_factor:
+        if self.bottleneck_size is None and self.reduction_factor is None:
             self.bottleneck_size = 64
-        if (self.bottleneck_size or self.reduction_factor) <= 0:
+        if (self.bottleneck_size or self.reduction_factor or 0) <= 0:
             raise ValueError("bottleneck_size, reduction_factor: above 0")
-        if self.act not in ACT2FN:
-            raise ValueError(f"act={self.act!r}: is one of {', '.join(ACT2FN)}")
+        if self.act not in ACT2FN or any(True for _ in ACT2FN[self.act].parameters()):
+            raise ValueError(f"act={self.act!r}: no activation of ACT2FN, or one that is trained")
         if isinstance(self.scaling, str) and self.scaling != "learned":
             raise ValueError(f"scaling={self.scaling!r}: is a number or 'learned'")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
@@ -185,18 +185,15 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.features = _width(base_layer)
-        self.bottleneck_down = nn.ModuleDict()
-        self.bottleneck_up = nn.ModuleDict()
+        self.bottleneck_down, self.bottleneck_up = nn.ModuleDict(), nn.ModuleDict()
         self.bottleneck_scaling = nn.ParameterDict()
-        self.bottleneck_activation = nn.ModuleDict()
-        self.bottleneck_dropout = nn.ModuleDict()
+        self.bottleneck_activation, self.bottleneck_dropout = nn.ModuleDict(), nn.ModuleDict()
         self.bottleneck_config: dict[str, BottleneckConfig] = {}
         self._disable_adapters = self.passed_over = False
         self.merged_adapters = []
         self._residual: torch.Tensor | None = None
         self._hook = None
-        # Held in a tuple, so that it is no part of this module; read by name, since PEFT puts a
-        # wrapper there when the norm is trained.
+        # In a tuple, so that it is no part of this module; by name, for PEFT wraps what is trained.
         self._norm: tuple[nn.Module, str] | None = None
         self.update_layer(adapter_name, config)
 
@@ -204,11 +201,10 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         """Add an adapter, with new weights."""
         size = config.bottleneck_size or max(1, int(self.features // config.reduction_factor))
         down, up = nn.Linear(self.features, size), nn.Linear(size, self.features)
-        for linear in (down, up):
-            if linear.weight.device.type != "meta":
-                nn.init.trunc_normal_(linear.weight, std=INIT_STD, a=-2 * INIT_STD, b=2 * INIT_STD)
-                nn.init.zeros_(linear.bias)
-        if config.init_weights == "identity" and up.weight.device.type != "meta":
+        for linear in (down, up) if down.weight.device.type != "meta" else ():
+            nn.init.trunc_normal_(linear.weight, std=INIT_STD, a=-2 * INIT_STD, b=2 * INIT_STD)
+            nn.init.zeros_(linear.bias)
+        if config.init_weights == "identity":
             nn.init.zeros_(up.weight)
         self.bottleneck_down[adapter_name], self.bottleneck_up[adapter_name] = down, up
         if config.scaling == "learned":
@@ -222,20 +218,19 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
     def watch_residual(self, block: nn.Module, sublayer: Sublayer) -> None:
         """Take x, which never comes by here, from the module that is given it."""
-        if self._hook is not None:
-            return
-        self._argument = sublayer.argument
-        source = block.get_submodule(sublayer.residual)
+        self._argument, source = sublayer.argument, block.get_submodule(sublayer.residual)
         self._hook = source.register_forward_pre_hook(self._keep_residual, with_kwargs=True)
         if sublayer.norm:
             parent, _, name = sublayer.norm.rpartition(".")
             self._norm = (block.get_submodule(parent), name)
 
+    @property
+    def reads_residual(self) -> bool:
+        """Whether any adapter needs x."""
+        return any(one.adapter_input != "output" for one in self.bottleneck_config.values())
+
     def _keep_residual(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        given = [*args, *kwargs.values()]
-        active = [self.bottleneck_config.get(name) for name in self.active_adapters]
-        read = any(one is not None and one.adapter_input != "output" for one in active)
-        self._residual = given[self._argument] if read and not self.disable_adapters else None
+        self._residual = [*args, *kwargs.values()][self._argument]
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         hidden = self.base_layer(x, *args, **kwargs)
@@ -258,18 +253,10 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
                 read = getattr(*self._norm)(read)
         down, up = self.bottleneck_down[name], self.bottleneck_up[name]
         added = up(self.bottleneck_activation[name](down(read.to(down.weight.dtype))))
-        if name in self.bottleneck_scaling:
-            added = added * self.bottleneck_scaling[name]
-        elif config.scaling != 1:
-            added = added * config.scaling
+        if config.scaling != 1:
+            learned = config.scaling == "learned"
+            added = added * (self.bottleneck_scaling[name] if learned else config.scaling)
         return self.bottleneck_dropout[name](added).to(hidden.dtype)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refused with a NotImplementedError."""
-        raise NotImplementedError(
-            "bottleneck adapters cannot be merged: up(act(down(h))) is not linear in h, so no "
-            "weight of the model could do the same; keep the adapter loaded, or train LoRA"
-        )
 
 
 class BottleneckModel(BaseTuner):
@@ -277,10 +264,6 @@ class BottleneckModel(BaseTuner):
 
     prefix = "bottleneck_"
     tuner_layer_cls = BottleneckLayer
-    target_module_mapping: ClassVar = {
-        kind: [one.output for some in sublayers.values() for one in some]
-        for kind, sublayers in SUBLAYERS.items()
-    }
 
     def _prepare_adapter_config(self, config: BottleneckConfig, model_config: dict):
         kind = model_config.get("model_type")
@@ -288,17 +271,17 @@ class BottleneckModel(BaseTuner):
         if config.target_modules is None:
             if known is None:
                 raise ValueError(
-                    f"model type {kind!r}: is none that bottleneck adapters know their place in; "
-                    "pass target_modules, the names of the linear layers that end its attention "
-                    "and feed-forward sublayers, such as ['o_proj', 'down_proj']"
+                    f"model type {kind!r}: bottleneck adapters do not know their place; pass "
+                    "target_modules, the names of the linear layers that end its attention and "
+                    "feed-forward sublayers, such as ['o_proj', 'down_proj']"
                 )
             places = [config.placement] if config.placement != "both" else list(known)
             config.target_modules = {one.output for place in places for one in known[place]}
-            # Of BERT's names one is the end of another.
-            others = {one.output for place in known if place not in places for one in known[place]}
-            also = {o for o in others if any(o.endswith("." + t) for t in config.target_modules)}
-            if also:
-                config.exclude_modules = also | set(config.exclude_modules or ())
+            if config.placement == "ffn" and known is _BERT:  # some names end others
+                if isinstance(config.exclude_modules, str):
+                    raise ValueError("exclude_modules: pass a list, to which attention is added")
+                attention = {one.output for one in known["attention"]}
+                config.exclude_modules = attention | set(config.exclude_modules or ())
         reads_x = config.adapter_input != "output"
         if reads_x and known is None:
             raise ValueError(
@@ -319,35 +302,45 @@ class BottleneckModel(BaseTuner):
             names = norm_names(model, config.layers_to_transform)
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *names]))
 
-    def _create_and_replace(
-        self,
-        peft_config: BottleneckConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-    ) -> None:
+    def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key):
+        if config.adapter_input != "output":
+            _sublayer(self.get_model_config(self.model)["model_type"], current_key)  # or an error
         if isinstance(target, BottleneckLayer):
-            target.update_layer(adapter_name, peft_config)
-            layer = target
+            target.update_layer(adapter_name, config)
         else:
-            layer = BottleneckLayer(target, adapter_name, peft_config)
+            layer = BottleneckLayer(target, adapter_name, config)
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
-        if peft_config.adapter_input != "output":
-            kind = self.get_model_config(self.model)["model_type"]
-            sublayer = _sublayer(kind, current_key)
-            block = current_key.removesuffix(sublayer.output).removesuffix(".")
-            layer.watch_residual(self.model.get_submodule(block), sublayer)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        """PEFT's. It copies norms that are trained, whose hooks must not be copied with them."""
+        self._leave_residuals()
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            kind = self.get_model_config(model)["model_type"]
+            for key, layer in model.named_modules():
+                if isinstance(layer, BottleneckLayer) and layer.reads_residual:
+                    sublayer = _sublayer(kind, key)
+                    block = key.removesuffix(sublayer.output).removesuffix(".")
+                    layer.watch_residual(model.get_submodule(block), sublayer)
 
     def unload(self) -> nn.Module:
         """The model as it was."""
+        self._leave_residuals()
+        return super().unload()
+
+    def _leave_residuals(self) -> None:
         for layer in self.model.modules():
             if isinstance(layer, BottleneckLayer) and layer._hook is not None:
                 layer._hook.remove()
-        return super().unload()
+
+    def _check_merge_allowed(self) -> None:
+        raise NotImplementedError(
+            "bottleneck adapters cannot be merged: up(act(down(h))) is not linear in h, so no "
+            "weight could do the same; keep the adapter loaded, or train LoRA"
+        )
 
 
 def layer_number(name: str) -> int | None:
@@ -358,19 +351,27 @@ def layer_number(name: str) -> int | None:
 
 def norm_names(model: nn.Module, layers: list[int] | int | None = None) -> list[str]:
     """The layer norms of a model, as PEFT's `modules_to_save` takes them: by the ends of their
-    names, or, of some layers only, by their whole names. Norms of queries and keys are left out.
+    names; by their whole names where these end others', too, or where only those of some layers
+    are asked for. Norms of queries and keys are left out.
     """
     chosen = [layers] if isinstance(layers, int) else layers
-    names: dict[str, None] = {}
-    for name, module in model.named_modules():
-        if not type(module).__name__.endswith("Norm") or ".modules_to_save" in name:
-            continue
-        name = name.removesuffix(".original_module")  # another adapter trains it, too
-        short = name.rpartition(".")[2]
-        if short in ("q_norm", "k_norm") or (chosen and layer_number(name) not in chosen):
-            continue
-        names[name if chosen else short] = None
-    return list(names)
+    kinds = {  # of a norm that another adapter trains, too, its own and not its wrapper's
+        name.removesuffix(".original_module"): type(module).__name__
+        for name, module in model.named_modules()
+        if ".modules_to_save" not in name
+    }
+    norms = {
+        name: name.rpartition(".")[2]
+        for name, kind in kinds.items()
+        if kind.endswith("Norm") and not name.endswith(("q_norm", "k_norm"))
+        if not chosen or layer_number(name) in chosen
+    }
+
+    def ends_others(end: str) -> bool:
+        return any(name.endswith(end) and name not in norms for name in kinds)
+
+    names = [name if ends_others(short) else short for name, short in norms.items()]
+    return [name for name in dict.fromkeys(names) if not ends_others(name)]
 
 
 def _width(layer: nn.Module) -> int:
@@ -378,8 +379,7 @@ def _width(layer: nn.Module) -> int:
     width = getattr(layer, "out_features", getattr(layer, "nf", None))
     if width is None:
         raise ValueError(
-            f"target_modules: {type(layer).__name__} is no linear layer; bottleneck adapters stand "
-            "after the linear layer that ends a sublayer"
+            f"target_modules: {type(layer).__name__} is no linear layer, which a sublayer ends with"
         )
     return width
 
@@ -390,8 +390,8 @@ def _sublayer(kind: str, key: str) -> Sublayer:
     ends = [one for one in some if f".{key}".endswith(f".{one.output}")]
     if not ends:
         raise ValueError(
-            f"target_modules: {key} ends no sublayer of model type {kind!r}, so what its output is "
-            "added to is not known; pass adapter_input='output'"
+            f"target_modules: {key} ends no sublayer of {kind!r}, so what it is added to is not "
+            "known; pass adapter_input='output'"
         )
     return max(ends, key=lambda one: len(one.output))
 

@@ -137,6 +137,7 @@ def test_the_table_and_the_figure_of_two_tasks(tmp_path, capsys):
         (["--tasks", "sst2"], "--tasks sst2: needs --data"),
         (["--seeds", "0"], "--seeds 0: must be 1 or more"),
         (["--rows", "-1"], "--rows -1: must be 1 or more"),
+        (["--train_rows", "0"], "--train_rows 0: must be 1 or more"),
     ],
 )
 def test_arguments_that_will_not_do(words, said):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertModel,
@@ -150,8 +150,6 @@ def test_a_model_with_a_head_takes_an_adapter_of_one_without(tmp_path):
 def test_layers_left_out(tmp_path):
     _, model = golden("bert")
     folder = shutil.copytree(GOLDEN / "bert_seq_bn", tmp_path / "adapter")
-    from safetensors.torch import save_file
-
     weights = load_file(folder / "adapter.safetensors")
     save_file(
         {key: one for key, one in weights.items() if ".layer.1." in key},
@@ -169,8 +167,10 @@ def refused(folder, change: dict | None = None, kind: str = "bert") -> str:
         saved["config"] |= change
         file.write_text(json.dumps(saved))
     _, model = golden(kind)
+    names = list(model.state_dict())
     with pytest.raises(UserError) as error:
         load_adapterhub(model, folder)
+    assert list(model.state_dict()) == names, "the model is not as it was"
     return str(error.value)
 
 
@@ -185,11 +185,33 @@ def refused(folder, change: dict | None = None, kind: str = "bert") -> str:
         ({"architecture": "lora"}, "lora is no bottleneck adapter"),
         ({"mh_adapter": True}, "layer 0, attention"),
         ({"scaling": "learned"}, "scaling: has shape None"),
+        ({"non_linearity": "gelo"}, "act='gelo'"),
     ],
 )
 def test_variants_that_are_not_here(tmp_path, change, said):
     folder = shutil.copytree(GOLDEN / "bert_seq_bn", tmp_path / "adapter")
     assert said in refused(folder, change)
+
+
+def test_capitals_of_an_activation_mean_nothing(tmp_path):
+    folder = shutil.copytree(GOLDEN / "bert_seq_bn", tmp_path / "adapter")
+    file = folder / "adapter_config.json"
+    file.write_text(file.read_text().replace('"relu"', '"ReLU"'))
+    assert load_adapterhub(golden("bert")[1], folder).peft_config["default"].act == "relu"
+
+
+def test_layers_that_the_model_does_not_have(tmp_path):
+    folder = shutil.copytree(GOLDEN / "bert_seq_bn", tmp_path / "adapter")
+    weights = load_file(folder / "adapter.safetensors")
+    for shift, said in ((1, "layer 2, ffn"), (2, "does not fit the model")):
+        moved = {
+            key.replace(f".layer.{layer}.", f".layer.{layer + shift}."): one
+            for layer in (0, 1)
+            for key, one in weights.items()
+            if f".layer.{layer}." in key
+        }
+        save_file(moved, folder / "adapter.safetensors")
+        assert said in refused(folder)
 
 
 def test_folders_that_will_not_do(tmp_path):
@@ -199,5 +221,9 @@ def test_folders_that_will_not_do(tmp_path):
     assert "use_safetensors=True" in refused(folder)
     (folder / "adapter.safetensors").write_bytes(b"no such thing")
     assert "cannot be read" in refused(folder)
+    file = folder / "adapter_config.json"
+    file.write_text(file.read_text().replace('"non_linearity"', '"activation"'))
+    (folder / "pytorch_adapter.bin").rename(folder / "adapter.safetensors")
+    assert "non_linearity: is missing" in refused(folder)
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     assert "is not a configuration" in refused(folder)

@@ -356,6 +356,45 @@ def test_which_norms_are_trained(tmp_path):
     assert not any("q_norm" in name for name in trained(model))
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text"])
+@pytest.mark.parametrize("cls", [None, AutoModel])
+def test_norms_of_queries_and_keys_are_no_layer_norms(kind, cls):
+    model = get_peft_model(build(kind, cls), BottleneckConfig(train_norms=True))
+    trained = {name for name, one in model.named_parameters() if one.requires_grad}
+    assert any("input_layernorm" in name for name in trained)
+    assert not any("q_norm" in name or "k_norm" in name for name in trained)
+
+
+@pytest.mark.parametrize("adapter_input", INPUTS[1:])
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_read_the_same_where_norms_are_trained(kind, adapter_input):
+    plain = adapted(kind, adapter_input=adapter_input)
+    config = BottleneckConfig(bottleneck_size=4, adapter_input=adapter_input, train_norms=True)
+    model = get_peft_model(build(kind), config)
+    missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
+    assert not any("bottleneck" in name for name in missing + unexpected)
+    assert torch.equal(logits(model), logits(plain))
+    # One that trains norms beside one that does not.
+    plain.add_adapter("second", config)
+    before = logits(plain)
+    plain.set_adapter("second")
+    logits(plain)
+    plain.set_adapter("default")
+    assert torch.equal(logits(plain), before)
+
+
+def test_a_classifier_with_pfeiffer_s_adapters_trains_norms(tmp_path):
+    model = build("llama", AutoModelForSequenceClassification)
+    config = BottleneckConfig(
+        task_type="SEQ_CLS", bottleneck_size=4, placement="ffn", adapter_input="residual"
+    )
+    model = get_peft_model(model, config)
+    wake(model)
+    model.save_pretrained(tmp_path)
+    plain = build("llama", AutoModelForSequenceClassification)
+    assert torch.equal(logits(PeftModel.from_pretrained(plain, tmp_path)), logits(model))
+
+
 def test_norms_of_a_second_adapter():
     model = get_peft_model(build("bert"), BottleneckConfig(bottleneck_size=4))
     model.add_adapter("other", BottleneckConfig(bottleneck_size=4))
@@ -544,13 +583,16 @@ def test_text_is_written_with_the_cache():
 # What will not do --------------------------------------------------------------------------------
 
 
-def test_an_adapter_is_not_merged_and_the_model_is_whole_afterwards():
-    model = adapted()
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_an_adapter_is_not_merged_and_the_model_is_whole_afterwards(kind):
+    model = adapted(kind, train_norms=True)
     before = logits(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(NotImplementedError, match="not linear in h"):
             merge()
     assert torch.equal(logits(model), before)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(build(kind)))
 
 
 @pytest.mark.parametrize(
@@ -561,7 +603,9 @@ def test_an_adapter_is_not_merged_and_the_model_is_whole_afterwards():
         ({"init_weights": "zero"}, "is one of near_identity, identity"),
         ({"bottleneck_size": 4, "reduction_factor": 2}, "say one of them"),
         ({"bottleneck_size": -1}, "above 0"),
+        ({"bottleneck_size": 0}, "above 0"),
         ({"act": "gelo"}, "act='gelo'"),
+        ({"act": "prelu"}, "act='prelu': no activation of ACT2FN, or one that is trained"),
         ({"scaling": "channel"}, "is a number or 'learned'"),
         ({"target_modules": ".*o_proj", "layers_to_transform": [1]}, "as a list"),
     ],
@@ -592,6 +636,8 @@ def test_modules_that_end_no_sublayer():
     config = {"target_modules": ["gate_proj"], "adapter_input": "residual"}
     with pytest.raises(ValueError, match="gate_proj ends no sublayer"):
         get_peft_model(build("llama"), BottleneckConfig(**config))
+    with pytest.raises(ValueError, match="exclude_modules: pass a list"):
+        get_peft_model(build("bert"), BottleneckConfig(placement="ffn", exclude_modules=".*0.*"))
     with pytest.raises(ValueError, match="is no linear layer"):
         get_peft_model(build("llama"), BottleneckConfig(target_modules=["input_layernorm"]))
     with pytest.raises(ValueError, match="not with post-norm OPT"):
