@@ -286,19 +286,18 @@ def without_adapters(model, below: int | None = None):
     """
     from common.bottleneck import BottleneckLayer, layer_number
 
-    adapters = {
-        name: one for name, one in model.named_modules() if isinstance(one, BottleneckLayer)
-    }
-    if below is not None:
-        adapters = {
-            name: one for name, one in adapters.items() if is_below(layer_number(name), below)
-        }
-    for one in adapters.values():
+    adapters = [
+        one
+        for name, one in model.named_modules()
+        if isinstance(one, BottleneckLayer)
+        and (below is None or is_below(layer_number(name), below))
+    ]
+    for one in adapters:
         one.passed_over = True
     try:
         yield len(adapters)
     finally:
-        for one in adapters.values():
+        for one in adapters:
             one.passed_over = False
 
 
