@@ -4,9 +4,9 @@ The model stays frozen; after the attention and the feed-forward sublayer of eac
 small network that is trained: h + up(act(down(h))), with a bottleneck of m between down and up. It
 starts near zero, so training begins near the base model.
 
-Choose it when many tasks share one model, each with a few percent of its parameters, or to go on with
-what AdapterHub's library has trained. Choose LoRA when speed counts once trained: LoRA can be merged
-into the model, an adapter is not linear and computes its part at every token.
+Choose it when many tasks share one model, each with a few percent of its parameters, or to go on
+with what AdapterHub's library has trained. Choose LoRA when speed counts once trained: LoRA can be
+merged into the model, an adapter is not linear and computes its part at every token.
 
     accelerate launch recipes/adapter_sft.py
     accelerate launch --config_file accelerate_configs/fsdp2.yaml recipes/adapter_sft.py
