@@ -191,8 +191,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.bottleneck_config: dict[str, BottleneckConfig] = {}
         self._disable_adapters = self.passed_over = False
         self.merged_adapters = []
-        self._residual: torch.Tensor | None = None
-        self._hook = None
+        self._residual = self._hook = None
         # In a tuple, so that it is no part of this module; by name, for PEFT wraps what is trained.
         self._norm: tuple[nn.Module, str] | None = None
         self.update_layer(adapter_name, config)
@@ -233,6 +232,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self._residual = [*args, *kwargs.values()][self._argument]
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """h, and what the active adapters add to it."""
         hidden = self.base_layer(x, *args, **kwargs)
         residual, self._residual = self._residual, None
         if self.disable_adapters or self.passed_over:
