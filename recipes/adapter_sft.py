@@ -119,7 +119,6 @@ def main(args: AdapterArguments, training) -> dict | None:
     from datasets import Dataset
     from peft import get_peft_model
     from transformers import set_seed
-    from transformers.activations import ACT2FN
 
     from common import bottleneck
     from common.adapterhub import load_adapterhub
@@ -140,8 +139,22 @@ def main(args: AdapterArguments, training) -> dict | None:
 
     if args.predict:
         return answer_file(args, training)
-    if args.act not in ACT2FN:
-        raise UserError(f"--act {args.act}: not one of {', '.join(ACT2FN)}")
+    try:
+        # h + scaling * up(act(down(h))), after each sublayer
+        config = bottleneck.BottleneckConfig(
+            bottleneck_size=args.bottleneck_size,
+            placement=args.placement,
+            adapter_input=args.adapter_input,
+            act=args.act,
+            scaling=args.scaling,
+            dropout=args.adapter_dropout,
+            init_weights=args.init_weights,
+            train_norms=args.train_norms,
+            target_modules=args.target_modules,
+            task_type="CAUSAL_LM",
+        )
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
     model_name, output_dir = args.model_name_or_path, training.output_dir
     load = {"revision": args.revision, "trust_remote_code": training.trust_remote_code}
     quantized = {}
@@ -184,20 +197,8 @@ def main(args: AdapterArguments, training) -> dict | None:
     if args.target_modules:
         require_modules(model, args.target_modules)
 
-    # h + scaling * up(act(down(h))), after each sublayer
-    config = bottleneck.BottleneckConfig(
-        bottleneck_size=args.bottleneck_size,
-        placement=args.placement,
-        adapter_input=args.adapter_input,
-        act=args.act,
-        scaling=args.scaling,
-        dropout=args.adapter_dropout,
-        init_weights=args.init_weights,
-        train_norms=args.train_norms,
-        layers_to_transform=[*range(lowest, count)] if args.top_layers else None,
-        target_modules=args.target_modules,
-        task_type="CAUSAL_LM",
-    )
+    if args.top_layers:
+        config.layers_to_transform = [*range(lowest, count)]
     set_seed(training.seed)
     try:
         if args.adapterhub:
@@ -239,6 +240,8 @@ def main(args: AdapterArguments, training) -> dict | None:
     tuned = evaluate_task(model, encoder, evaluation.rows, description="scoring tuned", **budget)
     trainer.save_model(output_dir)
     more = {}
+    if is_main_process():  # an earlier run's
+        shutil.rmtree(f"{output_dir}/dropped", ignore_errors=True)
     if args.drop_adapters_below:
         with without_adapters(model, args.drop_adapters_below) as dropped:
             rest = evaluate_task(

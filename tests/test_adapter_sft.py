@@ -245,6 +245,8 @@ def test_dropped_adapters_are_scored_saved_and_still_peft_s(run, model_folder, c
         assert torch.equal(logits(rest), logits(whole))
     trained = [one for one in whole.modules() if isinstance(one, BottleneckLayer)]
     assert not any(one.passed_over for one in trained)
+    run()
+    assert not (folder / "dropped").exists(), "of the run before"
 
 
 def test_it_goes_on_from_an_adapter_of_adapterhub(run, model_folder, tmp_path):
@@ -324,7 +326,8 @@ def test_the_loss_on_the_evaluation_rows_is_followed_on_request(run):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--act", "gelo"), "--act gelo: not one of"),
+        (("--act", "gelo"), "--act='gelo': no activation of ACT2FN"),
+        (("--act", "prelu"), "--act='prelu': no activation of ACT2FN, or one that is trained"),
         (("--scaling", "much"), "--scaling much: pass a number, or the word learned"),
         (("--bottleneck_size", "0"), "--bottleneck_size 0: must be 1 or more"),
         (("--top_layers", "2"), "--top_layers 2: the model has 2 layers"),
