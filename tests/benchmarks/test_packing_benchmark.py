@@ -54,7 +54,7 @@ def test_a_run_compares_the_same_work_and_ends_with_a_line_of_json(model_folder,
     assert result["method"] == "full"
     for one in (padded, packed):
         assert one["tokens_per_second"] == pytest.approx(one["tokens"] / one["seconds"][0])
-        assert 0.3 < one["estimated_memory_bytes"] / one["peak_memory_bytes"] < 3
+        assert one["peak_memory_bytes"] > 0  # tests/common/test_memory.py holds it to the estimate
     assert packed["estimated_memory_bytes"] < padded["estimated_memory_bytes"]
     text = "\n".join(lines)
     for arm in bench.ARMS:
