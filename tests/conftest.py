@@ -2,8 +2,10 @@
 shared out among the workers.
 """
 
+import gc
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: a thread for each
@@ -18,6 +20,15 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _collect_less():
+    """What the libraries hold by now is left out of garbage collection, which accelerate asks for
+    after each training and which took a tenth of a recipe's run.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_xdist_make_scheduler(config, log):

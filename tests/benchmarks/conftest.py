@@ -1,8 +1,10 @@
 """What the tests of several benchmarks share."""
 
 import gc
+import importlib
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,5 +27,34 @@ def arms_here(monkeypatch):
         monkeypatch.setattr(
             module, "subprocess", SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL)
         )
+
+    return install
+
+
+@pytest.fixture
+def recipes_here(monkeypatch):
+    """Makes a benchmark run its recipes in this process, with more words on their command lines
+    if need be; gives the folders that runs were made in.
+    """
+    made = []
+
+    def install(module, *more: str) -> list[Path]:
+        def run(command, **options):
+            from common.arguments import parse_arguments
+
+            recipe = importlib.import_module(Path(command[1]).stem)
+            kind = next(
+                one
+                for name, one in vars(recipe).items()
+                if name.endswith("Arguments") and one.__module__ == recipe.__name__
+            )
+            recipe.main(*parse_arguments(kind, "", recipe.DEFAULTS, [*command[2:], *more]))
+            made.append(Path(command[command.index("--output_dir") + 1]))
+            return subprocess.CompletedProcess(command, 0)
+
+        monkeypatch.setattr(
+            module, "subprocess", SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL)
+        )
+        return made
 
     return install

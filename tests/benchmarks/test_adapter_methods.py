@@ -2,7 +2,6 @@
 ones.
 """
 
-import importlib
 import importlib.util
 import json
 import subprocess
@@ -22,34 +21,12 @@ bench = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(bench)
 
 
-@pytest.fixture
-def made(monkeypatch):
-    """The recipes run in this process; gives the names of the folders that runs were made in."""
-    names = []
-
-    def run(command, stdout, **options):
-        from common.arguments import parse_arguments
-
-        module = importlib.import_module(Path(command[1]).stem)
-        kind = next(
-            one
-            for name, one in vars(module).items()
-            if name.endswith("Arguments") and one.__module__ == module.__name__
-        )
-        module.main(*parse_arguments(kind, "", module.DEFAULTS, [*command[2:], "--max_steps", "1"]))
-        names.append(Path(command[command.index("--output_dir") + 1]).name)
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(bench, "subprocess", SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL))
-    return names
-
-
-def test_every_method_is_run_once_and_kept(made, tmp_path, capsys):
-    folder = save_tiny_llama(tmp_path / "model")
+def test_every_method_is_run_once_and_kept(recipes_here, tmp_path, capsys):
+    made, folder = recipes_here(bench, "--max_steps", "1"), save_tiny_llama(tmp_path / "model")
     words = ["--quick", "--model_name_or_path", str(folder), "--keep", str(tmp_path / "kept")]
     result = bench.main(words)
     methods = result["tasks"]["movie_reviews"]["methods"]
-    assert made == [f"movie_reviews-{method}-42" for method in bench.METHODS]
+    assert [one.name for one in made] == [f"movie_reviews-{method}-42" for method in bench.METHODS]
     counts = {method: one["trainable_parameters"] for method, one in methods.items()}
     assert counts["adapter_8"] < counts["adapter_64"] < counts["adapter_256"]
     assert counts["full"] == result["tasks"]["movie_reviews"]["total_parameters"]
