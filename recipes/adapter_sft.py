@@ -94,6 +94,8 @@ class AdapterArguments(RecipeArguments):
         require_at_least(
             self, bottleneck_size=1, adapter_dropout=0, top_layers=1, drop_adapters_below=1
         )
+        if self.adapter_dropout >= 1:
+            raise UserError(f"--adapter_dropout {self.adapter_dropout}: must be below 1")
         own = ("bottleneck_size", "placement", "adapter_input", "act", "scaling", "init_weights")
         own += ("adapter_dropout", "train_norms", "top_layers", "target_modules")
         for name in own if self.adapterhub else ():
@@ -207,6 +209,10 @@ def main(args: AdapterArguments, training) -> dict | None:
             model = get_peft_model(model, config)
     except ValueError as error:  # a model whose layers are not known
         raise UserError(f"--target_modules: {error}") from None
+    if args.drop_adapters_below:
+        with without_adapters(model, args.drop_adapters_below) as dropped:
+            if not dropped:
+                raise UserError("--drop_adapters_below: no adapter is in a layer with a number")
     if args.top_layers:
         # Where activations are recomputed, transformers asks for gradients down to the embeddings.
         decoder_layers(model)[lowest].register_forward_pre_hook(

@@ -79,6 +79,9 @@ KINDS = {
     ),
 }
 INPUTS = ("output", "residual", "input")
+# Gemma 2 and 3 norm what a sublayer puts out, so that there is no h + x to read.
+NORMED = ("gemma2", "gemma3_text")
+PAIRS = [(kind, one) for kind in KINDS for one in INPUTS if kind not in NORMED or one != "residual"]
 
 
 def build(kind: str, cls=None, **more):

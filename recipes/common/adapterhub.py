@@ -44,7 +44,9 @@ def load_adapterhub(model, folder: str | Path, adapter_name: str = "default") ->
     folder, kind = Path(folder), model.config.model_type
     if kind not in SUBLAYERS or model.config.is_encoder_decoder:
         raise UserError(f"{folder}: adapters of model type {kind!r} are not converted")
-    config, weights = _read(folder)
+    if getattr(model.config, "add_cross_attention", False):
+        raise UserError(f"{folder}: adapters after cross-attention are not converted")
+    config, weights = _read(folder, kind)
     found = _by_place(folder, weights)
     peft_config = _converted(folder, config)
     peft_config.bottleneck_size = next(iter(found.values()))["down.weight"].shape[0]
@@ -110,8 +112,8 @@ def _fill(folder: Path, model: PeftModel, kind: str, found: dict, adapter_name: 
                 own[name].copy_(tensors[name])
 
 
-def _read(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """The configuration and the weights of a folder."""
+def _read(folder: Path, kind: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The configuration and the weights of a folder, for a model of a kind."""
     file = folder / "adapter_config.json"
     if not file.is_file():
         raise UserError(
@@ -122,6 +124,11 @@ def _read(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         config = saved["config"]
         if config.get("architecture") is not None:
             raise UserError(f"{file}: {config['architecture']} is no bottleneck adapter")
+        if saved.get("model_type", kind) != kind:
+            raise UserError(
+                f"{file}: is of model type {saved['model_type']!r}, and the model of {kind!r}; "
+                "load it on the model it was trained on"
+            )
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{file}: is not a configuration that adapters has saved") from None
     weights = folder / "adapter.safetensors"

@@ -5,9 +5,10 @@
 
 After a sublayer of the transformer, before its output h is added to the residual x, an adapter
 adds `scaling * up(act(down(h)))`: down takes the model's width d to a bottleneck of m, up takes it
-back. The model is frozen. PEFT's `save_pretrained`, `from_pretrained`, `add_adapter`,
-`set_adapter`, `delete_adapter`, `disable_adapter` and `unload` work as with LoRA; merging does not,
-for an adapter is not linear, nor do several adapters in one batch (`adapter_names`).
+back. (In Gemma 2 and 3 the norm of h comes between adapter and addition.) The model is frozen.
+PEFT's `save_pretrained`, `from_pretrained`, `add_adapter`, `set_adapter`, `delete_adapter`,
+`disable_adapter` and `unload` work as with LoRA; merging does not, for an adapter is not linear,
+nor do several adapters in one batch (`adapter_names`).
 
 This file needs torch, transformers and peft and nothing else of the collection: copy it, by another
 name, since pandas takes a bottleneck.py for a package that it would like to use. What is saved with
@@ -22,9 +23,9 @@ from typing import NamedTuple
 
 import torch
 from peft import PeftConfig, PeftType
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import register_peft_method
+from peft.utils import ModulesToSaveWrapper, register_peft_method
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -160,11 +161,15 @@ class BottleneckConfig(PeftConfig):
             raise ValueError("bottleneck_size and reduction_factor: say one of them")
         if self.bottleneck_size is None and self.reduction_factor is None:
             self.bottleneck_size = 64
+        if not isinstance(self.bottleneck_size or 1, int):
+            raise ValueError(f"bottleneck_size={self.bottleneck_size}: is a whole number")
         if (self.bottleneck_size or self.reduction_factor or 0) <= 0:
             raise ValueError("bottleneck_size, reduction_factor: above 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: is 0 or more and below 1")
         if self.act not in ACT2FN or any(True for _ in ACT2FN[self.act].parameters()):
             raise ValueError(f"act={self.act!r}: no activation of ACT2FN, or one that is trained")
-        if isinstance(self.scaling, str) and self.scaling != "learned":
+        if self.scaling != "learned" and not isinstance(self.scaling, int | float):
             raise ValueError(f"scaling={self.scaling!r}: is a number or 'learned'")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("layers_to_transform: needs target_modules as a list, not as a regex")
@@ -245,6 +250,11 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     def _added(self, name: str, hidden: torch.Tensor, residual: torch.Tensor | None):
         """What an adapter adds to h (shape batch x tokens x d, as h), in h's dtype."""
         config, read = self.bottleneck_config[name], hidden
+        if config.adapter_input != "output" and residual is None:
+            raise RuntimeError(
+                f"adapter_input={config.adapter_input!r}: the sublayer's input did not come by; "
+                "chunk_size_feed_forward and nn.DataParallel cannot be used with it"
+            )
         if config.adapter_input == "input":
             read = residual
         elif config.adapter_input == "residual":
@@ -290,7 +300,9 @@ class BottleneckModel(BaseTuner):
             )
         if reads_x and model_config.get("do_layer_norm_before") is False:
             raise ValueError(f"adapter_input={config.adapter_input!r}: not with post-norm OPT")
-        if config.layers_to_transform is not None and not config.layers_pattern:
+        if config.adapter_input == "residual" and known is _GEMMA2:
+            raise ValueError(f"adapter_input='residual': {kind} norms h before it is added to x")
+        if config.layers_to_transform is not None and not config.layers_pattern and known:
             config.layers_pattern = list(_LAYER_LISTS)
         return config
 
@@ -319,16 +331,28 @@ class BottleneckModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
-            kind = self.get_model_config(model)["model_type"]
+            kind = self.get_model_config(model).get("model_type")
             for key, layer in model.named_modules():
                 if isinstance(layer, BottleneckLayer) and layer.reads_residual:
                     sublayer = _sublayer(kind, key)
                     block = key.removesuffix(sublayer.output).removesuffix(".")
                     layer.watch_residual(model.get_submodule(block), sublayer)
 
+    def _cast_adapter_dtype(self, adapter_name: str, **options) -> None:
+        super()._cast_adapter_dtype(adapter_name, **options)  # whose new scales are all trained
+        for layer in self.model.modules():
+            if isinstance(layer, BottleneckLayer) and adapter_name in layer.bottleneck_scaling:
+                trained = layer.bottleneck_down[adapter_name].weight.requires_grad
+                layer.bottleneck_scaling[adapter_name].requires_grad_(trained)
+
     def unload(self) -> nn.Module:
-        """The model as it was."""
+        """The model as it was, its norms too; what `modules_to_save` named besides stays trained,
+        as with LoRA.
+        """
         self._leave_residuals()
+        for one in self.model.modules():
+            if isinstance(one, ModulesToSaveWrapper) and _is_norm(one.original_module):
+                one.set_adapter([])
         return super().unload()
 
     def _leave_residuals(self) -> None:
@@ -345,25 +369,31 @@ class BottleneckModel(BaseTuner):
 
 def layer_number(name: str) -> int | None:
     """The number of the layer that a module or parameter belongs to, by its name."""
-    found = re.match(rf"(?:.*?\.)??(?:{'|'.join(_LAYER_LISTS)})\.(\d+)\.", name)
+    found = re.search(rf"(?:^|\.)(?:{'|'.join(_LAYER_LISTS)})\.(\d+)\.", name)
+    found = found or re.search(r"\.(\d+)\.", name)
     return int(found.group(1)) if found else None
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Norm")
 
 
 def norm_names(model: nn.Module, layers: list[int] | int | None = None) -> list[str]:
     """The layer norms of a model, as PEFT's `modules_to_save` takes them: by the ends of their
     names; by their whole names where these end others', too, or where only those of some layers
-    are asked for. Norms of queries and keys are left out.
+    are asked for. Norms of queries and keys are left out, and what cannot be told from them: the
+    last norm of a Qwen3 or Gemma 3 without a head.
     """
     chosen = [layers] if isinstance(layers, int) else layers
     kinds = {  # of a norm that another adapter trains, too, its own and not its wrapper's
-        name.removesuffix(".original_module"): type(module).__name__
+        name.removesuffix(".original_module"): _is_norm(module)
         for name, module in model.named_modules()
         if ".modules_to_save" not in name
     }
     norms = {
         name: name.rpartition(".")[2]
-        for name, kind in kinds.items()
-        if kind.endswith("Norm") and not name.endswith(("q_norm", "k_norm"))
+        for name, is_norm in kinds.items()
+        if is_norm and not name.endswith(("q_norm", "k_norm"))
         if not chosen or layer_number(name) in chosen
     }
 
@@ -396,5 +426,9 @@ def _sublayer(kind: str, key: str) -> Sublayer:
     return max(ends, key=lambda one: len(one.output))
 
 
-if BOTTLENECK not in PEFT_TYPE_TO_CONFIG_MAPPING:
+if BOTTLENECK in PEFT_TYPE_TO_CONFIG_MAPPING:  # by another copy of this file, whose classes hold
+    BottleneckConfig = PEFT_TYPE_TO_CONFIG_MAPPING[BOTTLENECK]
+    BottleneckModel = PEFT_TYPE_TO_TUNER_MAPPING[BOTTLENECK]
+    BottleneckLayer = BottleneckModel.tuner_layer_cls
+else:
     register_peft_method(name="bottleneck", config_cls=BottleneckConfig, model_cls=BottleneckModel)

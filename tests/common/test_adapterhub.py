@@ -214,6 +214,15 @@ def test_layers_that_the_model_does_not_have(tmp_path):
         assert said in refused(folder)
 
 
+def test_a_model_of_another_kind(tmp_path):
+    folder = shutil.copytree(GOLDEN / "bert_seq_bn", tmp_path / "adapter")
+    said = refused(folder, kind="roberta")
+    assert "is of model type 'bert', and the model of 'roberta'" in said
+    model = BertModel(BertConfig(**SMALL, is_decoder=True, add_cross_attention=True))
+    with pytest.raises(UserError, match="adapters after cross-attention are not converted"):
+        load_adapterhub(model, folder)
+
+
 def test_folders_that_will_not_do(tmp_path):
     assert "no adapter_config.json" in refused(tmp_path)
     folder = shutil.copytree(GOLDEN / "bert_seq_bn", tmp_path / "adapter")

@@ -5,7 +5,7 @@ import copy
 import peft
 import pytest
 import torch
-from adapter_models import INPUTS, KINDS, adapted, adapters, batch, build, logits, wake
+from adapter_models import KINDS, NORMED, PAIRS, adapted, adapters, batch, build, logits, wake
 from peft import PeftModel, get_peft_model
 from transformers import (
     AutoConfig,
@@ -28,8 +28,7 @@ def test_every_known_kind_is_tried():
     assert set(KINDS) == set(SUBLAYERS) - {"gemma3"}  # whose text model is gemma3_text
 
 
-@pytest.mark.parametrize("adapter_input", INPUTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "adapter_input"), PAIRS)
 def test_every_kind_of_model(kind, adapter_input, tmp_path):
     model = build(kind)
     base = logits(model)
@@ -51,6 +50,57 @@ def test_every_kind_of_model(kind, adapter_input, tmp_path):
     plain = model.unload()
     assert torch.equal(logits(plain), base)
     assert not any(one._forward_pre_hooks for one in plain.modules())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_h_and_x_are_what_the_model_adds(kind):
+    """Their sum is given to a norm, or is what a layer puts out."""
+    model = get_peft_model(build(kind), BottleneckConfig(adapter_input="input"))
+    seen, sums = [], []
+
+    def keep(module, args, kwargs, output):
+        for some in (args, tuple(kwargs.values()), output):
+            seen.extend(one for one in as_list(some) if isinstance(one, torch.Tensor))
+
+    def as_list(some):
+        return some if isinstance(some, tuple) else [some]
+
+    for one in model.modules():
+        one.register_forward_hook(keep, with_kwargs=True)
+    last = {}  # of a layer with two sublayers side by side
+    for name, layer in adapters(model).items():
+
+        def added(adapter, hidden, residual, name=name):
+            block = model.get_submodule(name[: name.index(f"{layer_number(name)}.") + 1])
+            if kind in NORMED:
+                hidden = getattr(
+                    block, f"post_{'attention' if 'attn' in name else 'feedforward'}_layernorm"
+                )(hidden)
+            if kind == "gpt_neox" and "mlp" in name:
+                hidden = hidden + last["attention"]
+            last["attention"] = hidden
+            if kind != "gpt_neox" or "mlp" in name:
+                sums.append(hidden + residual)
+            return 0
+
+        layer._added = added
+    logits(model)
+    assert len(sums) == KINDS[kind][2] // (2 if kind == "gpt_neox" else 1)
+    for one in sums:
+        alike = (other.reshape(one.shape) for other in seen if other.numel() == one.numel())
+        assert any(torch.allclose(other, one, atol=1e-6) for other in alike)
+
+
+@pytest.mark.parametrize("kind", NORMED)
+def test_no_h_and_x_are_read_where_h_is_normed_before_it_is_added(kind):
+    with pytest.raises(ValueError, match=f"'residual': {kind} norms h before it is added"):
+        get_peft_model(build(kind), BottleneckConfig(adapter_input="residual"))
+
+
+def test_where_x_does_not_come_by_it_is_said():
+    model = adapted(model=build("distilbert", chunk_size_feed_forward=1), adapter_input="residual")
+    with pytest.raises(RuntimeError, match="chunk_size_feed_forward"):
+        logits(model)
 
 
 def test_gemma_3_with_eyes_is_known_by_its_text_layers():
@@ -241,8 +291,7 @@ def test_norms_of_queries_and_keys_are_no_layer_norms(kind, cls):
     assert not any("q_norm" in name or "k_norm" in name for name in trained)
 
 
-@pytest.mark.parametrize("adapter_input", INPUTS[1:])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "adapter_input"), [one for one in PAIRS if one[1] != "output"])
 def test_adapters_read_the_same_where_norms_are_trained(kind, adapter_input):
     plain = adapted(kind, adapter_input=adapter_input)
     config = BottleneckConfig(bottleneck_size=4, adapter_input=adapter_input, train_norms=True)
@@ -269,6 +318,43 @@ def test_a_classifier_with_pfeiffer_s_adapters_trains_norms(tmp_path):
     model.save_pretrained(tmp_path)
     plain = build("llama", AutoModelForSequenceClassification)
     assert torch.equal(logits(PeftModel.from_pretrained(plain, tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5"])
+def test_unload_gives_the_model_back_with_its_norms(kind):
+    base = logits(build(kind))
+    model = get_peft_model(build(kind), BottleneckConfig(bottleneck_size=4))
+    assert model.peft_config["default"].train_norms
+    wake(model)
+    assert not torch.equal(logits(model), base)
+    assert torch.equal(logits(model.unload()), base)
+
+
+def test_norms_of_layers_in_a_list_of_another_name():
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.down = torch.nn.LayerNorm(8), torch.nn.Linear(8, 8)
+
+    model = torch.nn.Module()
+    model.blocks = torch.nn.ModuleList(Block() for _ in range(3))
+    for pattern in ("blocks", None):
+        config = BottleneckConfig(
+            target_modules=["down"],
+            layers_to_transform=[1],
+            layers_pattern=pattern,
+            train_norms=True,
+        )
+        wrapper = torch.nn.Module()
+        wrapper.body = copy.deepcopy(model)
+        trained = {
+            name
+            for name, one in get_peft_model(wrapper, config).named_parameters()
+            if one.requires_grad
+        }
+        assert {layer_number(name) for name in trained} == {1}
+        assert any(".norm." in name for name in trained)
+        assert any(".bottleneck_up." in name for name in trained)
 
 
 def test_norms_of_a_second_adapter():

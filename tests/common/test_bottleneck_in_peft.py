@@ -116,7 +116,7 @@ def test_trainable_parameters_are_printed(capsys):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("adapter_input", INPUTS)
 def test_half_precision_bases(dtype, adapter_input, tmp_path):
-    model = adapted(model=build("llama").to(dtype), adapter_input=adapter_input)
+    model = adapted(model=build("llama").to(dtype), adapter_input=adapter_input, scaling="learned")
     trained = [one for one in model.parameters() if one.requires_grad]
     assert trained
     assert all(one.dtype == torch.float32 for one in trained)
@@ -125,6 +125,11 @@ def test_half_precision_bases(dtype, adapter_input, tmp_path):
     assert torch.isfinite(found).all()
     found.sum().backward()
     assert all(one.grad.dtype == torch.float32 for one in trained)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build("llama").to(dtype), tmp_path)
+    assert not any(one.requires_grad for one in loaded.parameters())
+    model.add_adapter("second", BottleneckConfig(scaling="learned"))
+    assert not any(one.requires_grad for name, one in model.named_parameters() if "second" in name)
     model = get_peft_model(
         build("llama").to(dtype), BottleneckConfig(), autocast_adapter_dtype=False
     )
@@ -201,6 +206,9 @@ def test_an_adapter_is_not_merged_and_the_model_is_whole_afterwards(kind):
         ({"act": "gelo"}, "act='gelo'"),
         ({"act": "prelu"}, "act='prelu': no activation of ACT2FN, or one that is trained"),
         ({"scaling": "channel"}, "is a number or 'learned'"),
+        ({"scaling": None}, "scaling=None: is a number or 'learned'"),
+        ({"bottleneck_size": 4.0}, "bottleneck_size=4.0: is a whole number"),
+        ({"dropout": 1.5}, "dropout=1.5: is 0 or more and below 1"),
         ({"target_modules": ".*o_proj", "layers_to_transform": [1]}, "as a list"),
     ],
 )
@@ -249,3 +257,7 @@ def test_the_file_can_be_imported_twice():
     module.__spec__.loader.exec_module(again)
     assert again.BOTTLENECK is module.BOTTLENECK
     assert list(peft.PeftType).count("BOTTLENECK") == 1
+    # The classes of the first hold, so that either file knows the other's adapters.
+    assert again.BottleneckConfig is BottleneckConfig
+    assert again.BottleneckLayer is module.BottleneckLayer
+    assert again.BottleneckModel is module.BottleneckModel
