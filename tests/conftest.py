@@ -8,6 +8,8 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 
+# bitsandbytes, which PEFT imports, else loads torch's compiler: seconds in every process.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: a thread for each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -44,6 +46,16 @@ def pytest_xdist_make_scheduler(config, log):
     return Files(config, log)
 
 
+# The files that take longest, so that no worker is left alone with one of them.
+FIRST = ["test_prompt_tuning.py", "test_adapter_sft.py", "test_sft_throughput.py", "test_memory.py"]
+
+
 def pytest_collection_modifyitems(items):
-    """The launched runs take longest and come first."""
-    items.sort(key=lambda item: item.path.parent.name != "fsdp")
+    """The launched runs come first, and then the files that take long."""
+    places = {name: place for place, name in enumerate(FIRST)}
+    items.sort(
+        key=lambda item: (
+            item.path.parent.name != "fsdp",
+            places.get(item.path.name, len(FIRST)),
+        )
+    )

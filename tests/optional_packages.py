@@ -4,7 +4,8 @@ from importlib.util import find_spec
 
 import pytest
 
+HAS_BITSANDBYTES = find_spec("bitsandbytes") is not None
 needs_bitsandbytes = pytest.mark.skipif(
-    find_spec("bitsandbytes") is None,
+    not HAS_BITSANDBYTES,
     reason="bitsandbytes is not installed (requirements-gpu.txt)",
 )

@@ -210,14 +210,11 @@ def test_a_benchmark_that_is_ended_leaves_nothing_running(tmp_path):
         benchmark.kill()
 
 
-@pytest.mark.slow
-def test_the_recipe_itself_gives_the_figures(tmp_path):
+def test_the_recipe_itself_gives_the_figures(recipes_here, tmp_path):
+    recipes_here(curves)
     folder, keep = save_tiny_llama(tmp_path / "model"), tmp_path / "keep"
-    arguments = ["--model_name_or_path", folder, "--keep", keep, "--rows", "6", "--draws", "2"]
-    words = [sys.executable, SCRIPT, *map(str, arguments), "--shots", "0", "2"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    words = ["--model_name_or_path", folder, "--keep", keep, "--rows", "6", "--draws", "2"]
+    result = curves.main([*map(str, words), "--shots", "0", "2"])
     for shots, draws in (("0", 1), ("2", 2)):
         run = result["tasks"]["movie_reviews"][shots]
         metrics = json.loads((keep / f"movie_reviews-{shots}" / "metrics.json").read_text())

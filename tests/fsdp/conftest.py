@@ -20,10 +20,14 @@ from launching import (
     SAVING,
     adapter_runs,
     finish,
+    icl_runs,
+    in_step_runs,
+    option_runs,
     prompt_runs,
     start,
     ten_steps,
 )
+from optional_packages import HAS_BITSANDBYTES
 from tiny_bert import save_tiny_bert
 from tiny_llama import save_tiny_llama
 from transformers import AutoModelForCausalLM
@@ -72,6 +76,7 @@ def root(tmp_path_factory) -> Path:
             weight *= 4 if weight.dim() > 1 else 1
     model.save_pretrained(folder / "model")
     save_tiny_bert(folder / "masked")
+    (folder / "in_step").mkdir()
     _write(folder / "reviews" / "train.jsonl", REVIEWS)
     seen = [{**row, "sentence": f"seen: {row['sentence']}"} for row in REVIEWS[:7]]
     _write(folder / "reviews" / "validation.jsonl", seen)
@@ -163,7 +168,20 @@ def launch(root) -> Callable:
 
 
 @pytest.fixture(scope="session")
-def two(root, arguments, launch):
+def single_full(alone) -> Path:
+    """The same where all parameters are tuned."""
+    return alone("single_full", full=True)
+
+
+@pytest.fixture(scope="session")
+def packed(root) -> dict:
+    """What a run on a base in 4 bits has beside the others' options."""
+    wide = save_tiny_llama(root / "wide", hidden_size=64)
+    return {"model_name_or_path": wide, "load_in_4bit": "true"}
+
+
+@pytest.fixture(scope="session")
+def two(root, arguments, launch, packed):
     """Two processes under fsdp2.yaml."""
     sums = {"dataset": root / "sums", "max_steps": 2}
     lora = {
@@ -192,7 +210,24 @@ def two(root, arguments, launch):
     script = Path(RECIPE).with_name("prompt_tuning.py")
     for name, options in prompt_runs(root).items():
         runs[f"two_{name}"] = [str(script), *arguments(f"two_{name}", **options)]
+    if HAS_BITSANDBYTES:
+        resumed = {"resume_from_checkpoint": root / "two_packed" / "checkpoint-10"}
+        for name, more in (("two_packed", SAVING), ("two_packed_resumed", resumed)):
+            runs[name] = [RECIPE, *arguments(name, **packed, **more)]
+    others = option_runs(root / "two_options"), icl_runs(root, "two_icl")
+    for more in (*others, in_step_runs(root / "in_step")):
+        assert not runs.keys() & more.keys()
+        runs |= more
     return launch(CONFIGS / "fsdp2.yaml", 2, runs)
+
+
+@pytest.fixture(scope="session")
+def data_parallel(root, arguments, launch):
+    """Two processes under ddp.yaml."""
+    runs = {"ddp": [RECIPE, *arguments("ddp")], **icl_runs(root, "ddp_icl")}
+    launched = launch(CONFIGS / "ddp.yaml", 2, runs)
+    assert launched.failed == [], launched.errors
+    return launched
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ The only argument is a JSON file: {name: [script, argument, ...], ...}. Each run
 script that exits with a code does not keep the next from running.
 """
 
+import gc
 import json
 import runpy
 import sys
@@ -34,4 +35,7 @@ if __name__ == "__main__":
         # What a process of its own would not have: accelerate's memory of the run before.
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+        # Else the libraries' objects are gone through after each training, half a second each.
+        gc.collect()
+        gc.freeze()
     end_process_group()

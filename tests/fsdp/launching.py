@@ -10,15 +10,17 @@ from pathlib import Path
 
 from launched import MARK
 from run_files import read_jsonl
+from with_options import OPTIONS as WAYS
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "accelerate_configs"
 RECIPE = str(ROOT / "recipes" / "lora_sft.py")
 FULL = str(Path(__file__).with_name("full_tuning.py"))
 OPTIONS = str(Path(__file__).with_name("with_options.py"))
+STEP = str(Path(__file__).with_name("in_step.py"))
 # Of a run that leaves checkpoints 10, 15 and 20.
 SAVING = {"save_strategy": "steps", "save_steps": 5, "save_total_limit": 3}
-TIMEOUT = 300  # seconds; a run that hangs has lost a process
+TIMEOUT = 400  # seconds; a run that hangs has lost a process
 
 
 @dataclass
@@ -160,4 +162,54 @@ def prompt_runs(root: Path) -> dict[str, dict]:
         },
         "few_shot": {**masked, "per_class": 4, "draws": 2, "max_steps": -1, "num_train_epochs": 3},
         "searched": {**masked, "search_label_words": "true"},
+    }
+
+
+def option_runs(folder: Path) -> dict[str, list[str]]:
+    """Training with every option of `with_options.py`, which writes what it finds to `folder`."""
+    return {
+        f"{kind}-{how}": [OPTIONS, str(folder), kind, how]
+        for how in WAYS
+        for kind in ("full", "lora")
+    }
+
+
+# What icl_eval.py is told beside what all of its runs have.
+ICL = {
+    "labels": {},
+    "nearest": {"sampler": "nearest", "nearest_by": "embedding", "draws": 1},
+    "written": {
+        "template": "gsm8k",
+        "dataset": "sums",
+        "shots": 1,
+        "max_new_tokens": 6,
+        "samples": 2,
+        "max_length": 256,
+    },
+}
+
+
+def icl_options(root: Path, kind: str, name: str) -> list[str]:
+    """The command line of icl_eval.py for a run that is named."""
+    shared = {"max_length": 128, "shots": 2, "draws": 2, "eval_batch_tokens": 150}
+    given = {"dataset": "reviews", **shared, **ICL[kind]}
+    given["dataset"] = root / given["dataset"]
+    given |= {"model_name_or_path": root / "model", "output_dir": root / name}
+    return [str(part) for key, value in given.items() for part in (f"--{key}", value)]
+
+
+def icl_runs(root: Path, prefix: str) -> dict[str, list[str]]:
+    """An evaluation of every kind."""
+    script = str(ROOT / "recipes" / "icl_eval.py")
+    return {
+        f"{prefix}_{kind}": [script, *icl_options(root, kind, f"{prefix}_{kind}")] for kind in ICL
+    }
+
+
+def in_step_runs(folder: Path) -> dict[str, list[str]]:
+    """Scoring and writing where processes differ in what they have to do."""
+    return {
+        f"{how}_{kind}": [STEP, str(folder), how, kind]
+        for how in ("plain", "uneven", "little_memory")
+        for kind in ("llama", "mistral")
     }

@@ -59,13 +59,14 @@ def test_rows_grouped_by_length_are_the_same_in_each_step(root, two, alone, init
     assert_equal_updates(root / "two_rebalanced", grouped, initial)
 
 
-def test_recomputing_activations_changes_nothing(root, two, recomputing, single, initial, alone):
+def test_recomputing_activations_changes_nothing(
+    root, two, recomputing, single, initial, single_full
+):
     assert recomputing.failed == ["two_owners"], recomputing.errors
     assert_equal_losses(root / "two_recomputed", single, 6)
     assert_equal_losses(root / "recomputing_lora", single, 6)
     assert_equal_updates(root / "recomputing_lora", root / "two_recomputed", initial)
-    full = alone("single_full_recomputed", full=True, max_steps=6)
-    assert_equal_losses(root / "recomputing", full, 6)
+    assert_equal_losses(root / "recomputing", single_full, 6)
     # Six steps of two micro-batches, each layer computed twice; scored before and after; and four
     # passes to see that the model can share tokens.
     assert "first layer computed 30 times" in recomputing.said["recomputing"]
@@ -82,12 +83,11 @@ def test_activation_checkpointing_with_two_owners_is_refused_by_a_line_that_says
     assert "drop --activation_checkpointing, or set fsdp_activation_checkpointing: false" in line
 
 
-def test_all_parameters_tuned_are_those_of_one_process_and_saved_once(root, two, alone):
-    full = alone("single_full", full=True)
+def test_all_parameters_tuned_are_those_of_one_process_and_saved_once(root, two, single_full):
     assert_sharded_over_two(two.said["two_full"])
-    assert_equal_losses(root / "two_full", full)
+    assert_equal_losses(root / "two_full", single_full)
     # The names too: a tied head is the embedding, not a second copy.
-    assert_equal_updates(root / "two_full", full, root / "model", MODEL)
+    assert_equal_updates(root / "two_full", single_full, root / "model", MODEL)
     # 20 steps of two micro-batches, nothing twice; scored before and after; and four passes to see
     # that the model can share tokens.
     assert "first layer computed 46 times" in two.said["two_full"]
@@ -160,7 +160,7 @@ def test_pissa_and_the_merged_model_are_those_of_one_process(root, two, alone):
 
 
 def test_the_last_save_is_whole_also_where_checkpoints_are_sharded(
-    root, sharded, two, single, initial, alone
+    root, sharded, two, single, initial, single_full
 ):
     assert sharded.failed == [], sharded.errors
     assert not (root / "sharded" / "checkpoint-20" / ADAPTER).exists()
@@ -168,5 +168,4 @@ def test_the_last_save_is_whole_also_where_checkpoints_are_sharded(
     assert_equal_updates(root / "sharded", root / "two", initial)
     for one, other in zip(records(root / "sharded"), records(root / "two"), strict=True):
         assert one["log_likelihoods"] == pytest.approx(other["log_likelihoods"], abs=1e-4)
-    full = alone("single_full_again", full=True)
-    assert_equal_updates(root / "sharded_full", full, root / "model", MODEL)
+    assert_equal_updates(root / "sharded_full", single_full, root / "model", MODEL)

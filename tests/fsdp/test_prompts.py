@@ -22,22 +22,21 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def both(root, two, alone):
-    """Gives a run over two processes, the same in one, and one in which nothing is learned."""
+    """Gives a run over two processes, and the same in one."""
     assert two.failed == [], two.errors
 
     def run(name):
-        options = prompt_runs(root)[name]
-        still = {**options, "learning_rate": 0.0, "save_strategy": "no", "max_steps": 1}
-        single = alone(f"single_{name}", recipe="prompt", **options)
-        start = alone(f"start_{name}", recipe="prompt", **still)
-        return root / f"two_{name}", single, start
+        single = alone(f"single_{name}", recipe="prompt", **prompt_runs(root)[name])
+        return root / f"two_{name}", single
 
     return run
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_what_is_trained_and_scored_equals_one_process(both, name):
-    two, single, start = both(name)
+def test_what_is_trained_and_scored_equals_one_process(root, both, alone, name):
+    two, single = both(name)
+    still = {"learning_rate": 0.0, "save_strategy": "no", "max_steps": 1}
+    start = alone(f"start_{name}", recipe="prompt", **{**prompt_runs(root)[name], **still})
     assert_equal_losses(two, single, 10)
     found, wanted, before = (
         {
@@ -62,12 +61,11 @@ def test_what_is_trained_and_scored_equals_one_process(both, name):
         assert read_json(two / "metrics.json")[key] == read_json(single / "metrics.json")[key]
 
 
-def test_what_was_sharded_loads_with_plain_transformers_and_peft(both, root):
-    two, *_ = both("masked_both")
-    model = AutoModelForMaskedLM.from_pretrained(two / "base_model")
-    assert PeftModel.from_pretrained(model, two)
-    two, *_ = both("prompt_model")
-    assert AutoModelForCausalLM.from_pretrained(two)
+def test_what_was_sharded_loads_with_plain_transformers_and_peft(two, root):
+    assert two.failed == [], two.errors
+    model = AutoModelForMaskedLM.from_pretrained(root / "two_masked_both" / "base_model")
+    assert PeftModel.from_pretrained(model, root / "two_masked_both")
+    assert AutoModelForCausalLM.from_pretrained(root / "two_prompt_model")
 
 
 def test_a_network_in_front_of_a_soft_prompt_is_resumed_whole(two, root):
@@ -79,7 +77,7 @@ def test_a_network_in_front_of_a_soft_prompt_is_resumed_whole(two, root):
 
 
 def test_draws_keep_their_best_pass_in_two_processes_as_in_one(both):
-    two, single, _ = both("few_shot")
+    two, single = both("few_shot")
     metrics = [read_json(folder / "metrics.json") for folder in (two, single)]
     assert metrics[0]["draws"] == metrics[1]["draws"]
     for draw in ("draw_0", "draw_1"):
@@ -88,7 +86,7 @@ def test_draws_keep_their_best_pass_in_two_processes_as_in_one(both):
 
 
 def test_label_words_are_found_by_two_processes_together(both):
-    two, single, _ = both("searched")
+    two, single = both("searched")
     found, wanted = ((folder / "template.yaml").read_text() for folder in (two, single))
     assert found == wanted
     assert "verbalizer" in found

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import with_options
-from launching import CONFIGS, OPTIONS, finish, start
 from peft import PeftModel
 from run_files import read_json
 from tiny_models import MODELS, TOKENIZER
@@ -22,15 +21,11 @@ HOW = list(with_options.OPTIONS)
 
 
 @pytest.fixture(scope="module")
-def folders(root, sharded) -> dict[str, Path]:
+def folders(root, two, sharded) -> dict[str, Path]:
     """What two processes found under each config, and what one process does."""
+    assert two.failed == [], two.errors
     assert sharded.failed == [], sharded.errors
     found = {name: root / f"{name}_options" for name in ("two", "sharded", "alone")}
-    runs = {
-        f"{kind}-{how}": [OPTIONS, str(found["two"]), kind, how] for how in HOW for kind in KINDS
-    }
-    file = root / "runs" / "options.json"
-    process = start(CONFIGS / "fsdp2.yaml", file, runs, "--num_processes", "2")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -39,8 +34,6 @@ def folders(root, sharded) -> dict[str, Path]:
                 with_options.main(found["alone"], kind, how, rows_per_process=8)
     finally:
         torch.set_num_threads(threads)
-        launched = finish(process)
-    assert launched.failed == [], launched.errors
     return found
 
 
