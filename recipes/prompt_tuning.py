@@ -109,9 +109,15 @@ def main(args: PromptArguments, training) -> dict | None:
         read_metrics,
     )
     from common.blank_results import load_snippet, preview_blanks, save_draws, save_score
-    from common.blank_rows import encode_blanks, few_shot_rows, label_word_ids
-    from common.blank_trainer import BlankTrainer, KeepBest, heaviest_blanks, rehearsed_loss
-    from common.blanks import SoftVerbalizer, bare_model
+    from common.blank_rows import before_blank, encode_blanks, few_shot_rows, label_word_ids
+    from common.blank_trainer import (
+        BlankTrainer,
+        KeepBest,
+        check_trained,
+        heaviest_blanks,
+        rehearsed_loss,
+    )
+    from common.blanks import SoftVerbalizer
     from common.checkpoints import find_checkpoint
     from common.data import load_splits, overlap, parse_columns
     from common.encoding import PromptEncoder
@@ -121,7 +127,7 @@ def main(args: PromptArguments, training) -> dict | None:
     from common.models import describe_model, is_masked, load_model, load_tokenizer, stored_config
     from common.results import publish, save_run, show_plan
     from common.sharding import place_model
-    from common.soft_prompts import compute_prompt_once, start_ids
+    from common.soft_prompts import compute_prompt_once, require_cache, start_ids
     from common.template import PromptTemplate
     from common.verbalizer import check_words
 
@@ -166,7 +172,8 @@ def main(args: PromptArguments, training) -> dict | None:
     asker = asker_of(encoder, masked, args.cloze)
     question = template.questions(train.rows[0])[0]
     words = label_word_ids(asker, question)
-    for note in check_words(template, encoder.text, words):
+    before = before_blank(asker, question, next(iter(template.verbalizer.values()))[0])
+    for note in check_words(template, encoder.text, words, before):
         say(note)
     scored = encode_blanks(asker, evaluation.rows, soft=args.soft_verbalizer)
     if args.preview:
@@ -194,10 +201,33 @@ def main(args: PromptArguments, training) -> dict | None:
             **load,
         )
 
+    folders, drawn, checkpoint = [training.output_dir], [(train.rows, None)], None
+    trained = {
+        name: str(getattr(args, name))
+        for name in ("tune", "virtual_tokens", "prompt_encoder", "soft_verbalizer")
+    }
+    if args.tune != "none" and not args.search_label_words:
+        if args.per_class:
+            seeds = range(training.seed, training.seed + args.draws)
+            drawn = [few_shot_rows(template, train.rows, args.per_class, one) for one in seeds]
+        if args.draws > 1:
+            folders = [f"{training.output_dir}/draw_{draw}" for draw in range(args.draws)]
+        for folder in folders:
+            checkpoint = find_checkpoint(
+                folder,
+                training.resume_from_checkpoint,
+                check=lambda found: check_trained(found, trained),
+            )
+        if args.draws > 1 and is_main_process():  # until all are done again
+            Path(training.output_dir, "metrics.json").unlink(missing_ok=True)
     memory = MemoryMeter()
-    model = place_model(new_model(), training)
+    model = new_model()
+    if args.tune == "prefix":
+        require_cache(model)
+    model = place_model(model, training)
     if args.search_label_words:
-        found = search_label_words(model, asker, encode_blanks(asker, train.rows), scored)
+        asked = encode_blanks(asker, train.rows)
+        found = search_label_words(model, asker, asked, scored, training.seed)
         save_label_words(found, template, training.output_dir)
         return None
     base = evaluate_blanks(
@@ -211,21 +241,15 @@ def main(args: PromptArguments, training) -> dict | None:
     if training.learning_rate is None:
         training.learning_rate = RATES[args.tune.replace("both", "model")]
     runs = []
-    if args.draws > 1 and is_main_process():  # until all are done again
-        Path(training.output_dir, "metrics.json").unlink(missing_ok=True)
-    for draw in range(args.draws):
-        run, rows, validation = copy.copy(training), train.rows, None
+    for draw, (rows, chosen) in enumerate(drawn):
+        run, validation = copy.copy(training), None
         run.accelerator_config = copy.deepcopy(training.accelerator_config)  # trainers write to it
-        run.seed = training.seed + draw
-        if args.draws > 1:
-            run.output_dir = f"{training.output_dir}/draw_{draw}"
-        if args.per_class:
-            rows, chosen = few_shot_rows(template, rows, args.per_class, run.seed)
+        run.seed, run.output_dir = training.seed + draw, folders[draw]
+        if chosen:
             validation = encode_blanks(asker, chosen, soft=args.soft_verbalizer)
         blanks = encode_blanks(
             asker, rows, soft=args.soft_verbalizer, progress=progress("encoding")
         )
-        checkpoint = find_checkpoint(run.output_dir, training.resume_from_checkpoint)
         memory = MemoryMeter()
         model = new_model()
         # Only what is tuned gets gradients: PEFT freezes the rest.
@@ -236,7 +260,7 @@ def main(args: PromptArguments, training) -> dict | None:
         if args.tune == "both":
             model.base_model.requires_grad_(True)
         if args.soft_verbalizer:
-            bare_model(model).soft_verbalizer = SoftVerbalizer.at_words(model, words)
+            SoftVerbalizer.at_words(model, words).into(model)
         if prompted:
             compute_prompt_once(model)
         trainer = BlankTrainer(
@@ -244,10 +268,14 @@ def main(args: PromptArguments, training) -> dict | None:
             run,
             blanks.encoded.examples,
             args.combine,
+            trained,
             held_out=scored.encoded.examples if run.eval_strategy != "no" else (),
             processing_class=tokenizer,
         )
-        trainer.optimizer = optimizer_of(model, args, run)
+        rates = {"soft_verbalizer": RATES["verbalizer"]}
+        if args.tune == "both":
+            rates["prompt_encoder"] = RATES["soft_prompt"]
+        trainer.optimizer = trainer.optimizer_at(rates)
         estimated = estimate_memory(
             model, run, heaviest_blanks(blanks.encoded.examples, run), rehearsed_loss
         )
@@ -320,6 +348,7 @@ def with_prompt(model, args: PromptArguments, masked: bool, ids: list[int]):
 
     from common.soft_prompts import keys_and_values
 
+    embeddings = model.get_input_embeddings().weight.detach()
     shape = {
         "task_type": "FEATURE_EXTRACTION" if masked else "CAUSAL_LM",
         "num_virtual_tokens": args.virtual_tokens,
@@ -332,12 +361,17 @@ def with_prompt(model, args: PromptArguments, masked: bool, ids: list[int]):
             # Random keys and values as large as PEFT's would drown the text (Li and Liang 2021).
             prefix.mul_(0.02) if start is None else prefix.copy_(start)
         return model
+    # PEFT does not know what all models call these, nor embeddings of another size than states.
+    shape |= {
+        "token_dim": embeddings.shape[1],
+        "num_layers": model.config.num_hidden_layers,
+        "num_attention_heads": model.config.num_attention_heads,
+    }
     if args.tune == "p_tuning":
         network = args.prompt_encoder.upper()
         return get_peft_model(
             model, PromptEncoderConfig(encoder_reparameterization_type=network, **shape)
         )
-    embeddings = model.get_input_embeddings().weight.detach()
     model = get_peft_model(model, PromptTuningConfig(prompt_tuning_init="RANDOM", **shape))
     prompt = model.prompt_encoder["default"].embedding.weight
     with torch.no_grad():
@@ -346,24 +380,6 @@ def with_prompt(model, args: PromptArguments, masked: bool, ids: list[int]):
         else:
             prompt.mul_(embeddings.float().std())  # of the spread of words
     return model
-
-
-def optimizer_of(model, args: PromptArguments, training):
-    """AdamW, for the soft prompt, the label embeddings and the model at rates of their own."""
-    from torch.optim import AdamW
-
-    rates = {"prompt_encoder": training.learning_rate, "soft_verbalizer": RATES["verbalizer"]}
-    if args.tune == "both":
-        rates["prompt_encoder"] = RATES["soft_prompt"]
-    groups: dict[float, list] = {}
-    for name, one in model.named_parameters():
-        if one.requires_grad:
-            rate = next((rates[part] for part in rates if part in name), training.learning_rate)
-            groups.setdefault(rate, []).append(one)
-    return AdamW(
-        [{"params": some, "lr": rate} for rate, some in groups.items()],
-        weight_decay=training.weight_decay,
-    )
 
 
 if __name__ == "__main__":

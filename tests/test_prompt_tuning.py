@@ -12,11 +12,17 @@ from run_files import losses, read_json, read_jsonl
 from safetensors.torch import load_file
 from tiny_bert import save_tiny_bert
 from tiny_llama import save_tiny_llama
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+)
 
 from common.arguments import parse_arguments
 from common.blank_evaluation import asker_of, evaluate_blanks, load_tuned
 from common.blank_rows import encode_blanks
+from common.blank_trainer import BlankTrainer
 from common.data import load_rows
 from common.encoding import PromptEncoder
 from common.errors import UserError
@@ -118,11 +124,15 @@ def test_what_was_trained_is_saved_and_loads_with_peft_and_transformers_alone(
         model = load_tuned(folder, metrics)
         assert load_file(folder / "soft_verbalizer.safetensors")["weight"].shape == (2, 32)
     assert scores(folder, model) == pytest.approx(kept, abs=1e-5)
-    if not soft:  # as the card says
-        (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-        scope = {}
-        exec(code, scope)
-        assert scores(folder, scope["model"].eval()) == pytest.approx(kept, abs=1e-5)
+    # As the card says.
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    scope = {}
+    exec(code, scope)
+    assert scores(folder, scope["model"].eval()) == pytest.approx(kept, abs=1e-5)
+    if soft:
+        ids = torch.tensor([[5, 6, 7]])
+        found = scope["model"](input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        assert found.shape[-1] == 2, "of the vocabulary, not of the labels"
     assert scores(folder) == pytest.approx(kept, abs=1e-5)
     assert not [*folder.glob("*.bin"), *folder.glob("*.pt")], "a pickle was left"
     assert metrics["trainable_parameters"] > 0
@@ -133,14 +143,14 @@ def test_what_was_trained_is_saved_and_loads_with_peft_and_transformers_alone(
 @pytest.mark.parametrize("tune", ["soft_prompt", "p_tuning", "prefix", "model", "both"])
 def test_only_what_tune_names_changes(kind, tune, run, models, monkeypatch):
     seen = {}
-    optimizer_of = prompt_tuning.optimizer_of
+    optimizer_at = BlankTrainer.optimizer_at
 
-    def watch(model, args, training):
-        seen["model"] = model
-        seen["before"] = {name: one.detach().clone() for name, one in model.named_parameters()}
-        return optimizer_of(model, args, training)
+    def watch(self, rates):
+        seen["model"] = self.model
+        seen["before"] = {name: one.detach().clone() for name, one in self.model.named_parameters()}
+        return optimizer_at(self, rates)
 
-    monkeypatch.setattr(prompt_tuning, "optimizer_of", watch)
+    monkeypatch.setattr(BlankTrainer, "optimizer_at", watch)
     run(kind, "--tune", tune, "--learning_rate", "0.01")
     changed = {
         name
@@ -198,18 +208,33 @@ def test_a_prefix_starts_as_the_text_in_front_of_the_prompt(run, models):
 
 
 def test_no_arguments_but_the_template_choose_rates_that_fit_what_is_tuned(run, monkeypatch):
-    rates = {}
-    optimizer_of = prompt_tuning.optimizer_of
+    rates, made = {}, []
+    optimizer_at = BlankTrainer.optimizer_at
 
-    def watch(model, args, training):
-        found = optimizer_of(model, args, training)
-        rates[args.tune] = [group["lr"] for group in found.param_groups]
-        return found
+    def watch(self, rates_of_parts):
+        made.append(optimizer_at(self, rates_of_parts))
+        rates[Path(self.args.output_dir).name] = [group["lr"] for group in made[-1].param_groups]
+        return made[-1]
 
-    monkeypatch.setattr(prompt_tuning, "optimizer_of", watch)
+    monkeypatch.setattr(BlankTrainer, "optimizer_at", watch)
     for tune in ("soft_prompt", "model", "both"):
         run("causal", "--tune", tune, "--max_steps", "1", output=tune)
-    assert rates == {"soft_prompt": [0.03], "model": [5e-5], "both": [5e-5, 0.03]}
+    assert {name: [*dict.fromkeys(some)] for name, some in rates.items()} == {
+        "soft_prompt": [0.03],
+        "model": [5e-5],
+        "both": [5e-5, 0.03],
+    }
+    assert all(isinstance(one, torch.optim.AdamW) for one in made)
+    # Another that is asked for; biases and norms are not drawn to zero.
+    options = ["--optim", "sgd", "--weight_decay", "0.1", "--max_steps", "1"]
+    run("masked", "--tune", "model", *options, output="sgd")
+    assert isinstance(made[-1], torch.optim.SGD)
+    decays = {
+        one.dim() > 1: group["weight_decay"]
+        for group in made[-1].param_groups
+        for one in group["params"]
+    }
+    assert decays == {True: 0.1, False: 0.0}
 
 
 def test_few_shot_draws_have_a_run_each_and_a_mean(run):
@@ -246,9 +271,14 @@ def test_the_best_pass_by_the_validation_rows_is_kept(run, monkeypatch):
     assert read_json(folder / "metrics.json")["validation_scores"] == [0.2, 0.9, 0.5]
 
 
-def test_too_few_rows_of_a_class_are_named(run):
+def test_too_few_rows_of_a_class_are_named_before_anything_is_done(run, monkeypatch):
+    monkeypatch.setattr("common.models.load_model", None)
+    folder = run("causal", "--preview", "1")
+    folder.mkdir()
+    (folder / "metrics.json").write_text("{}")
     with pytest.raises(UserError, match=r"--per_class 7: takes 14 rows .* 'negative' has 12"):
-        run("causal", "--per_class", "7")
+        run("causal", "--per_class", "7", "--draws", "2")
+    assert (folder / "metrics.json").exists()
 
 
 def test_a_model_is_scored_without_training(run, capsys):
@@ -277,6 +307,23 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(tune, run):
     assert torch.allclose(found, expected, atol=1e-6)
 
 
+def test_only_what_was_trained_is_gone_on_with(run):
+    folder = run("causal", "--save_strategy", "steps", "--save_steps", "2")
+    for argv in (
+        ["--tune", "p_tuning"],
+        ["--tune", "model"],
+        ["--virtual_tokens", "6"],
+        ["--soft_verbalizer", "true"],
+    ):
+        with pytest.raises(UserError, match=rf"was trained with {argv[0]} \w+, and this run has"):
+            run("causal", *argv, "--resume_from_checkpoint", "last")
+        assert (folder / "metrics.json").exists()
+    (folder / "checkpoint-4" / "trained.safetensors").unlink()
+    with pytest.raises(UserError, match=r"checkpoint-4: has no trained.safetensors"):
+        run("causal", "--resume_from_checkpoint", "last")
+    assert (folder / "metrics.json").exists()
+
+
 def test_accumulated_steps_are_those_of_one_batch(run):
     for kind in KINDS:
         one = run(kind, "--per_device_train_batch_size", "8", output=f"one_{kind}")
@@ -294,6 +341,22 @@ def test_predict_answers_rows_without_labels(run, data_folder, tmp_path):
     found = read_jsonl(folder / "predictions_asked.jsonl")
     known = read_jsonl(folder / "predictions.jsonl")
     assert [one["prediction"] for one in found] == [one["prediction"] for one in known]
+    # The tuned model answers, whichever is named; also from where the folder was moved.
+    folder = run("causal", "--tune", "both", "--learning_rate", "0.05", output="both")
+    run("causal", "--predict", str(asked), output=folder.rename(tmp_path / "moved").name)
+    found = flat(read_jsonl(tmp_path / "moved" / "predictions_asked.jsonl"))
+    known = flat(read_jsonl(tmp_path / "moved" / "predictions.jsonl"))
+    assert found == pytest.approx(known, abs=1e-5)
+
+
+def test_runs_of_other_recipes_answer_nothing_here(run, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "template.yaml").write_text("name: t")
+    for said, text in (("another recipe", '{"trainable_parameters": 7}'), ("not what", "{")):
+        (folder / "metrics.json").write_text(text)
+        with pytest.raises(UserError, match=said):
+            run("causal", "--predict", "rows.jsonl")
 
 
 def test_a_trained_run_is_not_written_over_by_a_score_or_a_search(run):
@@ -366,3 +429,41 @@ def test_mistakes_are_one_line(argv, said, run):
         run("causal", *argv)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+# Other models -----------------------------------------------------------------------------------
+
+
+SHAPE = {"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL = {
+    "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 2},
+    "electra": {**SHAPE, "hidden_size": 32, "embedding_size": 16},
+    "albert": {**SHAPE, "hidden_size": 32, "embedding_size": 16},
+}
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_soft_prompts_stand_before_masked_models_of_other_kinds(kind, run, models, tmp_path):
+    tokenizer = load_tokenizer(str(models["masked"]))
+    torch.manual_seed(0)
+    model = AutoModelForMaskedLM.from_config(
+        AutoConfig.for_model(kind, **SMALL[kind], vocab_size=len(tokenizer))
+    )
+    for one in (model, tokenizer):
+        one.save_pretrained(tmp_path / kind)
+    argv = ["--model_name_or_path", str(tmp_path / kind), "--max_steps", "1"]
+    for tune in ("soft_prompt", "p_tuning"):
+        folder = run("masked", *argv, "--tune", tune, output=tune)
+        assert read_json(folder / "metrics.json")["trainable_parameters"] > 0
+    if kind != "electra":
+        with pytest.raises(UserError, match=r"--tune prefix: .*ForMaskedLM takes no keys"):
+            run("masked", *argv, "--tune", "prefix", output="prefix")
+
+
+def test_a_model_with_an_encoder_is_refused(run, models, tmp_path):
+    shape = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 99}
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("bart", **shape))
+    model.save_pretrained(tmp_path / "bart")
+    load_tokenizer(str(models["causal"])).save_pretrained(tmp_path / "bart")
+    with pytest.raises(UserError, match="bart: is an encoder-decoder model"):
+        run("causal", "--model_name_or_path", str(tmp_path / "bart"))

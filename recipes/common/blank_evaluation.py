@@ -31,6 +31,7 @@ from common.template import PromptTemplate
 from common.verbalizer import combine_words
 
 SOFT_VERBALIZER = "soft_verbalizer.safetensors"
+BASE = "base_model"  # where a model is kept that was tuned together with a soft prompt
 
 
 def asker_of(encoder: PromptEncoder, masked: bool, cloze: bool) -> CausalAsker | MaskedAsker:
@@ -110,18 +111,23 @@ def _without_content(asker: CausalAsker | MaskedAsker, rows: BlankRows) -> list[
 
 
 def read_metrics(folder: Path | str) -> dict:
-    """What a run's metrics.json holds; empty where there is none."""
+    """What a run's metrics.json holds; empty where there is none.
+
+    Raises:
+        UserError: it is no JSON.
+    """
     path = Path(folder) / "metrics.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError:
+        raise UserError(f"{path}: is not what a run writes; name another --output_dir") from None
 
 
 def load_soft_verbalizer(folder: Path | str, model) -> None:
-    """Put the trained label embeddings of a run into its model, which then has one "token" for each
-    label at the blank.
+    """Put the trained label embeddings of a run into its model: its logits are then those of the
+    labels, [rows, tokens, labels], in the order of the template's verbalizer.
     """
-    bare = bare_model(model)
-    soft = SoftVerbalizer(**load_file(Path(folder) / SOFT_VERBALIZER))
-    bare.soft_verbalizer = soft.to(bare.device)
+    SoftVerbalizer(**load_file(Path(folder) / SOFT_VERBALIZER)).into(model)
 
 
 def load_tuned(folder: Path | str, metrics: Mapping, model_name_or_path: str | None = None, **load):
@@ -130,13 +136,15 @@ def load_tuned(folder: Path | str, metrics: Mapping, model_name_or_path: str | N
 
     Args:
         metrics: what its metrics.json holds.
-        model_name_or_path: of the model behind a soft prompt, if it lies elsewhere now.
+        model_name_or_path: of the untouched model behind a soft prompt, if it lies elsewhere now.
         load: options of `load_model`.
     """
     folder = Path(folder)
     adapted = (folder / "adapter_config.json").exists()
     base = str(folder)
-    if adapted:
+    if metrics["tune"] == "both":
+        base = str(folder / BASE)
+    elif adapted:
         base = model_name_or_path or PeftConfig.from_pretrained(folder).base_model_name_or_path
     masked = is_masked(stored_config(base, revision=load.get("revision")))
     model = load_model(base, model_class=AutoModelForMaskedLM if masked else None, **load)
@@ -158,6 +166,11 @@ def answer_blank_file(args, training) -> None:
     if not run.get("trainable_parameters") or not (folder / "template.yaml").exists():
         draws = " (its folders draw_N do)" if (folder / "draw_0").exists() else ""
         raise UserError(f"--output_dir {folder}: holds no trained result{draws}; train one first")
+    if "verbalizer" not in run:
+        raise UserError(
+            f"--output_dir {folder}: was made by another recipe (method: {run.get('method')}), "
+            "which has a --predict, too"
+        )
     template = PromptTemplate.load(
         str(folder / "template.yaml"), columns=parse_columns(args.columns)
     )

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.blank_evaluation import BASE
 from common.blank_rows import BlankRows
-from common.blank_trainer import BASE
 from common.encoding import PromptEncoder
 from common.evaluation import TaskScore
 from common.few_shot import CausalAsker, MaskedAsker
@@ -28,7 +28,13 @@ model = PeftModel.from_pretrained(model, {folder!r})
 # It stands in front: what the model says at the n-th token is logits[:, {virtual_tokens} + n].
 """
 LOAD_VERBALIZER = """\
-common.blank_evaluation.load_soft_verbalizer({folder!r}, model)  # of the recipes; see word_scores
+
+import sys
+
+sys.path.append("recipes")  # of the collection
+from common.blank_evaluation import load_soft_verbalizer
+
+load_soft_verbalizer({folder!r}, model)  # from now on its logits are those of the labels
 """
 
 

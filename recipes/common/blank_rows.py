@@ -141,20 +141,37 @@ def label_word_ids(
     asker: CausalAsker | MaskedAsker, question: Question
 ) -> dict[str, list[list[int]]]:
     """For each label the ids of its words as they stand in the blank of a question."""
-    encoder, verbalizer = asker.encoder, asker.encoder.template.verbalizer
+    encode = word_encoder(asker, question)
+    verbalizer = asker.encoder.template.verbalizer
+    return {label: [encode(word) for word in words] for label, words in verbalizer.items()}
+
+
+def word_encoder(
+    asker: CausalAsker | MaskedAsker, question: Question
+) -> Callable[[str], list[int]]:
+    """Gives the ids of a word as it stands in the blank of a question."""
+    encoder, template = asker.encoder, asker.encoder.template
     if isinstance(asker, CausalAsker) and not isinstance(asker, ClozeAsker):
-        if question.asked is None:
-            found = {label: list(question.candidates[label]) for label in verbalizer}
-        else:
-            found = {label: [f" {word}" for word in words] for label, words in verbalizer.items()}
-        return {label: [encoder.answer(text) for text in some] for label, some in found.items()}
+        if question.asked is not None:
+            return lambda word: encoder.answer(f" {word}")
+        return lambda word: encoder.answer(template.text("answer", question, word=word))
     before, _ = encoder.cloze_parts(question)
     if isinstance(asker, MaskedAsker):
-        encode = partial(encoder.text.word, before=before)
-    else:
-        space = before[len(before.rstrip()) :]
-        encode = lambda word: encoder.text.continuation(space + word)  # noqa: E731
-    return {label: [encode(word) for word in words] for label, words in verbalizer.items()}
+        return partial(encoder.text.word, before=before)
+    space = before[len(before.rstrip()) :]
+    return lambda word: encoder.text.continuation(space + word)
+
+
+def before_blank(asker: CausalAsker | MaskedAsker, question: Question, word: str) -> str:
+    """The character in front of a word in the blank of a question; "" in a chat, whose template
+    decides on it.
+    """
+    if isinstance(asker, MaskedAsker):
+        return asker.encoder.cloze_parts(question)[0][-1:]
+    if asker.encoder.chat:
+        return ""
+    ids = [*asker.prompt(question, ()).ids, *word_encoder(asker, question)(word)]
+    return asker.encoder.text.tokenizer.decode(ids).removesuffix(word)[-1:]
 
 
 def few_shot_rows(

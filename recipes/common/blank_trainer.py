@@ -4,13 +4,14 @@ save: soft prompts that are sharded, networks in front of them, label embeddings
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from peft import PeftModel, PromptEmbedding
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -21,16 +22,16 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from common.batches import micro_batches
-from common.blank_evaluation import SOFT_VERBALIZER
+from common.blank_evaluation import BASE, SOFT_VERBALIZER
 from common.blank_rows import Example
 from common.blanks import bare_model, collate, only_at, word_scores
+from common.errors import UserError
 from common.rehearsal import MicroBatch
 from common.sharding import reshard
 from common.trainer import RecipeTrainer
 from common.verbalizer import combine_words
 
 TRAINED = "trained.safetensors"  # of a checkpoint: everything that is trained, by its name
-BASE = "base_model"  # where a model is kept that was tuned together with a soft prompt
 
 
 class BlankTrainer(RecipeTrainer):
@@ -39,6 +40,7 @@ class BlankTrainer(RecipeTrainer):
     Args:
         examples: as `blank_rows.encode_blanks` makes them.
         combine: how words make a label's score.
+        trained: what is trained, as a checkpoint keeps it for `check_trained`.
         held_out: examples of which the loss is computed while training.
     """
 
@@ -48,6 +50,7 @@ class BlankTrainer(RecipeTrainer):
         training,
         examples: Sequence[Example],
         combine: str,
+        trained: Mapping[str, str],
         held_out: Sequence[Example] = (),
         **options,
     ):
@@ -60,7 +63,7 @@ class BlankTrainer(RecipeTrainer):
             data_collator=collate,
             **options,
         )
-        self.combine = combine
+        self.combine, self.trained = combine, dict(trained)
         # A step's loss is a mean over its rows. Masked models' own loss ignores how many there
         # are, and comes out scaled by the accumulation steps.
         self._loss_shifts_labels = False
@@ -89,6 +92,32 @@ class BlankTrainer(RecipeTrainer):
             self.tokens_seen += int(inputs["attention_mask"].sum())
         return (loss, {"scores": scores}) if return_outputs else loss
 
+    def optimizer_at(self, rates: Mapping[str, float]) -> torch.optim.Optimizer:
+        """The optimizer that the arguments ask for, with learning rates of their own for parameters
+        with these parts in their names.
+
+        Raises:
+            UserError: --optim names one that groups parameters itself.
+        """
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        if options.keys() & {"params", "model", "optimizer_dict"}:
+            raise UserError(f"--optim {self.args.optim}: groups parameters itself; try adamw_torch")
+        decayed = {*self.get_decay_parameter_names(self.model)}
+        groups: dict[tuple[float, float], list] = {}
+        for name, one in self.model.named_parameters():
+            if one.requires_grad:
+                own = (rate for part, rate in rates.items() if part in name)
+                decay = self.args.weight_decay if name in decayed else 0.0
+                rate = next(own, self.args.learning_rate)
+                groups.setdefault((rate, decay), []).append(one)
+        return kind(
+            [
+                {"params": some, "lr": rate, "weight_decay": decay}
+                for (rate, decay), some in groups.items()
+            ],
+            **options,
+        )
+
     def trained_weights(self) -> dict[str, torch.Tensor]:
         """Everything that is trained, whole, by its name; on other processes than the main one, of
         a sharded model, nothing.
@@ -111,7 +140,7 @@ class BlankTrainer(RecipeTrainer):
             return
         folder.mkdir(parents=True, exist_ok=True)
         if _internal_call:  # a checkpoint on the way
-            save_file(weights, folder / TRAINED)
+            save_file(weights, folder / TRAINED, self.trained)
             return
         soft = {name: one for name, one in weights.items() if ".soft_verbalizer." in f".{name}"}
         if soft:
@@ -173,6 +202,30 @@ class BlankTrainer(RecipeTrainer):
         weights = load_file(Path(resume_from_checkpoint) / TRAINED)
         options = StateDictOptions(full_state_dict=True, strict=False)
         set_model_state_dict(self.model, weights, options=options)
+
+
+def check_trained(checkpoint: Path, trained: Mapping[str, str]) -> None:
+    """See that a checkpoint holds what a run trains, before it is gone on from.
+
+    Args:
+        trained: argument -> value, of all that decide what is trained.
+    Raises:
+        UserError: another recipe's, or other arguments.
+    """
+    try:
+        with safe_open(checkpoint / TRAINED, "pt") as file:
+            held = file.metadata() or {}
+    except (OSError, SafetensorError):
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: has no {TRAINED} of prompt_tuning.py; pass "
+            "a checkpoint of a run of this recipe"
+        ) from None
+    for name, value in trained.items():
+        if held.get(name) != value:
+            raise UserError(
+                f"--resume_from_checkpoint {checkpoint}: was trained with --{name} "
+                f"{held.get(name)}, and this run has {value}; go on with the same"
+            )
 
 
 class KeepBest(TrainerCallback):

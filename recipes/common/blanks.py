@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 
 from common.blank_rows import Example
+from common.errors import UserError
 from common.lockstep import Lockstep
 from common.scoring import CPU_PASS_TOKENS, plan_padded, run_passes
 from common.token_tree import Pass
@@ -60,7 +61,7 @@ class SoftVerbalizer(torch.nn.Module):
     """A trained embedding for each label in place of the head's last layer (Hambardzumyan et al.
     2021, WARP, arXiv:2101.00121). It starts at the mean of the label's words.
 
-    The model then has one "token" for each label: see `soft_requests`.
+    The model that it is put `into` has one "token" for each label: see `soft_requests`.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
@@ -83,6 +84,12 @@ class SoftVerbalizer(torch.nn.Module):
             None if bias is None else _means(bias.detach(), words),
         )
 
+    def into(self, model) -> None:
+        """Take the place of the last layer of a model's head, as its `soft_verbalizer`."""
+        bare = bare_model(model)
+        bare.soft_verbalizer = self.to(bare.device)
+        bare.get_output_embeddings().forward = self.forward
+
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """[..., size] states -> [..., labels] logits."""
         return F.linear(states.to(self.weight.dtype), self.weight, self.bias)
@@ -96,36 +103,36 @@ def _means(rows: torch.Tensor, words: Mapping[str, Sequence[Sequence[int]]]) -> 
 
 @contextmanager
 def only_at(model, places: torch.Tensor, width: int) -> Iterator[None]:
-    """Let the model's head see a few states only: its logits are then [1, places, vocabulary].
-    Where the model has a `soft_verbalizer`, that stands in for the head's last layer.
+    """Let the last layer of the model's head see a few states only: its logits are then
+    [1, places, vocabulary].
 
     Args:
         model: a causal or a masked language model, or PEFT's wrapper around one.
         places: [places, 2] sequence and column of each state.
         width: of the sequences, without the soft prompt that stands in front.
+    Raises:
+        UserError: a model whose logits are not those of its last layer.
     """
     bare = bare_model(model)
+    head, picked = bare.get_output_embeddings(), []
 
-    def pick(module, args, output):
-        states = output[0]
+    def pick(module, args):
+        (states,) = args
         # Counted from the end: a soft prompt makes the sequences longer, a prefix does not.
-        picked = states[places[:, 0], states.shape[1] - width + places[:, 1]][None]
-        if isinstance(output, tuple):
-            return (picked, *output[1:])
-        output.last_hidden_state = picked
-        return output
+        picked.append(states[places[:, 0], states.shape[1] - width + places[:, 1]][None])
+        return (picked[0],)
 
-    hook = bare.base_model.register_forward_hook(pick)
-    soft = getattr(bare, "soft_verbalizer", None)
-    if soft is not None:
-        head = bare.get_output_embeddings()
-        head.forward = soft.forward
+    hook = head.register_forward_pre_hook(pick) if head is not None else None
     try:
         yield
     finally:
-        hook.remove()
-        if soft is not None:
-            del head.forward
+        if hook is not None:
+            hook.remove()
+    if len(picked) != 1:
+        raise UserError(
+            f"--model_name_or_path: {type(bare).__name__} has no last layer that can be asked at "
+            "the blank alone; take another model"
+        )
 
 
 def word_scores(

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from common.errors import UserError
@@ -46,13 +47,16 @@ def _check_kind(folder: Path) -> None:
         )
 
 
-def find_checkpoint(output_dir: str, which: str | None) -> str | None:
+def find_checkpoint(
+    output_dir: str, which: str | None, check: Callable[[Path], None] | None = None
+) -> str | None:
     """The checkpoint to resume from.
 
     Args:
         output_dir: the run's folder.
         which: None for a fresh start, "last" for the newest whole checkpoint in `output_dir`, or
             a folder.
+        check: called with the checkpoint; raises an error if it is not this run's.
 
     A fresh start clears what a finished run (one with a metrics.json) left there, and any samples,
     and refuses to mix with the checkpoints of an unfinished one. Going on, the run is unfinished
@@ -86,6 +90,8 @@ def find_checkpoint(output_dir: str, which: str | None) -> str | None:
             "missing or cut short); pass another, or 'last'"
         )
     _check_kind(checkpoint)
+    if check:
+        check(checkpoint)
     if is_main_process():
         (folder / "metrics.json").unlink(missing_ok=True)
     return str(checkpoint)

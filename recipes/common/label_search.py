@@ -9,13 +9,14 @@ paper tries all combinations, which only few classes allow.
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from common.blank_rows import BlankRows, ClozeAsker
+from common.blank_rows import BlankRows, word_encoder
 from common.blanks import only_at
 from common.data import load_splits
 from common.errors import UserError
@@ -24,12 +25,13 @@ from common.few_shot import CausalAsker, MaskedAsker
 from common.launch import is_main_process, progress_bar
 from common.lockstep import Lockstep, gather_results, process_group
 from common.report import print_table, printable
+from common.row_values import class_name
 from common.schema import TEMPLATE_FOLDER, find_template, load_yaml
 from common.template import PromptTemplate, Question
 
 CANDIDATES = 100  # words per class that are tried
 SHOWN = 8  # words per class that are shown
-MOST_ROWS = 1000  # training rows that are read; each costs the whole vocabulary in memory
+MOST_ROWS = 1000  # of training and of evaluation; each costs the whole vocabulary in memory
 _ROUNDS = 10
 
 
@@ -62,14 +64,16 @@ def classes_from_rows(args, columns: Mapping[str, str], seed: int) -> PromptTemp
         return PromptTemplate.load(args.template, columns=columns)
     label = fields["label"]
     # As text that is written, labels can be read before any of them is known.
-    free = {key: value for key, value in fields.items() if key not in ("label", "metric")}
+    free = {key: fields[key] for key in ("name", "dataset") if key in fields}
     free |= {
+        "form": "generative",
+        "prompt": "label",
         "answer": f"{{{{ {label} }}}}",
         "columns": {**(fields.get("columns") or {}), **columns},
     }
     template = PromptTemplate(free, path)
     train, _ = load_splits(template, args, seed)
-    found = sorted({str(row[template.column(label)]) for row in train.rows})
+    found = sorted({class_name(row[template.column(label)]) for row in train.rows})
     if len(found) > MOST_ROWS // 10:
         raise UserError(f"{path}: label: {label} has {len(found)} values; name a column of classes")
     fields |= {"columns": free["columns"], "verbalizer": {one: [one] for one in found}}
@@ -77,15 +81,21 @@ def classes_from_rows(args, columns: Mapping[str, str], seed: int) -> PromptTemp
 
 
 def search_label_words(
-    model, asker: CausalAsker | MaskedAsker, train: BlankRows, evaluation: BlankRows
+    model,
+    asker: CausalAsker | MaskedAsker,
+    train: BlankRows,
+    evaluation: BlankRows,
+    seed: int = 42,
 ) -> Found:
     """A word for each class that tells the training rows apart; the evaluation rows are only
     scored.
 
     Args:
-        train, evaluation: as `encode_blanks` gives them.
+        train, evaluation: as `encode_blanks` gives them; of many rows MOST_ROWS are drawn.
+        seed: of the draw.
     Raises:
-        UserError: pairs that are asked once per word have no words of their own.
+        UserError: pairs that are asked once per word have no words of their own; a class without
+            rows, or for which no word was found.
     """
     if train.asked[0].questions[0].asked is not None and isinstance(asker, CausalAsker):
         raise UserError(
@@ -93,11 +103,15 @@ def search_label_words(
             "label has no words of its own; pass --cloze true"
         )
     classes = list(asker.encoder.template.verbalizer)
-    likely, gold = _at_blank(model, asker, train.asked[:MOST_ROWS], "reading training rows")
+    draw = random.Random(seed)
+    some, held_out = (
+        draw.sample(rows.asked, min(MOST_ROWS, len(rows.asked))) for rows in (train, evaluation)
+    )
+    likely, gold = _at_blank(model, asker, some, "reading training rows")
     words = _candidates(asker, train.asked[0].questions[0], likely, gold, len(classes))
     tokens = [[token for _, token in some] for some in words]
     chosen = _choose(likely, gold, tokens)
-    held, held_gold = _at_blank(model, asker, evaluation.asked, "reading evaluation rows")
+    held, held_gold = _at_blank(model, asker, held_out, "reading evaluation rows")
 
     def accuracies(picked: Sequence[int]) -> tuple[float, float]:
         ids = [some[at] for some, at in zip(tokens, picked, strict=True)]
@@ -155,21 +169,10 @@ def _candidates(
 ) -> list[list[tuple[str, int]]]:
     """For each class the whole words that its rows make likeliest, with their tokens."""
     text, template = asker.encoder.text, asker.encoder.template
-    if isinstance(asker, CausalAsker) and not isinstance(asker, ClozeAsker):
-
-        def encode(word: str) -> list[int]:
-            return asker.encoder.answer(template.text("answer", question, word=word))
-    else:
-        before, _ = asker.encoder.cloze_parts(question)
-
-        def encode(word: str) -> list[int]:
-            return text.word(word, before)
-
-    found = []
+    encode, found = word_encoder(asker, question), []
     for label in range(classes):
-        rows = likely[gold == label]
+        rows, name = likely[gold == label], list(template.verbalizer)[label]
         if not len(rows):
-            name = list(template.verbalizer)[label]
             raise UserError(f"--search_label_words: no training row has the label {name!r}")
         some: dict[str, tuple[str, int]] = {}
         for token in rows.mean(0).argsort(descending=True).tolist():
@@ -179,6 +182,11 @@ def _candidates(
                 some.setdefault(word.casefold(), (word, token))
             if len(some) == CANDIDATES:
                 break
+        if len(some) < classes:  # each class takes another
+            raise UserError(
+                f"--search_label_words: {len(some)} words of one token can stand in the blank for "
+                f"{name!r}; put a space in front of it in {template.path.name}"
+            )
         found.append(list(some.values()))
     return found
 

@@ -130,14 +130,15 @@ def load_model(
     `kwargs` go there too.
 
     Raises:
-        UserError: what `resolve_model` raises, a hub that refuses, or weights that do not load.
+        UserError: what `resolve_model` raises, a hub that refuses, weights that do not load, or an
+            encoder-decoder model.
     """
     source = resolve_model(model_name_or_path)
     with _hub_errors_in_one_line(model_name_or_path or BUNDLED_NAME, source, revision):
         if model_class is None:
             from transformers import AutoModelForCausalLM as model_class
 
-        return model_class.from_pretrained(
+        model = model_class.from_pretrained(
             source,
             dtype=dtype,
             revision=revision or "main",
@@ -146,6 +147,13 @@ def load_model(
             use_safetensors=True,
             **kwargs,
         )
+    # Of some, BART for one, transformers would load the decoder alone.
+    if getattr(type(model.config), "is_encoder_decoder", False):
+        raise UserError(
+            f"{model_name_or_path}: is an encoder-decoder model, which is not trained here; take "
+            "a decoder"
+        )
+    return model
 
 
 def stored_config(model_name_or_path: str | None = None, *, revision: str | None = None) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -275,6 +276,8 @@ def publish(output_dir: str, training) -> None:
         repository = api.create_repo(name, private=training.hub_private_repo, exist_ok=True).repo_id
         card = Path(output_dir) / "README.md"
         text = card.read_text(encoding="utf-8")
+        # A model below the folder is one of the repository's own folders.
+        text = re.sub(f"'{re.escape(output_dir)}/(\\w+)'", rf"{repository!r}, subfolder='\1'", text)
         card.write_text(text.replace(repr(output_dir), repr(repository)), encoding="utf-8")
         api.upload_folder(
             repo_id=repository,

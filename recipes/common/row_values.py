@@ -28,6 +28,13 @@ def as_list(value: Any) -> list:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
+def class_name(value: Any) -> str:
+    """The value of a label column as a template's verbalizer names it: 1.0 is 1."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip()
+
+
 # Conversations
 
 

@@ -62,6 +62,19 @@ def start_ids(
     return (found * count)[:count]
 
 
+def require_cache(model) -> None:
+    """A prefix is keys and values that a model takes for those of tokens before the text.
+
+    Raises:
+        UserError: the model takes none.
+    """
+    if "past_key_values" not in inspect.signature(model.base_model.forward).parameters:
+        raise UserError(
+            f"--tune prefix: {type(model).__name__} takes no keys and values; --tune soft_prompt "
+            "does without"
+        )
+
+
 def keys_and_values(model, ids: list[int]):
     """[tokens, 2 x layers x heads x size] what a causal model's layers keep of a text, in the order
     of PEFT's prefixes, which then begin as this text (Li and Liang 2021, section 7.4).
@@ -92,6 +105,8 @@ def compute_prompt_once(model: PeftModel) -> bool:
         return False
     if "past_key_values" not in takes or not _keeps_all(DynamicCache(config=bare.config)):
         return False
+    if bare.base_model is bare:  # its body has another name than transformers expects
+        return False
     plain = model.forward
 
     def forward(input_ids=None, attention_mask=None, **options):
@@ -102,7 +117,7 @@ def compute_prompt_once(model: PeftModel) -> bool:
             return plain(input_ids=input_ids, attention_mask=attention_mask, **options)
         cache = DynamicCache(config=bare.config)
         prompt = model.get_prompt(batch_size=1).to(bare.get_input_embeddings().weight.dtype)
-        # Not by a call, for hooks on the body, such as `blanks.only_at`'s, mean the rows.
+        # Not by a call, for hooks on the body mean the rows.
         bare.base_model.forward(inputs_embeds=prompt, past_key_values=cache, use_cache=True)
         for layer in cache.layers:
             layer.keys = layer.keys.expand(len(input_ids), -1, -1, -1)

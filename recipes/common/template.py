@@ -19,8 +19,9 @@ from typing import Any
 import jinja2
 import yaml
 
+from common import row_values
 from common.errors import UserError
-from common.row_values import RowError, Turn, as_list, read_entities, read_tools, read_turns
+from common.row_values import RowError, Turn, as_list, class_name
 from common.sandbox import SecurityError, compile_expression, compile_text, variables_of
 from common.schema import CURE, TEXTS, check_fields, find_template, load_yaml, own_variables, plain
 
@@ -175,9 +176,7 @@ class PromptTemplate:
 
     def read_class(self, value: Any) -> str | None:
         """The verbalizer's key for the value of a label column; None for no such class."""
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        label = str(value).strip()
+        label = class_name(value)
         return label if label in self.verbalizer else None
 
     # Rows -> questions
@@ -203,8 +202,8 @@ class PromptTemplate:
         answers = answers or self._has_answers(row)
         if self.messages:
             names = filter(None, (self.messages, self.completion))
-            turns = read_turns({self.column(one): values[one] for one in names})
-            return [Question(values, turns=turns, tools=read_tools(values.get("tools")))]
+            turns = row_values.read_turns({self.column(one): values[one] for one in names})
+            return [Question(values, turns=turns, tools=row_values.read_tools(values.get("tools")))]
         if answers:
             self._refuse_null_answers(row)
         if self.entity_spans:
@@ -302,7 +301,7 @@ class PromptTemplate:
         tokens = [str(token) for token in as_list(values[spec["tokens"]])]
         values[self.context] = " ".join(tokens)
         tags = as_list(values[spec["tags"]]) if answers else []
-        found = read_entities(tokens, tags, spec["types"]) if answers else []
+        found = row_values.read_entities(tokens, tags, spec["types"]) if answers else []
         join, questions = spec["join"], []
         for kind, words in spec["types"].items():
             texts = [text for type_, text, _, _ in found if type_ == kind]

@@ -70,17 +70,23 @@ def combine_words(
 
 
 def check_words(
-    template: PromptTemplate, text: TextEncoder, encoded: Mapping[str, Sequence[Sequence[int]]]
+    template: PromptTemplate,
+    text: TextEncoder,
+    encoded: Mapping[str, Sequence[Sequence[int]]],
+    before: str = "",
 ) -> list[str]:
     """What a user should know of how a tokenizer encodes the label words, one line each.
 
     Args:
         encoded: label -> the ids of its words as they stand in the text that is asked.
+        before: the character in front of them there.
     Raises:
         UserError: a word that the tokenizer does not know, or words of two labels that it cannot
             tell apart.
     """
     tokenizer, notes = text.tokenizer, []
+    # Other scripts may have no spaces between words.
+    glued = before.isascii() and bool(before.strip()) and before not in "([{<\"'`/-_"
     seen: dict[tuple[int, ...], tuple[str, str]] = {}
     for label, words in template.verbalizer.items():
         for word, ids in zip(words, map(tuple, encoded[label]), strict=True):
@@ -97,7 +103,12 @@ def check_words(
                     "choose another word"
                 )
             spaced = tuple(text.encode(f" {word}"))
-            if len(spaced) < len(ids):
+            if glued and spaced != ids:
+                notes.append(
+                    f"{where}: stands right behind {before!r}, as another word to the model than "
+                    "behind a space; put one in front of it"
+                )
+            elif len(spaced) < len(ids):
                 notes.append(
                     f"{where}: is {_pieces(tokenizer, ids)} where it stands and "
                     f"{_pieces(tokenizer, spaced)} behind a space; put one in front of the word"

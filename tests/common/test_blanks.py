@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from tiny_bert import tiny_bert
-from tiny_models import MODELS, tiny_llama, with_opinions
+from tiny_models import MODELS, tiny, tiny_llama, with_opinions
 from tokenizers_for_tests import tokenizer_for
 
 from common.blank_evaluation import asker_of, evaluate_blanks
@@ -65,6 +65,23 @@ def test_scores_are_the_likelihoods_that_the_evaluation_engine_finds(masked, nam
         assert values.tolist() == pytest.approx([x for some in expected for x in some], abs=1e-4)
         labels = [label for _, words in requests for label, *_ in words]
         assert [list(LABELS)[index] for index in example["word_labels"]] == labels
+
+
+def test_models_whose_body_is_called_in_parts_are_read_at_the_blank_too():
+    shape = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = with_opinions(tiny("opt", **shape, word_embed_proj_dim=32, max_position_embeddings=128))
+    examples = encode_blanks(asker(), ROWS).encoded.examples
+    found = score_examples(model, examples)
+    for example, values in zip(examples, found.tolist(), strict=True):
+        assert values == pytest.approx(plain(model, example), abs=1e-4)
+
+
+def test_a_model_that_cannot_be_read_at_the_blank_alone_is_refused(monkeypatch):
+    model = copy.deepcopy(MODELS["llama"])
+    head = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(type(model), "get_output_embeddings", lambda self: head)
+    with pytest.raises(UserError, match="LlamaForCausalLM has no last layer that can be asked"):
+        score_examples(model, encode_blanks(asker(), ROWS[:1]).encoded.examples)
 
 
 def test_a_pair_that_is_asked_once_per_word_scores_by_how_much_yes_leads():
@@ -206,7 +223,7 @@ def test_a_soft_verbalizer_starts_at_the_label_words(masked):
     hard = score_examples(model, rows.encoded.examples)
     words = label_word_ids(ask, rows.asked[0].questions[0])
     assert all(len(ids) == 1 for (ids,) in words.values())
-    model.soft_verbalizer = SoftVerbalizer.at_words(model, words)
+    SoftVerbalizer.at_words(model, words).into(model)
     found = score_examples(model, soft.encoded.examples)
     # Of words of one token the soft scores are the hard ones, but for the words left out.
     assert torch.allclose(found, hard.log_softmax(-1), atol=1e-4)

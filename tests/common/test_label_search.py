@@ -118,6 +118,46 @@ def test_rows_beside_the_template_are_found_from_where_the_new_one_is_written(tm
     assert locate(written, None, None).resolve() == (tmp_path / "rows.jsonl").resolve()
 
 
+def test_classes_are_named_as_they_are_read(tmp_path):
+    rows = [{"text": "x", "label": label} for label in (1.0, 0.0, 1.0)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    args = arguments(tmp_path, FIELDS)
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    template = classes_from_rows(args, {}, 0)
+    assert list(template.verbalizer) == ["0", "1"]
+    assert [template.questions(row)[0].label for row in rows] == ["1", "0", "1"]
+    pairs = {"form": "inference", "first": "{{ text }}", "second": "{{ text }}"}
+    pairs |= {"name": "t", "prompt": "{{ first }}? {{ second }}", "label": "label"}
+    args = arguments(tmp_path, pairs)
+    assert list(classes_from_rows(args, {}, 0).verbalizer) == ["0", "1", "2"]
+
+
+def test_rows_that_are_sorted_by_class_are_drawn_from(monkeypatch):
+    monkeypatch.setattr("common.label_search.MOST_ROWS", 12)
+    asker, model = prepared(masked=True)
+    rows = encode_blanks(asker, sorted(ROWS * 2, key=lambda row: row["label"]))
+    assert len(search_label_words(model, asker, rows, rows).words) == 3
+
+
+def test_words_are_found_for_a_blank_of_a_causal_model_whose_tokens_carry_the_space():
+    tokenizer = tokenizer_for("llama2")
+    template = PromptTemplate({**FIELDS, "verbalizer": {"0": ["0"], "1": ["1"], "2": ["2"]}})
+    asker = asker_of(PromptEncoder(template, tokenizer, 100), False, True)
+    rows = encode_blanks(asker, ROWS)
+    found = search_label_words(MODELS["llama"], asker, rows, rows)
+    assert len(set(found.words.values())) == 3
+
+
+def test_a_blank_that_no_word_can_fill_is_named():
+    template = PromptTemplate(
+        {**FIELDS, "answer": "x{{ word }}", "verbalizer": {"0": ["0"], "1": ["1"], "2": ["2"]}}
+    )
+    asker = asker_of(PromptEncoder(template, tokenizer_for("gpt2"), 100), False, False)
+    rows = encode_blanks(asker, ROWS)
+    with pytest.raises(UserError, match="0 words of one token can stand in the blank for '0'"):
+        search_label_words(MODELS["gpt2"], asker, rows, rows)
+
+
 def test_a_class_without_training_rows_is_named():
     asker, model = prepared(masked=True)
     rows = encode_blanks(asker, ROWS[:2])

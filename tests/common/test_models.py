@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     ByT5Tokenizer,
+    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
@@ -239,9 +240,12 @@ def test_a_refusal_of_the_hub_is_one_line_with_the_cure(case, auto, monkeypatch)
 
 def test_only_safetensors_and_no_custom_code_are_asked_of_the_hub(monkeypatch):
     asked = {}
-    monkeypatch.setattr(
-        AutoModelForCausalLM, "from_pretrained", lambda name, **kwargs: asked.update(kwargs, n=name)
-    )
+
+    def fetch(name, **kwargs):
+        asked.update(kwargs, n=name)
+        return SimpleNamespace(config=LlamaConfig())
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fetch)
     models.load_model("org/name", revision="v2", dtype="float32")
     assert asked["n"] == "org/name"
     assert (asked["use_safetensors"], asked["trust_remote_code"]) == (True, False)
