@@ -44,6 +44,7 @@ METHODS = {
     "adapter_8": ("adapter_sft", {"bottleneck_size": 8}),
     "adapter_64": ("adapter_sft", {"bottleneck_size": 64}),
     "adapter_256": ("adapter_sft", {"bottleneck_size": 256}),
+    "norms": ("adapter_sft", {"bottleneck_size": 64, "train_norms": True}),
     "lora": ("lora_sft", {}),
     "full": ("instruction_sft", {"rendering": "text"}),
 }
@@ -51,6 +52,7 @@ TITLES = {
     "adapter_8": "adapters, m = 8",
     "adapter_64": "adapters, m = 64",
     "adapter_256": "adapters, m = 256",
+    "norms": "adapters, m = 64, and layer norms",
     "lora": "LoRA, r = 16",
     "full": "all parameters",
 }
@@ -274,10 +276,13 @@ def draw(result: dict, path: Path) -> None:
             panel.axhline(mean(full["scores"]), color="#c8553d", linewidth=1.2)
             label = f"all {full['trainable_parameters'] / 1e6:.0f} M parameters"
             panel.axhspan(*band(full["scores"]), color="#c8553d", alpha=0.12, label=label)
-        styles = {"adapters": ("o-", "#1f6f8b"), "LoRA": ("s", "#7a9e3d")}
-        for name, (marker, color) in styles.items():
-            shown = [one for key, one in methods.items() if TITLES[key].startswith(name)]
-            if shown:
+        styles = {
+            "adapters": ("o-", "#1f6f8b", ("adapter_8", "adapter_64", "adapter_256")),
+            "and norms": ("^", "#9b6bb3", ("norms",)),
+            "LoRA": ("s", "#7a9e3d", ("lora",)),
+        }
+        for name, (marker, color, keys) in styles.items():
+            if shown := [methods[key] for key in keys if key in methods]:
                 panel.errorbar(
                     [one["trainable_parameters"] for one in shown],
                     [mean(one["scores"]) for one in shown],
@@ -295,7 +300,7 @@ def draw(result: dict, path: Path) -> None:
         panel.grid(axis="y", color="#e5e5e5")
     panels[0][0].set_ylabel("accuracy")
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper right", ncols=3, frameon=False, fontsize=8)
+    figure.legend(handles, labels, loc="upper right", ncols=4, frameon=False, fontsize=8)
     figure.tight_layout(rect=(0, 0, 1, 0.93))
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -71,6 +71,9 @@ def test_a_run_that_fails_is_one_line(monkeypatch, tmp_path):
         bench.main(["--quick", "--keep", str(tmp_path)])
 
 
+COUNTS = (622_080, 4_462_080, 17_602_560, 4_497_216, 4_884_480, 134_515_008)
+
+
 def test_the_table_and_the_figure_of_two_tasks(tmp_path, capsys):
     def found(*means):
         methods = {
@@ -79,11 +82,8 @@ def test_the_table_and_the_figure_of_two_tasks(tmp_path, capsys):
                 "trainable_parameters": count,
                 "train_seconds": 1.0,
             }
-            for method, middle, count in zip(
-                bench.METHODS, means, (622_080, 4_462_080, 17_602_560, 4_884_480, 134_515_008),
-                strict=True,
-            )
-        }  # fmt: skip
+            for method, middle, count in zip(bench.METHODS, means, COUNTS, strict=True)
+        }
         return {
             "rows": 872,
             "base_score": 0.6,
@@ -93,8 +93,8 @@ def test_the_table_and_the_figure_of_two_tasks(tmp_path, capsys):
 
     result = {
         "tasks": {
-            "sst2": found(0.88, 0.9, 0.91, 0.9, 0.91),
-            "trec": found(0.7, 0.9, 0.9, 0.9, 0.95),
+            "sst2": found(0.88, 0.9, 0.91, 0.89, 0.9, 0.91),
+            "trec": found(0.7, 0.9, 0.9, 0.88, 0.9, 0.95),
         },
         "seeds": 2,
         "train_rows": 800,
