@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from common.blank_rows import BlankRows, word_encoder
-from common.blanks import only_at
+from common.blank_rows import BlankRows, Example, word_encoder
+from common.blanks import collate, only_at
 from common.data import load_splits
 from common.errors import UserError
 from common.evaluation import Asked
@@ -32,6 +32,7 @@ from common.template import PromptTemplate, Question
 CANDIDATES = 100  # words per class that are tried
 SHOWN = 8  # words per class that are shown
 MOST_ROWS = 1000  # of training and of evaluation; each costs the whole vocabulary in memory
+ROWS_AT_ONCE = 8
 _ROUNDS = 10
 
 
@@ -139,22 +140,32 @@ def _at_blank(
     run, classes = Lockstep(model), list(asker.encoder.template.verbalizer)
     model.eval()
     rank, world = process_group()
+    examples: dict[int, Example] = {}
+    for number in range(rank, len(asked), world):
+        one = asked[number]
+        if isinstance(asker, CausalAsker):
+            ids = one.prompts[0].ids
+            place = len(ids) - 1
+        else:
+            ids, (place,), _ = asker.encoder.cloze(one.questions[0], 1)
+        # Any token, for all of them are read.
+        reads = {"lengths": [len(ids)], "reads": [[0, place, 0, 0, 1]]}
+        examples[number] = {"input_ids": ids, **reads, "word_labels": [0], "labels": 0}
+    own = sorted(examples, key=lambda number: examples[number]["lengths"])
     found: dict[int, torch.Tensor] = {}
-    own = range(rank, len(asked), world)
     with run, progress_bar(description, len(own)) as bar:
-        for number in own:
-            one = asked[number]
-            if isinstance(asker, CausalAsker):
-                ids = one.prompts[0].ids
-                place = len(ids) - 1
-            else:
-                ids, (place,), _ = asker.encoder.cloze(one.questions[0], 1)
-            batch = torch.tensor([ids], device=run.device)
-            places = torch.tensor([[0, place]], device=run.device)
-            with only_at(model, places, len(ids)):
-                logits = run(input_ids=batch, attention_mask=torch.ones_like(batch)).logits
-            found[number] = logits[0, 0].float().log_softmax(-1).cpu()
-            bar.update()
+        for start in range(0, len(own), ROWS_AT_ONCE):
+            some = own[start : start + ROWS_AT_ONCE]
+            batch = collate([examples[number] for number in some])
+            ids, mask, places = (
+                batch[name].to(run.device) for name in ("input_ids", "attention_mask", "places")
+            )
+            with only_at(model, places, ids.shape[1]):
+                logits = run(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            likely = logits[0].float().log_softmax(-1).cpu()
+            # Copies, since a row that is sent to others would take its neighbors along.
+            found |= {number: row.clone() for number, row in zip(some, likely, strict=True)}
+            bar.update(len(some))
     found = gather_results(found)
     labels = [classes.index(one.questions[0].label) for one in asked]
     return torch.stack([found[number] for number in range(len(asked))]), torch.tensor(labels)
