@@ -268,8 +268,8 @@ def main(args: PromptArguments, training) -> dict | None:
             run,
             blanks.encoded.examples,
             args.combine,
-            trained,
             held_out=scored.encoded.examples if run.eval_strategy != "no" else (),
+            trained=trained,
             processing_class=tokenizer,
         )
         rates = {"soft_verbalizer": RATES["verbalizer"]}

@@ -25,12 +25,15 @@ settings.load_profile("suite")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _collect_less():
+def _as_in_a_new_process():
     """What the libraries hold by now is left out of garbage collection, which accelerate asks for
-    after each training and which took a tenth of a recipe's run.
+    after each training and which took a tenth of a recipe's run; and what --predict tells
+    transformers by the environment does not outlive a file.
     """
     gc.collect()
     gc.freeze()
+    yield
+    os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
 
 
 def pytest_xdist_make_scheduler(config, log):

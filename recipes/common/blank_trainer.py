@@ -40,8 +40,8 @@ class BlankTrainer(RecipeTrainer):
     Args:
         examples: as `blank_rows.encode_blanks` makes them.
         combine: how words make a label's score.
-        trained: what is trained, as a checkpoint keeps it for `check_trained`.
         held_out: examples of which the loss is computed while training.
+        trained: what is trained, as a checkpoint keeps it for `check_trained`.
     """
 
     def __init__(
@@ -50,8 +50,8 @@ class BlankTrainer(RecipeTrainer):
         training,
         examples: Sequence[Example],
         combine: str,
-        trained: Mapping[str, str],
         held_out: Sequence[Example] = (),
+        trained: Mapping[str, str] | None = None,
         **options,
     ):
         training.remove_unused_columns = False
@@ -63,7 +63,7 @@ class BlankTrainer(RecipeTrainer):
             data_collator=collate,
             **options,
         )
-        self.combine, self.trained = combine, dict(trained)
+        self.combine, self.trained = combine, dict(trained or {})
         # A step's loss is a mean over its rows. Masked models' own loss ignores how many there
         # are, and comes out scaled by the accumulation steps.
         self._loss_shifts_labels = False
