@@ -372,6 +372,17 @@ def api(monkeypatch):
     return fake
 
 
+def test_a_model_below_the_published_folder_is_named_as_the_repositorys(finish, api):
+    finish()
+    folder = finish.training.output_dir
+    card = Path(folder) / "README.md"
+    card.write_text(f"load({folder + '/base_model'!r})\nload(model, {folder!r})\n")
+    finish.training.hub_model_id = "me/mine"
+    publish(folder, finish.training)
+    said = "load('me/mine', subfolder='base_model')\nload(model, 'me/mine')\n"
+    assert card.read_text() == said
+
+
 def test_a_run_is_published_without_checkpoints_under_the_name_and_token_given(finish, api, capsys):
     finish()
     for name in ("checkpoint-20/optimizer.pt", "merged/model.safetensors", "adapter.safetensors"):
