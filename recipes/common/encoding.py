@@ -163,6 +163,11 @@ class PromptEncoder:
             return {label: [ids + list(end) for ids in texts] for label, texts in encoded.items()}
         return encoded
 
+    def longest_candidate(self, question: Question) -> int:
+        """How many tokens the longest candidate of a question has; 0 for one without candidates."""
+        answers = (text for texts in question.candidates.values() for text in texts)
+        return max((len(self.answer(text)) for text in answers), default=0)
+
     def _messages(
         self, question: Question, demonstrations: Sequence[Demonstration], phrasing: int
     ) -> list[Turn]:
@@ -183,7 +188,9 @@ class PromptEncoder:
             DoesNotFit: see `prompt`.
         """
         answer = self.answer(question.target)
-        prompt = self.prompt(question, len(answer), demonstrations, phrasing=phrasing, window=True)
+        # Of any class's answer, as in scoring: else a shortened prompt's length told the class.
+        reserve = max(len(answer), self.longest_candidate(question))
+        prompt = self.prompt(question, reserve, demonstrations, phrasing=phrasing, window=True)
         target = answer + prompt.end
         return prompt.ids + target, [IGNORED] * len(prompt.ids) + target, prompt
 

@@ -204,20 +204,10 @@ def finish(template: PromptTemplate, records: list[dict], total: int, answers: b
     return TaskScore(template.metric, score, stderr, details, **counts)
 
 
-def longest_answer(encoder: PromptEncoder) -> Callable[[Question], int]:
-    """How many tokens the longest candidate of a question has; 0 for one without candidates."""
-
-    def longest(question: Question) -> int:
-        answers = (text for texts in question.candidates.values() for text in texts)
-        return max((len(encoder.answer(text)) for text in answers), default=0)
-
-    return longest
-
-
 def _by_likelihood(model, encoder, rows, batch_tokens, answers, description) -> TaskScore:
     template = encoder.template
 
-    asked = ask(encoder, rows, longest_answer(encoder), answers)
+    asked = ask(encoder, rows, encoder.longest_candidate, answers)
     requests, labels = [], []
     for one in asked:
         for question, prompt in zip(one.questions, one.prompts, strict=True):

@@ -15,7 +15,6 @@ from common.evaluation import (
     TaskScore,
     ask,
     finish,
-    longest_answer,
     predicted,
     record_of,
     score_loss,
@@ -65,11 +64,11 @@ class CausalAsker:
         self, rows: Sequence[Mapping], answers: bool, demonstrate: Demonstrate | None
     ) -> list[Asked]:
         """The rows whose prompts fit."""
-        return ask(self.encoder, rows, longest_answer(self.encoder), answers, demonstrate)
+        return ask(self.encoder, rows, self.encoder.longest_candidate, answers, demonstrate)
 
     def prompt(self, question: Question, shown: Sequence[Demonstration]) -> EncodedPrompt:
         """The prompt of one question."""
-        return self.encoder.prompt(question, longest_answer(self.encoder)(question), shown)
+        return self.encoder.prompt(question, self.encoder.longest_candidate(question), shown)
 
     def requests(
         self, question: Question, prompt: EncodedPrompt, shown: Sequence[Demonstration]

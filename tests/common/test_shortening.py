@@ -76,9 +76,12 @@ def test_an_example_fits_or_is_refused_and_only_shortens_what_it_may(name, data)
     shown = data.draw(demonstrations(texts))
     whole, labels, roomy = encoder.training_example(question, shown)
     target = [label for label in labels if label != IGNORED]
-    least = len(prompt_ids(encoder, smallest(encoder, question), [])) + len(target)
-    max_length = data.draw(budgets(least, len(whole)))
-    room = max_length - len(target)
+    # The room that any class's answer needs, else a prompt's length would tell the class.
+    needed = max(len(target), encoder.longest_candidate(question) + len(roomy.end))
+    least = len(prompt_ids(encoder, smallest(encoder, question), [])) + needed
+    most = len(roomy.ids) + needed
+    max_length = data.draw(budgets(least, most))
+    room = max_length - needed
 
     try:
         ids, labels, prompt = limited(encoder, max_length).training_example(question, shown)
@@ -93,13 +96,39 @@ def test_an_example_fits_or_is_refused_and_only_shortens_what_it_may(name, data)
     assert ids == prompt_ids(encoder, prompt.question, shown[prompt.dropped :]) + target
     check_cut(encoder, question, prompt.question)
     assert prompt.shortened == (prompt.question != question)
-    if len(whole) <= max_length:
+    if most <= max_length:
         assert (ids, prompt) == (whole, roomy)
     if prompt.dropped:
         assert len(prompt_ids(encoder, question, shown[prompt.dropped - 1 :])) > room
     if prompt.shortened:
         assert prompt.dropped == len(shown)
         assert len(prompt_ids(encoder, question, [])) > room
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shortened_prompt_is_the_one_that_is_scored_and_does_not_tell_the_class(name):
+    words = {"0": "good", "1": "not to be recommended to anybody at all"}
+    template = PromptTemplate(
+        {
+            "name": "uneven",
+            "form": "generative",
+            "prompt": "Review: {{ text }}\nVerdict:",
+            "answer": " {{ word }}",
+            "label": "label",
+            "verbalizer": words,
+            "shorten": ["text"],
+        }
+    )
+    encoder = PromptEncoder(template, tokenizer_for(name), max_length=60)
+    prompts = []
+    for label in words:
+        (question,) = template.questions({"text": "a film " * 50, "label": label})
+        prompt = encoder.training_example(question)[2]
+        assert prompt.shortened
+        prompts.append(prompt.ids)
+        reserve = encoder.longest_candidate(question)
+        assert encoder.prompt(question, reserve).ids == prompt.ids
+    assert prompts[0] == prompts[1]
 
 
 @pytest.mark.parametrize("name", MASKED)
