@@ -128,21 +128,24 @@ class ChatTemplate:
         """What the template writes behind an answer to these turns."""
         return self._around_answer([{**turn, "content": "text"} for turn in turns])[1]
 
-    def calls(self, turns: Sequence[Turn], calling: Turn, tools: Sequence[Mapping] = ()) -> str:
-        """What the assistant's turn that calls tools adds to the prompt of the turns before it.
+    def written(self, turns: Sequence[Turn], last: Turn, tools: Sequence[Mapping] = ()) -> str:
+        """What the assistant's turn that calls tools or reasons adds to the prompt of those before.
 
-        The calls begin where a text would, or where they have a header of their own (gpt-oss),
-        behind the generation prompt.
+        Calls begin where a text would, or where they have a header of their own (gpt-oss), behind
+        the generation prompt, as reasoning does.
 
         Raises:
             UserError: as `render`, or the rendering begins with neither.
         """
-        whole = self.render([*turns, calling], tools)
-        head, _ = self._around_answer(turns, tools)
-        for start in (head, self.render(turns, tools, add_generation_prompt=True)):
-            if whole.startswith(start):
-                return whole[len(start) :]
-        raise self._lost("calls of tools behind its generation prompt")
+        whole = self.render([*turns, last], tools)
+        starts, what = [self.render(turns, tools, add_generation_prompt=True)], "reasoning"
+        if "reasoning_content" not in last:
+            starts, what = [self._around_answer(turns, tools)[0], *starts], "calls of tools"
+        for start in starts:
+            rest = whole[len(start) :]
+            if whole.startswith(start) and last.get("reasoning_content", "") in rest:
+                return rest
+        raise self._lost(f"{what} behind its generation prompt")
 
     def _around_answer(
         self, turns: Sequence[Turn], tools: Sequence[Mapping] = ()
@@ -208,6 +211,16 @@ class ChatTemplate:
                     raise
                 self._answers[key] = False
         return self._answers[key]
+
+    @property
+    def writes_reasoning(self) -> bool:
+        """Whether the template writes a turn's reasoning behind its generation prompt."""
+        if "reasoning" not in self._answers:
+            ask = [{"role": "user", "content": "text"}]
+            answer = {"role": "assistant", "content": "text", "reasoning_content": _PROBE}
+            whole, start = self._apply([*ask, answer], (), False), self._apply(ask, (), True)
+            self._answers["reasoning"] = whole.startswith(start) and _PROBE in whole[len(start) :]
+        return self._answers["reasoning"]
 
     @property
     def _wants_parts(self) -> bool:

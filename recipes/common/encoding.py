@@ -209,7 +209,7 @@ class PromptEncoder:
         # An answer is learned without the white space around it, so later turns see it likewise.
         turns = [
             {**turn, "content": turn["content"].strip()} if turn["role"] == "assistant" else turn
-            for turn in question.turns
+            for turn in self.text.with_reasoning(question.turns)
         ]
         tools = question.tools
         for place, turn in enumerate(turns):
@@ -217,8 +217,8 @@ class PromptEncoder:
                 continue
             before, whole = turns[:place], True
             prompt = self.text.chat_prompt(before, tools)
-            if "tool_calls" in turn:
-                target = self.text.chat_calls(before, turn, tools)
+            if "tool_calls" in turn or "reasoning_content" in turn:
+                target = self.text.chat_written(before, turn, tools)
             else:
                 target = self.text.chat_answer(turn["content"]) + self.text.chat_end(before)
             if len(prompt) + len(target) > self.max_length:

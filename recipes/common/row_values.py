@@ -1,10 +1,12 @@
 """What stands in a row besides plain text: lists, conversations, tagged tokens."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# A turn: role, content and, for those of tools, tool_calls, name and tool_call_id.
+# A turn: role, content and, for some, reasoning_content; for those of tools, tool_calls, name and
+# tool_call_id.
 Turn = Mapping[str, Any]
 
 # OpenAI's and ShareGPT's names -> those that chat templates know.
@@ -14,6 +16,8 @@ _ROLES = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "function_call"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "function_response"), "tool"),
 }
+# Reasoning in front of an answer, as DeepSeek-R1 and Qwen3 write it and data sets keep it.
+_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 _DEEPEST = 50  # levels of a tool call's arguments
 
 
@@ -46,8 +50,9 @@ def read_turns(columns: Mapping[str, Any]) -> tuple[Turn, ...]:
     tool calls in OpenAI's forms (`tool_calls`, the older `function_call`, arguments as JSON text)
     and ShareGPT's `function_call` turns. A tool's turn that does not say which call it answers
     answers the one in its place. A system turn without text is none. A turn that is not to be
-    learned keeps OpenAI's `weight: 0`. Reasoning beside the content is refused; other keys are left
-    behind.
+    learned keeps OpenAI's `weight: 0`. The assistant's reasoning, beside the content
+    (reasoning_content, reasoning, thinking) or at its beginning (<think>...</think>), becomes
+    `reasoning_content`. Other keys are left behind.
 
     The order must be: a system turn or none, a user's, then turns of which no two of the user or
     of the assistant meet, and those of tools stand behind the assistant's. Turns of the user or of
@@ -90,6 +95,15 @@ def _read_turn(raw: Any) -> dict[str, Any]:
     if role is None:
         raise RowError(f"has the role {name!r}; use system, user, assistant or tool")
     turn = {"role": role, "content": _read_content(given.get("content", given.get("value", "")))}
+    if role == "assistant" and (thought := _THOUGHT.fullmatch(turn["content"])):
+        turn |= {"content": thought[2].lstrip(), "reasoning_content": thought[1].strip()}
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        if isinstance(given.get(key), str) and given[key].strip():
+            if role != "assistant":
+                raise RowError(f"has {key} as {role}; only the assistant's is learned, remove it")
+            turn["reasoning_content"] = given[key].strip()
+    if not turn.get("reasoning_content"):
+        turn.pop("reasoning_content", None)
     calls = given.get("tool_calls") or given.get("function_call")
     if name == "function_call":  # ShareGPT's: the content is the call
         calls, turn["content"] = calls or _read_json(turn["content"], "the call"), ""
@@ -99,12 +113,6 @@ def _read_turn(raw: Any) -> dict[str, Any]:
         turn["tool_calls"] = [_read_call(call) for call in as_list(calls)]
     elif role != "system" and not turn["content"].strip():
         raise RowError("is empty; fill it or leave the row out")
-    for key in ("reasoning_content", "reasoning", "thinking"):
-        if isinstance(given.get(key), str) and given[key].strip():
-            raise RowError(
-                f"has {key}, which would not be learned; write it into the content as the model's "
-                "chat template does, such as <think>...</think>, or remove it"
-            )
     if role == "tool":
         turn |= {key: str(given[key]) for key in ("name", "tool_call_id") if key in given}
     if role == "assistant" and given.get("weight") == 0:

@@ -56,6 +56,7 @@ class TextEncoder:
         self.control_ids.discard(tokenizer.unk_token_id)
         # The eos token ends an answer even where it is also the unk token, as GPT-2's.
         self._end_ids = self.control_ids | {tokenizer.eos_token_id}
+        self._has_thoughts = any(token.content == "<think>" for _, token in added)
         self._backend = copy.deepcopy(tokenizer.backend_tokenizer)
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -221,17 +222,44 @@ class TextEncoder:
             self._chat_ends[key] = end, bool(ends)
         return self._chat_ends[key]
 
-    def chat_calls(
-        self, messages: Sequence[Turn], calling: Turn, tools: Sequence[Mapping] = ()
+    def with_reasoning(self, messages: Sequence[Turn]) -> list[Turn]:
+        """The turns as the chat template can write them: where it knows no reasoning, that stands
+        in front of the answer, as text.
+
+        Raises:
+            UserError: the model has tokens for reasoning, but its chat template does not write them
+                behind its generation prompt.
+        """
+        reasons = any("reasoning_content" in turn for turn in messages)
+        if not reasons or self.chat.writes_reasoning:
+            return list(messages)
+        if self._has_thoughts:
+            raise UserError(
+                f"chat template of {self.tokenizer.name_or_path}: it does not write reasoning "
+                "behind its generation prompt; remove the reasoning, pass a model whose template "
+                """does, or, where it is turned off, --chat_template_kwargs '{"enable_thinking": """
+                "true}'"
+            )
+        turns = []
+        for turn in messages:
+            turn, thought = dict(turn), turn.get("reasoning_content")
+            if thought is not None:
+                del turn["reasoning_content"]
+                turn["content"] = f"<think>\n{thought}\n</think>\n\n{turn['content']}"
+            turns.append(turn)
+        return turns
+
+    def chat_written(
+        self, messages: Sequence[Turn], last: Turn, tools: Sequence[Mapping] = ()
     ) -> list[int]:
-        """Ids of an assistant's turn that calls tools, as it is to be written after `chat_prompt`
-        of the turns before, up to its end marker: an answer's, or its own (gpt-oss).
+        """Ids of an assistant's turn that calls tools or reasons, as it is to be written after
+        `chat_prompt` of the turns before, up to its end marker: an answer's, or its own (gpt-oss).
 
         Raises:
             UserError: as `chat_prompt`.
         """
-        *before, last = self._turns([*messages, calling])
-        ids = self._ids(self.chat.calls(before, last, self._guard_inside(tools)))
+        *before, last = self._turns([*messages, last])
+        ids = self._ids(self.chat.written(before, last, self._guard_inside(tools)))
         end, written = self._chat_end(messages)
         ends = {end[-1]} if end[-1] in ids else self._end_ids
         places = [place for place, index in enumerate(ids) if index in ends]

@@ -130,8 +130,8 @@ def test_every_way_of_writing_a_conversation_reads_the_same(texts, letters, way)
             "turn 1 holds a part that is no text (image_url); only text is learned",
         ),
         (
-            [HI[0], {**HI[1], "reasoning_content": "It is a greeting."}],
-            "turn 2 has reasoning_content, which would not be learned; write it into the content",
+            [{**HI[0], "reasoning_content": "It is a greeting."}, HI[1]],
+            "turn 1 has reasoning_content as user; only the assistant's is learned, remove it",
         ),
     ],
 )
