@@ -124,6 +124,10 @@ class ChatTemplate:
                 raise self._lost("the turns of tools")
         return rendered
 
+    def before_answer(self, turns: Sequence[Turn]) -> str:
+        """What the template writes up to an answer to these turns."""
+        return self._around_answer(turns)[0]
+
     def after_answer(self, turns: Sequence[Turn]) -> str:
         """What the template writes behind an answer to these turns."""
         return self._around_answer([{**turn, "content": "text"} for turn in turns])[1]

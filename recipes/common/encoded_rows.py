@@ -64,7 +64,9 @@ def encode_rows(
                     for example in encoder.conversation(question, encoded.counts):
                         encoded.add(number, *example)
                 except UserError as error:  # the chat template rejects the turns
-                    raise UserError(f"training row {number + 1}: {error}") from None
+                    raise UserError(
+                        f"training row {number + 1}{beginning(question)}: {error}"
+                    ) from None
                 continue
             phrasing = draw.randrange(len(template.prompts))
             try:
@@ -78,6 +80,13 @@ def encode_rows(
     if not encoded.examples:
         raise UserError(f"--max_length {encoder.max_length}: no training row fits; raise it")
     return encoded
+
+
+def beginning(question: Question) -> str:
+    """By what a conversation is found in its file: how its first question begins."""
+    text = next(turn["content"] for turn in question.turns if turn["role"] == "user")
+    words = " ".join(text.split())
+    return f" ({words[:40]!r}{'...' if len(words) > 40 else ''})"
 
 
 def drawn_questions(template: PromptTemplate, row: Mapping, draw: random.Random) -> list[Question]:

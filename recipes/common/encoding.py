@@ -299,15 +299,12 @@ class PromptEncoder:
         """
         if "cloze" not in self.template.texts:
             raise UserError(f"{self.template.path}: cloze: is missing; --cloze needs it")
-        tokenizer = self.text.tokenizer
-        first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
         def parts(one: Question) -> tuple[list[int], dict[str, list[list[int]]]]:
             before, after = self.cloze_parts(one)
             text = before.rstrip()
             space = before[len(text) :]
-            # A text that begins with the mask needs something from which its word is predicted.
-            return self.text.text_prompt(text) or [first], {
+            return self.text.text_prompt(text), {
                 label: [self.text.continuation(f"{space}{word}{after}") for word in words]
                 for label, words in self.template.verbalizer.items()
             }

@@ -13,6 +13,7 @@ from itertools import groupby
 
 import numpy as np
 
+from common.encoded_rows import beginning
 from common.encoding import (
     IGNORED,
     Counts,
@@ -322,7 +323,9 @@ def score_loss(
             except DoesNotFit:
                 continue
             except UserError as error:  # the chat template rejects the turns
-                raise UserError(f"evaluation row {number + 1}: {error}") from None
+                raise UserError(
+                    f"evaluation row {number + 1}{beginning(question)}: {error}"
+                ) from None
             for ids, labels in examples:
                 start = 0
                 for ignored, run in groupby(labels, lambda label: label == IGNORED):

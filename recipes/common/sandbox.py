@@ -8,8 +8,9 @@ over long data, or a regular expression that backtracks, can run for as long as 
 """
 
 import re
+from collections.abc import Mapping
 
-from jinja2 import StrictUndefined, TemplateSyntaxError, nodes
+from jinja2 import StrictUndefined, TemplateSyntaxError, Undefined, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.visitor import NodeTransformer
 
@@ -36,12 +37,41 @@ def _limit(length: int) -> None:
         raise SecurityError(f"a value of over {_LONGEST:,} characters or elements")
 
 
+def _limit_nested(value):
+    """The value itself, unless its text would be too long: lists that hold one another grow tenfold
+    with every line of a template.
+    """
+    length, rest = 0, [value]
+    while rest:
+        one = rest.pop()
+        if isinstance(one, dict):
+            rest += [*one.keys(), *one.values()]
+        elif isinstance(one, list | tuple):
+            rest += one
+        length += len(one) + 8 if isinstance(one, str | list | tuple | dict) else 8
+        _limit(length)
+    return value
+
+
+def _written(value):
+    """What an expression writes: nothing for a null, and no Python for a method."""
+    if callable(value) and not isinstance(value, Undefined):
+        raise TypeError(f"{getattr(value, '__name__', value)} is a method; write () behind it")
+    return "" if value is None else value
+
+
 class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset("+*%")
 
+    def getattr(self, obj, attribute):
+        # What the data holds goes before a dictionary's methods: order.items, meta.values.
+        if isinstance(obj, Mapping) and attribute in obj:
+            return obj[attribute]
+        return super().getattr(obj, attribute)
+
     def call_binop(self, context, operator, left, right):
         if operator == "+":
-            _limit(sum(len(one) for one in (left, right) if hasattr(one, "__len__")))
+            _limit_nested([left, right])
         elif operator == "*" and (hasattr(left, "__len__") or hasattr(right, "__len__")):
             raise SecurityError("text or a list times a number is not allowed")
         elif operator == "%" and hasattr(left, "__len__"):
@@ -62,11 +92,11 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def _generate(self, source, *args, **kwargs):
         # Jinja's hook between the tree and its code: every text and every expression passes here.
         _refuse(source)
-        return super()._generate(_ConcatAsJoin().visit(source), *args, **kwargs)
+        return super()._generate(_Limited().visit(source), *args, **kwargs)
 
 
 def _join(parts, separator: str = "") -> str:
-    texts = [str(part) for part in parts]
+    texts = [str(_written(part)) for part in parts]
     _limit(sum(map(len, texts)) + len(separator) * len(texts))
     return separator.join(texts)
 
@@ -87,21 +117,32 @@ def _regex_replace(text: object, pattern: str, replacement: str = "") -> str:
     return re.sub(pattern, replacement, text)
 
 
-class _ConcatAsJoin(NodeTransformer):
-    """`a ~ b` as `[a, b]|join`, whose length is limited."""
+class _Limited(NodeTransformer):
+    """`a ~ b` as `[a, b]|join`, whose length is limited, and every list that a template makes as
+    one whose text is.
+    """
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
         parts = nodes.List([self.visit(part) for part in node.nodes])
         return nodes.Filter(parts, "join", [], [], None, None, lineno=node.lineno)
 
+    def visit_List(self, node: nodes.Expr) -> nodes.Expr:
+        self.generic_visit(node)
+        if getattr(node, "ctx", "load") != "load":  # names on the left of a set
+            return node
+        return nodes.Filter(node, "limited", [], [], None, None, lineno=node.lineno)
+
+    visit_Tuple = visit_Dict = visit_List
+
 
 def _environment() -> _Sandbox:
-    environment = _Sandbox(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment = _Sandbox(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_written)
     # cycler, joiner, lipsum, namespace and range: nothing that a prompt needs, all of them stepping
     # stones. No loader is set either.
     environment.globals.clear()
     environment.filters = {name: environment.filters[name] for name in FILTERS}
     environment.filters |= {"join": _join, "replace": _replace, "regex_replace": _regex_replace}
+    environment.filters["limited"] = _limit_nested
     return environment
 
 
@@ -126,7 +167,7 @@ def _refuse(tree: nodes.Template) -> None:
             names = [node.arg.value]
         elif isinstance(node, nodes.Filter):
             if node.name not in ENVIRONMENT.filters:
-                known = ", ".join(sorted(ENVIRONMENT.filters))
+                known = ", ".join(sorted({*ENVIRONMENT.filters} - {"limited"}))
                 raise SecurityError(f"the filter {node.name} is not allowed, only {known}")
             if node.name in ("map", "selectattr", "rejectattr", "sort", "unique", "sum"):
                 values = [*node.args, *(keyword.value for keyword in node.kwargs)]

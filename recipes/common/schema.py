@@ -107,6 +107,8 @@ def load_yaml(path: Path) -> dict:
         raise UserError(
             f"{path}: {where}{problem}; put text with a colon, braces or quotes into quotes"
         ) from None
+    except ValueError as error:  # a date that is none, such as 2020-99-99
+        raise UserError(f"{path}: {error}; put it into quotes") from None
     except RecursionError:
         raise UserError(f"{path}: nested too deeply to be a template; flatten it") from None
     if not isinstance(data, dict):
@@ -171,6 +173,10 @@ def check_fields(fields: dict[str, Any], path: Path) -> dict[str, Any]:
                 raise wrong(f"{key}.{inner}", f'{part!r} is not text; write "{part}" in quotes')
     if not fields.get("name"):
         raise wrong("name", "is missing; give the task a short name")
+    if (
+        Path(fields["name"]).name != fields["name"] or fields["name"] == ".."
+    ):  # runs write files of this name
+        raise wrong("name", f"{fields['name']!r} is no plain name; leave out slashes")
     if fields.get("form") not in FORMS:
         raise wrong("form", f"must be one of {', '.join(FORMS)}, not {fields.get('form')!r}")
 
@@ -311,6 +317,9 @@ def _check_shape(fields: dict, wrong) -> None:
         raise wrong("cloze", "has no {{ mask }}; place it where the label word belongs")
 
     shorten = fields.get("shorten", [])
+    for name in shorten:
+        if not isinstance(name, str):
+            raise wrong("shorten", f"{name!r} is not text; name fields of the template")
     sides = shorten if isinstance(shorten, dict) else dict.fromkeys(shorten, "right")
     for name, side in sides.items():
         if not isinstance(name, str) or side not in ("right", "left"):

@@ -218,7 +218,11 @@ def _read_file(file: Path, template: PromptTemplate, answers: bool) -> Iterator[
     named = _class_reader(features, template, answers)
     number = 0
     for batch in table.to_batches(max_chunksize=1000):
-        for row in batch.to_pylist():
+        try:
+            rows = batch.to_pylist()
+        except (ValueError, OverflowError, pyarrow.ArrowException) as error:  # a date in year 10000
+            raise UserError(_NO_PARQUET.format(shown, one_line(error))) from None
+        for row in rows:
             number += 1
             yield f"{shown}: row {number}", named(row)
 
@@ -241,7 +245,7 @@ def first_row(place: Path | Hub, split: str) -> dict[str, Any]:
         try:
             for batch in parquet.ParquetFile(file).iter_batches(batch_size=1):
                 return batch.to_pylist()[0]
-        except (OSError, ValueError, pyarrow.ArrowException) as error:
+        except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
             raise UserError(_NO_PARQUET.format(shown, one_line(error))) from None
         raise UserError(problem)
     for line, row in read_text_rows(file, shown):

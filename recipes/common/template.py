@@ -66,6 +66,13 @@ class Question:
         return dataclasses.replace(self, variables={**self.variables, **variables})
 
 
+def _missing(value: Any) -> str | None:
+    """What an answer is that was not given; None for one that was."""
+    if value is None:
+        return "null"
+    return "empty" if isinstance(value, str) and not value.strip() else None
+
+
 class PromptTemplate:
     """A task, as its YAML file describes it; the fields are attributes of the same names."""
 
@@ -113,8 +120,9 @@ class PromptTemplate:
         """
         path = find_template(name_or_path)
         fields = load_yaml(path)
-        if columns:
-            fields["columns"] = {**(fields.get("columns") or {}), **columns}
+        own = fields.get("columns") or {}
+        if columns and isinstance(own, dict):  # else the check says what is wrong with it
+            fields["columns"] = {**own, **columns}
         return cls(fields, path)
 
     def save(self, path: Path | str) -> None:
@@ -205,7 +213,7 @@ class PromptTemplate:
             turns = row_values.read_turns({self.column(one): values[one] for one in names})
             return [Question(values, turns=turns, tools=row_values.read_tools(values.get("tools")))]
         if answers:
-            self._refuse_null_answers(row)
+            self._refuse_missing_answers(row)
         if self.entity_spans:
             found = self._ask_entities(values, answers)
         elif self.form == "extractive":
@@ -221,18 +229,26 @@ class PromptTemplate:
             parts = [self._render(self._rationale[key], values, key) for key in ("text", "join")]
             found = [dataclasses.replace(one, rationale="".join(parts)) for one in found]
         for one in found:  # a row that cannot be rendered must fail here, before a model is loaded
-            self.prompt(one)
+            for phrasing in range(len(self.prompts)):
+                self.prompt(one, phrasing)
+            self.system(one)
+            self.cloze(one, "")
+            if self.form == "inference":
+                self.pair(one)
         return found
 
     def _has_answers(self, row: Mapping[str, Any]) -> bool:
         columns = map(self.column, self.answer_variables - self.optional)
-        return all(row.get(column) not in (None, "") for column in columns)
+        if self.label and class_name(row.get(self.column(self.label))) == "-1":
+            # GLUE's test files have it in place of a label.
+            return "-1" in self.verbalizer
+        return all(_missing(row.get(column)) is None for column in columns)
 
-    def _refuse_null_answers(self, row: Mapping[str, Any]) -> None:
+    def _refuse_missing_answers(self, row: Mapping[str, Any]) -> None:
         for name in self.answer_variables - self.optional:
             column = self.column(name)
-            if row.get(column) is None:
-                raise RowError(f"{column} is null; give the answer, or leave the row out")
+            if what := _missing(row.get(column)):
+                raise RowError(f"{column} is {what}; give the answer, or leave the row out")
 
     def _ask_class(self, values: dict, answers: bool) -> list[Question]:
         label = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from tokenizers import AddedToken
@@ -127,9 +127,20 @@ class TextEncoder:
 
     def continuation(self, text: str) -> list[int]:
         """Ids of a text that follows another. Tokenizers of Llama 2's kind put a space before every
-        text, even one that begins with a space: they are given it without its own.
+        text, even one that begins with a space: they are given it without its own, and one that
+        begins with none behind something else.
         """
-        return list(self.encode(text[1:] if self._doubles_space and text[:1] == " " else text))
+        if not self._doubles_space:
+            return list(self.encode(text))
+        return list(self.encode(text[1:])) if text[:1] == " " else self._inside(text)
+
+    def _inside(self, text: str) -> list[int]:
+        """Ids of a text that no space may be put before."""
+        for before in ("\n", "=", "a"):
+            start, ids = self.encode(before), self.encode(before + text)
+            if ids[: len(start)] == start:  # else the two are one token
+                return list(ids[len(start) :])
+        return list(self.encode(text))
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
         """The [start, end) characters of each token of a text."""
@@ -150,8 +161,11 @@ class TextEncoder:
         return [self.tokenizer.eos_token_id]
 
     def text_prompt(self, text: str) -> list[int]:
-        """A prompt as generation sees it: the tokenizer's frame in front, nothing behind."""
-        return [*self.prefix, *self._encode(text)]
+        """A prompt as generation sees it: the tokenizer's frame in front, nothing behind. One
+        without text is a bos or eos token, for an answer needs something to be predicted from.
+        """
+        first = self.tokenizer.bos_token_id
+        return [*self.prefix, *self._encode(text)] or (self.end if first is None else [first])
 
     # Masked models
 
@@ -202,7 +216,19 @@ class TextEncoder:
 
     def chat_answer(self, text: str) -> list[int]:
         """Ids of an answer in a chat, without the end marker."""
-        return list(self.encode(text.strip()))
+        text = text.strip()
+        return list(self.encode(text)) if self._answers_spaced else self._inside(text)
+
+    @cached_property
+    def _answers_spaced(self) -> bool:
+        """Whether an answer's ids in a chat are those of a text by itself, which Llama 2's kind of
+        tokenizer puts a space before: its own chat template does so, others do not.
+        """
+        if not self._doubles_space:
+            return True
+        head, text = self.chat.before_answer([{"role": "user", "content": "text"}]), "text"
+        ids, alone = self._ids(head + text), self._ids(text)
+        return ids[-len(alone) :] == alone
 
     def chat_end(self, messages: Sequence[Turn]) -> list[int]:
         """What the chat template writes after an answer to these turns, up to its first control

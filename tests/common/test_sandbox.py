@@ -6,7 +6,7 @@ from template_fields import ASK, PAIR, SPAN, first, make, one_line
 from common.errors import UserError
 from common.template import PromptTemplate
 
-HOSTILE_ROW = {"text": "ab", "key": "__class__", "items": [1, 2], "map": {"k": "v"}, "gold": ""}
+HOSTILE_ROW = {"text": "ab", "key": "__class__", "items": [1, 2], "map": {"k": "v"}, "gold": "g"}
 
 
 @pytest.mark.parametrize(
@@ -158,11 +158,18 @@ TEN = "'aaaaaaaaaa'"
         "{% set x = 99999999 %}" + "{% set x = x * x %}" * 40 + "{{ x }}",
         "{% for a in text %}{% for b in text %}{{ text }}{% endfor %}{% endfor %}",
         "{% set x %}{{ text }}{% endset %}",
+        *(
+            "{% set x = ['x'] %}" + "{% set x = [x, x, x, x] %}" * 20 + end
+            for end in ("{{ x }}", "{{ x|upper }}", "{{ x|replace('x', '') }}", "{{ x ~ '' }}", "")
+        ),
+        "{% set x = ['x'] %}" + "{% set x = {1: x, 2: x} %}" * 40,
+        "{% set x = ('x',) %}" + "{% set x = (x, x) %}" * 40,
+        "{% set x = ['x'] %}" + "{% set x = [x, x] + [x, x] %}" * 20,
     ],
 )
 def test_no_chain_of_small_steps_grows_a_huge_text(source):
     with pytest.raises(UserError) as error:
-        make(ASK, prompt=source).questions({"text": "a" * 10_000, "gold": ""})
+        make(ASK, prompt=source).questions({"text": "a" * 10_000, "gold": "g"})
     assert one_line(error).startswith("task.yaml: prompt: ")
 
 
@@ -212,6 +219,11 @@ def test_expressions_are_checked_when_they_are_loaded(key):
         ),
         ("{{ items|map('upper')|join }}{{ rows|map(attribute='id')|join(',') }}", "AB7,8"),
         ("{% if absent %}x{% else %}y{% endif %}{{ map.z|default('z') }}", "yz"),
+        (
+            "{% set a, b = 1, [2, 3] %}{{ a }}{{ b }}{% for c, d in [(4, 5)] %}{{ d }}{% endfor %}",
+            "1[2, 3]5",
+        ),
+        ("{{ own.items }} {{ own.nothing }}{{ [own.nothing, 'a']|join }}.", "own a."),
         ("{% raw %}{{ text }}{% endraw %}", "{{ text }}"),
         ("a\n{{ text }}\nb", "a\ntwo words\nb"),
     ],
@@ -222,8 +234,9 @@ def test_what_a_prompt_needs_is_allowed(source, rendered):
         "items": ["a", "b"],
         "number": 5,
         "map": {"k": "v"},
+        "own": {"items": "own", "nothing": None},
         "rows": [{"id": 7}, {"id": 8}],
-        "gold": "",
+        "gold": "g",
     }
     template = make(ASK, prompt=source, optional=["absent"])
     assert template.prompt(first(template, row)) == rendered

@@ -35,6 +35,7 @@ from common.template import PromptTemplate
         ("a: !!python/object/apply:os.getcwd []", "line 1", "could not determine a constructor"),
         ("- name: a", "", "holds no keys; a template starts with 'name:'"),
         ("", "", "holds no keys; a template starts with 'name:'"),
+        ("name: 2020-99-99", "", "month must be in 1..12; put it into quotes"),
         ("a: " + "[" * 5000, "", "nested too deeply to be a template; flatten it"),
     ],
 )
@@ -151,6 +152,9 @@ def test_label_words_that_yaml_turns_into_something_else_are_refused(tmp_path, w
         ({**ASK, "metric": "accuracy"}, "metric", "accuracy does not fit"),
         ({**SORT, "metric": "squad"}, "metric", "squad does not fit"),
         ({**ASK, "metric": "f1"}, "metric", "must be one of accuracy, macro_f1"),
+        ({**ASK, "shorten": [["x"]]}, "shorten", "['x'] is not text; name fields"),
+        ({**ASK, "name": "glue/sst2"}, "name", "'glue/sst2' is no plain name; leave out slashes"),
+        ({**ASK, "name": ".."}, "name", "'..' is no plain name"),
         ({**ASK, "shorten": ["txt"]}, "shorten", "'txt' stands in no text; name one of text"),
         ({**PAIR, "shorten": ["first"]}, "shorten", "'first' stands in no text; name one of text"),
         ({**ASK, "shorten": {"text": "middle"}}, "shorten", "must be right or left"),
@@ -189,6 +193,13 @@ def test_a_mistake_is_one_line_with_file_key_and_cure(fields, key, problem):
     message = one_line(error)
     assert message.startswith(f"task.yaml: {key}: ")
     assert problem in message
+
+
+def test_columns_of_the_command_line_do_not_hide_a_mistake_in_those_of_the_file(tmp_path):
+    file = tmp_path / "task.yaml"
+    file.write_text("name: a\nform: generative\nprompt: x\nanswer: y\ncolumns: [a]\n")
+    with pytest.raises(UserError, match="columns: must be keys and values"):
+        PromptTemplate.load(str(file), columns={"text": "b"})
 
 
 def test_checking_leaves_the_given_fields_as_they_are():

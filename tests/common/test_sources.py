@@ -3,8 +3,10 @@ import re
 from types import SimpleNamespace
 
 import datasets
+import pyarrow as pa
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
+from pyarrow import parquet as pq
 from row_files import ASK, SST2, arguments, ask, load, numbered, refusal, write
 
 from common.data import load_rows, load_splits
@@ -94,6 +96,13 @@ def test_a_file_that_is_no_parquet_or_has_another_suffix_is_an_error(tmp_path):
     (tmp_path / "rows.xlsx").write_text("x")
     assert refusal(tmp_path / "rows.parquet").startswith("rows.parquet: no Parquet file")
     assert refusal(tmp_path / "rows.xlsx").startswith("rows.xlsx: not one of .jsonl, .json, .csv")
+
+
+def test_a_date_that_python_has_not_is_one_line(tmp_path):
+    file = tmp_path / "rows.parquet"
+    times = pa.array([2**62], pa.timestamp("us"))
+    pq.write_table(pa.table({"text": ["a"], "label": ["good"], "at": times}), file)
+    assert refusal(file).startswith("rows.parquet: no Parquet file (date value out of range)")
 
 
 # The hub, faked at its edge

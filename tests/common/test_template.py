@@ -25,7 +25,7 @@ quick = settings(max_examples=60, deadline=None)
 # Rows
 
 
-@given(ANY_TEXT, ANY_TEXT)
+@given(ANY_TEXT, ANY_TEXT.filter(str.strip))
 @quick
 def test_any_text_in_a_field_stays_as_it_is(text, gold):
     template = make(ASK, system="[{{ text }}]", cloze="{{ mask }}{{ text }}")
@@ -71,18 +71,40 @@ def test_a_null_and_an_absent_optional_column_are_empty_text():
         (ASK, {"text": "a", "gold": None}, "gold is null; give the answer, or leave the row out"),
         (
             {**ASK, "prompt": "{{ text.b }}"},
-            {"text": "a", "gold": ""},
+            {"text": "a", "gold": "g"},
             "prompt: .*has no attribute 'b'",
         ),
-        ({**ASK, "prompt": "{{ text + 1 }}"}, {"text": "a", "gold": ""}, "prompt: .*does not fit"),
+        *(
+            (ASK, {"text": "a", "gold": gold}, "gold is empty; give the answer, or leave the row")
+            for gold in ("", " ")
+        ),
+        *(
+            ({**ASK, **more}, {"text": 7, "gold": "g"}, "'int object' has no attribute 'strip'")
+            for more in (
+                {"system": "{{ text.strip() }}"},
+                {"cloze": "{{ text.strip() }} {{ mask }}"},
+            )
+        ),
+        (
+            {**PAIR, "first": "{{ text.strip() }}", "prompt": "{{ text }} {{ second }}"},
+            {"text": 7, "label": "bad"},
+            "has no attribute 'strip'",
+        ),
+        (
+            {**without(ASK, "prompt"), "prompts": ["{{ text }}", "{{ text.strip() }}"]},
+            {"text": 7, "gold": "g"},
+            "has no attribute 'strip'",
+        ),
+        ({**ASK, "prompt": "{{ text.keys }}"}, {"text": {}, "gold": "g"}, "keys is a method"),
+        ({**ASK, "prompt": "{{ text + 1 }}"}, {"text": "a", "gold": "g"}, "prompt: .*does not fit"),
         (
             {**ASK, "prompt": "{{ 1 / text|int }}"},
-            {"text": "", "gold": ""},
+            {"text": "", "gold": "g"},
             "prompt: .*does not fit",
         ),
         (
             {**ASK, "prompt": "{{ text|regex_replace(text) }}"},
-            {"text": "(", "gold": ""},
+            {"text": "(", "gold": "g"},
             "does not",
         ),
         (
@@ -153,6 +175,15 @@ def test_a_column_may_bear_the_name_of_a_variable_of_another_form(column):
     template = make(ASK, prompt="{{ " + column + " }}")
     assert template.missing_columns({"gold": "g"}) == [column]
     assert template.prompt(first(template, {column: "a", "gold": "g"})) == "a"
+
+
+@pytest.mark.parametrize("label", [-1, "-1", -1.0])
+def test_a_placeholder_for_a_label_is_none_where_none_is_needed(label):
+    assert first(make(SORT), {"text": "", "label": label}, answers=False).label is None
+    with pytest.raises(RowError, match="is not in the verbalizer"):
+        make(SORT).questions({"text": "", "label": label})
+    signs = make(SORT, verbalizer={"-1": ["bad"], "1": ["good"]})
+    assert first(signs, {"text": "", "label": label}, answers=False).label == "-1"
 
 
 def test_rows_to_predict_need_no_answer():

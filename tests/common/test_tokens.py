@@ -50,6 +50,45 @@ def test_text_without_control_tokens_is_encoded_as_the_tokenizer_encodes_it(name
     assert list(encoder_for(name).encode(text)) == own
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prompt_without_text_leaves_something_to_predict_from(name):
+    encoder, tokenizer = encoder_for(name), tokenizer_for(name)
+    ids = encoder.text_prompt("")
+    assert ids == encoder.text_prompt("a")[: len(ids)] or ids in (
+        [tokenizer.bos_token_id],
+        encoder.end,
+    )
+    assert ids
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("hi", "\n\ngood"), ("hi\n", "good"), ("hi", " good")]
+)
+def test_no_space_is_put_before_what_follows_where_the_tokenizer_puts_one_before_every_text(
+    before, after
+):
+    encoder = encoder_for("llama2")
+    whole = list(encoder.encode(before + after))
+    assert list(encoder.encode(before)) + encoder.continuation(after) == whole
+
+
+@pytest.mark.parametrize(
+    ("header", "space"), [("[INST] ", " "), ("<|assistant|>\n", ""), ("Assistant:", " ")]
+)
+def test_an_answer_has_a_space_before_it_where_the_chat_template_writes_one(header, space):
+    template = (
+        "{% for one in messages %}{% if one.role == 'user' %}{{ one.content }}HEADER{% else %}"
+        "SPACE{{ one.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    template = template.replace("HEADER", header.strip(" ")).replace("SPACE", space)
+    tokenizer = fresh("llama2", chat_template=template)
+    encoder = TextEncoder(tokenizer)
+    ask = [{"role": "user", "content": "Is it good?"}]
+    chat = [*ask, {"role": "assistant", "content": "really good"}]
+    ids = encoder.chat_prompt(ask) + encoder.chat_answer("really good") + encoder.chat_end(ask)
+    assert ids == tokenizer.apply_chat_template(chat, return_dict=False)
+
+
 @given(data=st.data())
 @settings(max_examples=300)
 def test_whatever_looks_like_a_control_token_stays_in_the_text(data):
