@@ -89,6 +89,7 @@ def main(args: IclArguments, training) -> dict | None:
         is_masked,
         load_model,
         load_tokenizer,
+        most_positions,
         resolve_adapter,
         stored_config,
         weights_identity,
@@ -111,10 +112,25 @@ def main(args: IclArguments, training) -> dict | None:
     if args.adapter:
         adapter = resolve_adapter(args.adapter)
         model_name = model_name or PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    masked = is_masked(stored_config(model_name, revision=args.revision))
+    config = stored_config(model_name, revision=args.revision)
+    masked = is_masked(config)
+    if masked and args.reasoning == "trigger":
+        raise UserError("--reasoning trigger: a masked model writes nothing; pass a causal model")
+    # Closed answers are scored; what a model reasons or answers freely is written.
+    writes = not template.label or args.reasoning == "trigger"
+    writes = writes or (template.rationale is not None and not masked)
+    if args.samples > 1 and not writes:
+        raise UserError(
+            f"--samples {args.samples}: {template.name} is answered by the likeliest label, which "
+            "is always the same; leave it out, or add --reasoning trigger"
+        )
+    if args.score != "sum" and writes:
+        raise UserError(
+            f"--score {args.score}: answers of {template.name} are written; leave it out"
+        )
     load = {"revision": args.revision, "trust_remote_code": training.trust_remote_code}
     tokenizer = load_tokenizer(model_name, **load)
-    max_length = min(training.max_length, tokenizer.model_max_length)
+    max_length = min(training.max_length, tokenizer.model_max_length, most_positions(config))
     encoder = PromptEncoder(
         template, tokenizer, max_length, args.rendering, args.chat_template_kwargs
     )
@@ -185,7 +201,7 @@ def main(args: IclArguments, training) -> dict | None:
     answers = not args.predict
     if template.metric == "loss" and answers:
         result = score_losses(model, encoder, asked.rows, draws, **budget)
-    elif template.label and args.reasoning != "trigger" and (masked or not template.rationale):
+    elif not writes:
         result = score_labels(
             model, asker, asked.rows, draws, score=args.score, answers=answers, **budget
         )

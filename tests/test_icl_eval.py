@@ -300,6 +300,14 @@ def test_a_masked_model_without_label_words_is_one_line(run, masked_folder, sums
         written(run, sums_folder, "--model_name_or_path", str(masked_folder))
 
 
+def test_a_masked_model_reads_no_more_than_its_positions_and_writes_nothing(run, masked_folder):
+    model = ["--model_name_or_path", str(masked_folder), "--max_length", "4096"]
+    folder = run(*model, "--shots", "16")
+    assert read_json(folder / "metrics.json")["demonstrations_dropped"] > 0
+    with pytest.raises(UserError, match=r"--reasoning trigger: a masked model writes nothing"):
+        run(*model, "--reasoning", "trigger")
+
+
 def test_an_adapter_is_scored_on_the_model_it_was_trained_on(run, model_folder, tmp_path):
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(model_folder),
@@ -347,6 +355,11 @@ def test_a_preview_shows_prompts_and_candidates_and_loads_no_model(run, monkeypa
         (["--shots", "-1"], "--shots -1: must be 0 or more"),
         (["--samples", "2", "--temperature", "0"], "--samples: samples at --temperature 0 are all"),
         (["--adapter", "./nowhere"], "--adapter ./nowhere: no such folder"),
+        (["--samples", "5"], "--samples 5: movie_reviews is answered by the likeliest label"),
+        (
+            ["--reasoning", "trigger", "--score", "calibrated"],
+            "--score calibrated: answers of movie_reviews are written; leave it out",
+        ),
         (["--max_length", "10"], "--max_length 10: no row fits; raise it"),
     ],
 )

@@ -9,7 +9,7 @@ TOKENIZER = tokenizer_for("gpt2")
 VOCABULARY = len(TOKENIZER)
 WINDOW = 6
 
-_LLAMA_LIKE = {
+LLAMA_LIKE = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
@@ -47,15 +47,15 @@ def eager(model):
 _MAKERS = {
     "llama": lambda: tiny_llama(VOCABULARY),
     "llama, eager": lambda: eager(tiny_llama(VOCABULARY)),
-    "llama, untied": lambda: tiny("llama", tie_word_embeddings=False, **_LLAMA_LIKE),
+    "llama, untied": lambda: tiny("llama", tie_word_embeddings=False, **LLAMA_LIKE),
     "gpt2": lambda: tiny("gpt2", n_positions=128, n_embd=32, n_layer=2, n_head=4),
-    "qwen3": lambda: tiny("qwen3", **_LLAMA_LIKE),
-    "mistral": lambda: tiny("mistral", sliding_window=WINDOW, **_LLAMA_LIKE),
+    "qwen3": lambda: tiny("qwen3", **LLAMA_LIKE),
+    "mistral": lambda: tiny("mistral", sliding_window=WINDOW, **LLAMA_LIKE),
     "gemma3": lambda: tiny(
         "gemma3_text",
         sliding_window=WINDOW,
         layer_types=["sliding_attention", "full_attention"],
-        **_LLAMA_LIKE,
+        **LLAMA_LIKE,
     ),
     "bloom": lambda: tiny("bloom", hidden_size=32, n_layer=2, n_head=4),
     "rwkv": lambda: tiny("rwkv", hidden_size=32, num_hidden_layers=2, context_length=256),

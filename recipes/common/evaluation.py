@@ -259,7 +259,7 @@ def _by_generating(
         for _ in one.questions:
             written = next(texts)
             found = [template.read_answer(each.text) for each in written]
-            read.append(vote(found, written, template.metric))
+            read.append(vote(found, written, template))
             said.append([each.text for each in written] if len(written) > 1 else written[0].text)
         prediction, answer = predicted(template, one.questions, read)
         record = record_of(encoder, one, answer, prediction, None)
@@ -267,11 +267,16 @@ def _by_generating(
     return finish(template, records, len(rows), answers)
 
 
-def vote(answers: Sequence[str | None], written: Sequence[Written], metric: str) -> str | None:
+def vote(
+    answers: Sequence[str | None], written: Sequence[Written], template: PromptTemplate
+) -> str | None:
     """The answer that most samples give (self-consistency, Wang et al. 2023, arXiv:2203.11171); of
-    equals the one with the likeliest sample. Samples in which none was found do not vote.
+    equals the one with the likeliest sample. Samples in which none was found, or no class's word
+    where there are classes, do not vote.
     """
-    keys = [None if one is None else answer_key(metric, one) for one in answers]
+    keys = [template.read_label(one) for one in answers]
+    if not template.label:
+        keys = [None if one is None else answer_key(template.metric, one) for one in answers]
     counts = Counter(key for key in keys if key is not None)
     if not counts:
         return None

@@ -364,7 +364,9 @@ def score_answers(
                 these, likelihoods = next(waiting)
                 said.append(these if samples > 1 else these[0])
                 found = [template.read_answer(text) for text in these]
-                read.append(vote(found, likelihoods, template.metric))
+                if join and template.label and not template.extract:  # more may stand behind it
+                    found = [template.first_word(text) for text in these]
+                read.append(vote(found, likelihoods, template))
             prediction, answer = predicted(template, one.questions, read)
             record = record_of(encoder, one, answer, prediction, None)
             said = said[0] if len(said) == 1 else said

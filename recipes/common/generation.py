@@ -17,9 +17,15 @@ from transformers import DynamicCache
 
 from common.journal import Journal
 from common.lockstep import Lockstep
-from common.row_cache import RowCache
+from common.row_cache import RowCache, rows_fit
 from common.scoring import plan_padded, run_passes
-from common.shared_cache import KeptBeginning, SharedCache, can_share, forward_parameters
+from common.shared_cache import (
+    KeptBeginning,
+    SharedCache,
+    can_share,
+    forward_parameters,
+    is_prompted,
+)
 from common.token_tree import Pass, Tree, plan_passes
 
 Ids = Sequence[int]
@@ -188,7 +194,8 @@ class KeptWriter:
                 first.append(end)
         logits = logits[[read.index(end) for end in first]]
         places = [positions[end] for end in first]
-        steps = (RowCache if cache.plain else LineOfRows)(cache, sees[first])
+        in_rows = cache.plain and rows_fit(self.kept.cache.run)
+        steps = (RowCache if in_rows else LineOfRows)(cache, sees[first])
         writing = rows
         while True:
             for row, (token, log_prob) in zip(writing, how.choose(logits, writing), strict=True):
@@ -235,7 +242,10 @@ class WholeWriter:
     def __init__(self, run: Lockstep, how: Manner):
         self.run, self.how = run, how
         self._known = forward_parameters(run.model)
-        self._cached = {"past_key_values", "attention_mask"} <= self._known
+        # With a soft prompt or a prefix PEFT puts its tokens in front in every pass.
+        self._cached = {"past_key_values", "attention_mask"} <= self._known and not is_prompted(
+            run.model
+        )
 
     def plan(self, requests: Sequence[tuple[int, list[int]]], budget: int) -> list[Pass]:
         """What is written side by side."""
@@ -297,4 +307,5 @@ class WholeWriter:
         for place, text in enumerate(texts):
             ids[place, : len(text)] = torch.tensor(text)
         logits = self.run(input_ids=ids.to(self.run.device), use_cache=False).logits
-        return logits[range(len(texts)), [len(text) - 1 for text in texts]]
+        before = logits.shape[1] - ids.shape[1]  # places of a soft prompt
+        return logits[range(len(texts)), [before + len(text) - 1 for text in texts]]

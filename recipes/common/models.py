@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -172,6 +173,23 @@ def stored_config(model_name_or_path: str | None = None, *, revision: str | None
 def is_masked(config: Mapping[str, Any]) -> bool:
     """Whether a model's config.json is that of a masked language model."""
     return any(str(one).endswith("ForMaskedLM") for one in config.get("architectures") or ())
+
+
+# Whose learned positions end, and how many of them come before the first token's.
+_LEARNED_POSITIONS = {
+    **dict.fromkeys(("gpt2", "gpt_neo", "gpt_bigcode", "opt", "biogpt", "openai-gpt"), 0),
+    **dict.fromkeys(("bert", "distilbert", "albert", "electra", "mobilebert", "deberta"), 0),
+    **dict.fromkeys(("roberta", "xlm-roberta", "camembert", "mpnet"), 2),
+}
+
+
+def most_positions(config: Mapping[str, Any]) -> int:
+    """The longest text that a model of this config.json can read at all; rotary positions, as most
+    have, do not end.
+    """
+    before = _LEARNED_POSITIONS.get(config.get("model_type"))
+    most = config.get("max_position_embeddings", config.get("n_positions"))
+    return sys.maxsize if before is None or most is None else most - before
 
 
 def resolve_adapter(adapter: str, revision: str | None = None) -> Path:

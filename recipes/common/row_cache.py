@@ -10,12 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from common.shared_cache import SharedCache, run_with_attention
+from common.lockstep import Lockstep
+from common.shared_cache import SharedCache, run_with_attention, same_as_whole
+from common.token_tree import Tree
 
+_CHECKED: WeakKeyDictionary = WeakKeyDictionary()
 _ROOM = 64  # tokens
 
 
@@ -129,3 +133,29 @@ class RowCache:
             weight = torch.sigmoid(normalizers - shared_normalizers).to(found.dtype)
             found = torch.lerp(shared, found, weight)
         return found.reshape(rows, 1, heads, width), None
+
+
+def rows_fit(run: Lockstep) -> bool:
+    """Whether a model that can share writes in rows as it does after whole texts; some change what
+    attention gives back, or what it is given.
+    """
+    if run.model not in _CHECKED:
+        _CHECKED[run.model] = _try_rows(run)
+    return _CHECKED[run.model]
+
+
+def _try_rows(run: Lockstep) -> bool:
+    config = run.model.config.get_text_config(decoder=True)
+    beginning, first, second, after = (
+        [(7 * place + 3) % config.vocab_size for place in places]
+        for places in (range(4), range(4, 7), range(9, 11), range(12, 14))
+    )
+    tree, cache = Tree(), SharedCache(run)
+    tree.add(beginning)
+    ends = [tree.add(beginning + some)[-1] for some in (first, second)]
+    sees = tree.visible(0)
+    cache.feed(tree.ids, tree.depths, sees, ends)
+    steps = RowCache(cache, sees[ends])
+    found = steps.feed(after, [tree.depths[end] + 1 for end in ends])
+    pairs = zip((first, second), after, strict=True)
+    return same_as_whole(run, [[*beginning, *some, token] for some, token in pairs], found)

@@ -37,11 +37,8 @@ class TreeAttention:
     """
 
     def __init__(self, visible: torch.Tensor, dtype: torch.dtype):
-        """For [n, length] booleans: what each token sees, itself included.
-
-        `plain` says afterwards whether it computed everything, and transformers' sdpa nothing.
-        """
-        self.plain = True
+        """For [n, length] booleans: what each token sees, itself included."""
+        self.called, self._other = 0, False
         before = visible.shape[1] - len(visible)
         hidden = (~visible[:, :before].all(0)).nonzero()
         self.open = int(hidden[0]) if len(hidden) else before  # so many first columns all see
@@ -55,11 +52,17 @@ class TreeAttention:
             queries = slice(start, start + len(some))
             self.parts.append((queries, slice(self.open + low, self.open + high + 1), bias))
 
+    @property
+    def plain(self) -> bool:
+        """Whether it computed everything: models with attention of their own never ask it."""
+        return self.called > 0 and not self._other
+
     def __call__(self, module, query, key, value, attention_mask, scaling=None, **options):
         """As transformers calls attention: [batch, heads, n, size of a head] queries."""
         plain = attention_mask is self.mask and query.shape[-1] == value.shape[-1]
+        self.called += 1
         if not plain or options.get("dropout") or options.get("position_bias") is not None:
-            self.plain = False
+            self._other = True
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, scaling=scaling, **options
             )
@@ -247,7 +250,7 @@ def _try_sharing(run: Lockstep) -> bool:
         return False
     if not {"position_ids", "past_key_values", "attention_mask"} <= forward_parameters(model):
         return False
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    if is_prompted(model) or _turns_with_length(config):
         return False
     # Not `is_croppable`, which sliding windows claim to be.
     if any(
@@ -262,14 +265,36 @@ def _try_sharing(run: Lockstep) -> bool:
     tree = Tree()
     read = [tree.add(end)[-1] for end in ends]
     kept = KeptBeginning(run, budget=4)
-    kept.hold(beginning)
-    found = kept.over(tree, read).float().log_softmax(-1)
-    for end, shared in zip(ends, found, strict=True):
-        ids = torch.tensor([beginning + end], device=run.device)
-        logits = run(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-        whole = logits[0, -1].float().log_softmax(-1)
+    try:
+        kept.hold(beginning)
+        found = kept.over(tree, read)
+    except (ValueError, TypeError, RuntimeError, IndexError):
+        return False  # a mask of this shape is refused
+    return same_as_whole(run, [beginning + end for end in ends], found)
+
+
+def same_as_whole(run: Lockstep, texts: Sequence[Sequence[int]], logits: torch.Tensor) -> bool:
+    """Whether [texts, vocabulary] logits are those behind whole texts."""
+    for text, found in zip(texts, logits, strict=True):
+        ids = torch.tensor([text], device=run.device)
+        whole = run(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        whole = whole[0, -1].float().log_softmax(-1)
         spread = whole.std() + torch.finfo(torch.float32).eps
-        tolerance = _TOLERANCE.get(model.dtype, _COARSE_TOLERANCE)
-        if not (whole - shared).abs().max() <= tolerance * spread:
+        tolerance = _TOLERANCE.get(run.model.dtype, _COARSE_TOLERANCE)
+        if not (whole - found.float().log_softmax(-1)).abs().max() <= tolerance * spread:
             return False
     return True
+
+
+def is_prompted(model) -> bool:
+    """Whether PEFT puts a soft prompt or a prefix in front of what a model reads."""
+    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+
+
+def _turns_with_length(config) -> bool:
+    """Whether rotary positions depend on the length of the whole pass (longrope, dynamic NTK), so
+    that keys which are kept are not those of a longer text.
+    """
+    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = [rope, *(one for one in rope.values() if isinstance(one, dict))]
+    return any(one.get("rope_type") in ("longrope", "dynamic") for one in kinds)

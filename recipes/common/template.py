@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,49 +20,13 @@ import yaml
 
 from common import row_values
 from common.errors import UserError
-from common.row_values import RowError, Turn, as_list, class_name
+from common.question import Question
+from common.row_values import RowError, as_list, class_name
 from common.sandbox import SecurityError, compile_expression, compile_text, variables_of
 from common.schema import CURE, TEXTS, check_fields, find_template, load_yaml, own_variables, plain
 
 # What a filter or an operator raises for a value that it was not made for.
 _MISFITS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, re.error)
-
-
-@dataclass(frozen=True)
-class Question:
-    """One thing asked about a row.
-
-    Attributes:
-        variables: what the texts of the template are rendered with.
-        answer: the gold answer as text, its leading space included; None where the row has none.
-        rationale: the reasoning before the answer with what joins the two; empty without one.
-        references: every gold answer that counts as right, without leading space.
-        label: the gold class; None without a verbalizer or without an answer.
-        candidates: for each class, the answers that stand for it, one per label word.
-        asked: the class whose word stands in the pair, or the entity type; None otherwise.
-        spans: [start, end) characters of the answers in the context, never to be cut away.
-        turns, tools: of a ready conversation, as `row_values` reads them; empty otherwise.
-    """
-
-    variables: Mapping[str, Any]
-    answer: str | None = None
-    rationale: str = ""
-    references: tuple[str, ...] = ()
-    label: str | None = None
-    candidates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    asked: str | None = None
-    spans: tuple[tuple[int, int], ...] = ()
-    turns: tuple[Turn, ...] = ()
-    tools: tuple[Mapping[str, Any], ...] = ()
-
-    @property
-    def target(self) -> str | None:
-        """What training supervises: rationale and answer as one text."""
-        return None if self.answer is None else self.rationale + self.answer
-
-    def change(self, **variables: Any) -> Question:
-        """The same question with other values of some variables (shortened ones)."""
-        return dataclasses.replace(self, variables={**self.variables, **variables})
 
 
 def _missing(value: Any) -> str | None:
@@ -404,6 +367,13 @@ class PromptTemplate:
             return None
         said, classes = plain(answer), self.verbalizer.items()
         return next((label for label, words in classes if said in map(plain, words)), None)
+
+    def first_word(self, generated: str) -> str | None:
+        """The label word that stands first in what a model wrote, and of those the longest."""
+        words = sorted((word for some in self.verbalizer.values() for word in some), key=len)
+        either = "|".join(re.escape(word.strip()) for word in reversed(words))
+        found = re.search(rf"(?<!\w)(?:{either})(?!\w)", generated, re.IGNORECASE)
+        return found.group() if found else None
 
     def read_spans(self, answer: str | None) -> list[str]:
         """The entities named in an answer of a `spans` template."""

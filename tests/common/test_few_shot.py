@@ -3,6 +3,7 @@
 import pytest
 from scoring_process import TOKENIZER, encoder_for, outspoken_llama
 from template_cases import CASES
+from template_fields import ASK
 
 from common import few_shot
 from common.demonstrations import Demonstrations
@@ -32,7 +33,18 @@ def said(*pairs):
     ],
 )
 def test_the_majority_counts_and_of_equals_the_likeliest_sample(pairs, metric, expected):
-    assert vote(*said(*pairs), metric) == expected
+    template = PromptTemplate({**ASK, "metric": metric})
+    assert vote(*said(*pairs), template) == expected
+
+
+def test_votes_are_for_classes_however_their_words_are_written():
+    template = PromptTemplate.load("esnli")
+    said = ["yes", "Yes", "YES", "no", "no"]
+    written = [Written(text, -1.0) for text in said]
+    assert template.read_label(vote(said, written, template)) == "entailment"
+    unclear = ["unclear", "unclear", "yes"]
+    assert vote(unclear, written[:3], template) == "yes"
+    assert vote(unclear[:2], written[:2], template) is None
 
 
 def draws_for(name: str, count: int, shots: int = 1):
@@ -117,6 +129,22 @@ def test_without_patterns_the_answer_is_what_comes_behind_the_lead(monkeypatch):
     result = score_answers(MODEL, encoder, [row], [None], trigger="Hm:")
     assert calls[1][0].endswith(" Hm: It is warm.\nTherefore, the answer is")
     assert result.draws[0].records[0]["prediction"] == "positive"
+
+
+@pytest.mark.parametrize(
+    ("said", "prediction"),
+    [
+        (" positive. I would watch it again.\n\nThe movie", "positive"),
+        (" surely NEGATIVE, not positive", "negative"),
+        (" that it is unpositively so", None),
+        (" open", None),
+    ],
+)
+def test_behind_reasoning_the_first_label_word_is_the_answer(monkeypatch, said, prediction):
+    encoder = encoder_for("movie_reviews")
+    written_by(monkeypatch, [[" It is warm."]], [[said]])
+    result = score_answers(MODEL, encoder, CASES["movie_reviews"].rows[:1], [None], trigger="Hm:")
+    assert result.draws[0].records[0]["prediction"] == prediction
 
 
 def test_samples_vote_and_are_all_kept(monkeypatch):

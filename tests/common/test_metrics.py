@@ -113,7 +113,8 @@ def test_label_metrics_agree_with_scikit_learn(rows):
     accuracy, _, hits = score_rows("accuracy", predictions, references)
     assert accuracy == pytest.approx(accuracy_score(references, predictions))
     assert hits == [float(p == r) for p, r in rows]
-    expected = f1_score(references, predictions, average="macro", zero_division=0)
+    options = {"labels": sorted({*references, *predictions} - ({""} - {*references}))}
+    expected = f1_score(references, predictions, average="macro", zero_division=0, **options)
     assert score_rows("macro_f1", predictions, references)[0] == pytest.approx(expected)
 
 
@@ -123,6 +124,15 @@ def test_macro_f1_by_hand():
     assert compute("macro_f1", predictions, references)["macro_f1"] == pytest.approx(
         (4 / 5 + 1 / 2) / 3
     )
+
+
+def test_no_answer_is_a_miss_and_no_class_of_its_own():
+    predictions = ["a"] * 50 + ["b"] * 49 + [""]
+    references = ["a"] * 50 + ["b"] * 50
+    score, stderr, _ = score_rows("macro_f1", predictions, references)
+    expected = f1_score(references, predictions, labels=["a", "b"], average="macro")
+    assert score == pytest.approx(expected)
+    assert stderr < 0.02
 
 
 # standard errors
@@ -261,6 +271,7 @@ def test_squad_is_bounded_and_a_gold_answer_is_right(prediction, golds):
         ("1,234,567.5", "1234567.5"),
         ("10-3", "3"),
         ("(-2)", "-2"),
+        ("the answer is...42", "42"),
         ("0.1", "0.10000"),
         ("7" * 5000, "7" * 5000),  # int() would refuse it
     ],
