@@ -90,6 +90,13 @@ class PromptEncoder:
             )
         self.template = template
         self.text = TextEncoder(tokenizer, chat_template_kwargs)
+        texts = [*template.prompts, *template.texts.values(), *(template.rationale or {}).values()]
+        if token := next(filter(None, map(self.text.special_token, texts)), None):
+            raise UserError(
+                f"{template.path}: {token!r} is a control token of this model, and a template's "
+                "text never becomes one; take it out, and pass --rendering chat for a chat, or "
+                "write {{ mask }} for a mask"
+            )
         self.max_length = max_length
         self.chat = rendering == "chat" or template.messages is not None
 

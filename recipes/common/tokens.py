@@ -56,6 +56,9 @@ class TextEncoder:
         self.control_ids.discard(tokenizer.unk_token_id)
         # The eos token ends an answer even where it is also the unk token, as GPT-2's.
         self._end_ids = self.control_ids | {tokenizer.eos_token_id}
+        self._special = [
+            token for index, token in added if token.special and index in self.control_ids
+        ]
         self._has_thoughts = any(token.content == "<think>" for _, token in added)
         self._backend = copy.deepcopy(tokenizer.backend_tokenizer)
         self._backend.no_truncation()
@@ -124,6 +127,11 @@ class TextEncoder:
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._ids(self._guard(text)))
+
+    def special_token(self, text: str) -> str | None:
+        """The first special token whose characters stand in a text."""
+        special = (token.content for token in self._special)
+        return next((one for one in special if one in text), None)
 
     def continuation(self, text: str) -> list[int]:
         """Ids of a text that follows another. Tokenizers of Llama 2's kind put a space before every

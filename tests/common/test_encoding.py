@@ -26,9 +26,25 @@ from tokenizers_for_tests import NAMES, hostile_text, markup_of, plain_text, tok
 
 from common.encoded_rows import encode_rows
 from common.encoding import IGNORED, PromptEncoder
+from common.errors import UserError
 from common.template import PromptTemplate
 
 # Exactly the answer
+
+
+@pytest.mark.parametrize("where", ["prompt", "answer", "system", "cloze"])
+def test_a_control_token_in_a_templates_own_text_is_refused(where):
+    fields = {
+        "name": "chatty",
+        "form": "generative",
+        "prompt": "Say {{ text }}",
+        "answer": " {{ said }}",
+    }
+    fields[where] = fields.get(where, "{{ mask }}") + " [MASK] it"
+    chatty = PromptTemplate(fields, "chatty.yaml")
+    assert PromptEncoder(chatty, tokenizer_for("xlmr"), 64)  # which has no such token
+    with pytest.raises(UserError, match=r"^chatty\.yaml: '\[MASK\]' is a control token of this"):
+        PromptEncoder(chatty, tokenizer_for("bert"), 64)
 
 
 @pytest.mark.parametrize("name", NAMES)
