@@ -124,7 +124,7 @@ def main(args: AdapterArguments, training) -> dict | None:
 
     from common import bottleneck
     from common.adapterhub import load_adapterhub
-    from common.checkpoints import find_checkpoint
+    from common.checkpoints import check_adapter, find_checkpoint
     from common.data import load_splits, overlap, parse_columns
     from common.encoded_rows import encode_rows
     from common.encoding import PromptEncoder
@@ -206,9 +206,10 @@ def main(args: AdapterArguments, training) -> dict | None:
         if args.adapterhub:
             model = load_adapterhub(model, args.adapterhub)
         else:
-            model = get_peft_model(model, config)
+            model = get_peft_model(model, config, revision=args.revision)
     except ValueError as error:  # a model whose layers are not known
         raise UserError(f"--target_modules: {error}") from None
+    check_adapter(checkpoint, model)
     if args.drop_adapters_below:
         with without_adapters(model, args.drop_adapters_below) as dropped:
             if not dropped:

@@ -101,7 +101,7 @@ def main(args: CotArguments, training) -> dict | None:
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
-    from common.checkpoints import find_checkpoint
+    from common.checkpoints import check_adapter, find_checkpoint
     from common.data import load_splits, overlap, parse_columns
     from common.encoded_rows import EncodedRows, encode_rows
     from common.encoding import PromptEncoder
@@ -125,6 +125,9 @@ def main(args: CotArguments, training) -> dict | None:
     train, evaluation = load_splits(template, args, training.seed, progress=progress("checking"))
     if shared := overlap(train, evaluation, template):
         say(f"warning: {shared} evaluation rows are training rows too; the score will flatter")
+    if len(train.rows) < train.available:
+        few = f"{len(train.rows):,} of {train.available:,}"
+        say(f"training on {few} rows; --max_train_samples -1 takes all")
     tokenizer = load_tokenizer(model_name, **load)
 
     def encoder_of(one: PromptTemplate) -> PromptEncoder:
@@ -156,7 +159,8 @@ def main(args: CotArguments, training) -> dict | None:
             init_lora_weights="gaussian",
             task_type="CAUSAL_LM",
         )
-        model = get_peft_model(model, lora)
+        model = get_peft_model(model, lora, revision=args.revision)
+    check_adapter(checkpoint, model)
     held_out = None
     if training.eval_strategy != "no":  # the loss on the evaluation rows, while training
         parts = [encode_rows(encoder_of(one), evaluation.rows) for one in trained]

@@ -75,6 +75,7 @@ def main(args: IclArguments, training) -> dict | None:
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForMaskedLM
 
+    from common.blank_evaluation import read_metrics
     from common.data import load_asked, parse_columns, row_key
     from common.demonstrations import Demonstrations, bm25, rank, row_text
     from common.embeddings import embed_texts
@@ -111,7 +112,14 @@ def main(args: IclArguments, training) -> dict | None:
     model_name, adapter = args.model_name_or_path, None
     if args.adapter:
         adapter = resolve_adapter(args.adapter)
-        model_name = model_name or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+        kept = PeftConfig.from_pretrained(adapter)
+        if not model_name:
+            model_name, args.revision = kept.base_model_name_or_path, args.revision or kept.revision
+        rendering = read_metrics(str(adapter)).get("rendering", args.rendering)
+        if rendering != args.rendering:
+            say(f"warning: the adapter was trained with --rendering {rendering}: ask so, too")
+    if read_metrics(training.output_dir).get("trainable_parameters"):
+        raise UserError(f"--output_dir {training.output_dir}: holds a trained run; name another")
     config = stored_config(model_name, revision=args.revision)
     masked = is_masked(config)
     if masked and args.reasoning == "trigger":

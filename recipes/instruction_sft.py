@@ -116,7 +116,7 @@ def main(args: InstructionArguments, training) -> dict | None:
 
     from common.callbacks import SampleWriter, stop_early
     from common.chat_template import ensure_chat_template
-    from common.checkpoints import find_checkpoint
+    from common.checkpoints import check_adapter, find_checkpoint
     from common.encoded_rows import EncodedRows, encode_rows
     from common.encoding import PromptEncoder
     from common.evaluation import evaluate_task, mean_score
@@ -145,6 +145,9 @@ def main(args: InstructionArguments, training) -> dict | None:
     # The mixture: so many rows of each task make one pass.
     sizes = [task.train.available for task in trained]
     counts = mixture_counts(sizes, args.mixing, args.max_train_samples)
+    if sum(counts) < sum(sizes):
+        few = f"{sum(counts):,} of {sum(sizes):,}"
+        say(f"training on {few} rows; --max_train_samples -1 takes all")
     encoded, mixture = EncodedRows(), {}
     for task, count in zip(trained, counts, strict=True):
         rows = draw_rows(task.train.rows, count, training.seed)
@@ -172,7 +175,8 @@ def main(args: InstructionArguments, training) -> dict | None:
             init_lora_weights="gaussian",
             task_type="CAUSAL_LM",
         )
-        model = get_peft_model(model, lora)
+        model = get_peft_model(model, lora, revision=args.revision)
+    check_adapter(checkpoint, model)
     callbacks = []
     if args.early_stopping_patience:
         callbacks.append(stop_early(training, args.early_stopping_patience))

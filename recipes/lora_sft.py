@@ -89,7 +89,7 @@ def main(args: LoraArguments, training) -> dict | None:
     from torch.optim import AdamW
     from transformers import set_seed
 
-    from common.checkpoints import find_checkpoint
+    from common.checkpoints import check_adapter, find_checkpoint
     from common.data import load_splits, overlap, parse_columns
     from common.encoded_rows import encode_rows
     from common.encoding import PromptEncoder
@@ -151,7 +151,8 @@ def main(args: LoraArguments, training) -> dict | None:
         task_type="CAUSAL_LM",
     )
     set_seed(training.seed)
-    model = get_peft_model(model, lora)
+    model = get_peft_model(model, lora, revision=args.revision)
+    check_adapter(checkpoint, model)
     if args.pissa and is_main_process():
         save_start(model, output_dir)
     held_out = None
@@ -170,7 +171,9 @@ def main(args: LoraArguments, training) -> dict | None:
             AdamW,
             lr=training.learning_rate,
             loraplus_lr_ratio=args.loraplus_ratio,
-            weight_decay=training.weight_decay,
+            loraplus_weight_decay=training.weight_decay,
+            betas=(training.adam_beta1, training.adam_beta2),
+            eps=training.adam_epsilon,
         )
     estimated = estimate_memory(model, training, encoded.examples)
     model = trainer.shard()

@@ -123,7 +123,7 @@ def main(args: PromptArguments, training) -> dict | None:
     from common.data import load_splits, overlap, parse_columns
     from common.encoding import PromptEncoder
     from common.label_search import classes_from_rows, save_label_words, search_label_words
-    from common.launch import is_main_process, progress, say
+    from common.launch import fsdp_option, is_main_process, progress, say
     from common.memory import MemoryMeter, estimate_memory
     from common.models import describe_model, is_masked, load_model, load_tokenizer, stored_config
     from common.results import publish, save_run, show_plan
@@ -140,6 +140,13 @@ def main(args: PromptArguments, training) -> dict | None:
         raise UserError("--packing: rows with a blank are padded; leave it out")
     if training.load_best_model_at_end:
         raise UserError("--load_best_model_at_end: --per_class keeps the best pass; leave it out")
+    sharded = fsdp_option("STATE_DICT_TYPE") == "sharded_state_dict"
+    if sharded and args.tune not in ("model", "none"):
+        # PEFT reads no soft prompt out of shards; it is some kilobytes anyway.
+        raise UserError(
+            f"--tune {args.tune}: is saved whole, and this launch saves shards; launch with "
+            "accelerate_configs/fsdp2.yaml"
+        )
     if args.draws > 1 and training.publish:
         raise UserError("--push_to_hub: which of the draws? Upload one, or train one")
     trained = read_metrics(training.output_dir).get("trainable_parameters")
@@ -353,6 +360,7 @@ def with_prompt(model, args: PromptArguments, masked: bool, ids: list[int]):
     shape = {
         "task_type": "FEATURE_EXTRACTION" if masked else "CAUSAL_LM",
         "num_virtual_tokens": args.virtual_tokens,
+        "revision": args.revision,  # of the base
     }
     if args.tune == "prefix":
         start = keys_and_values(model, ids) if ids and not masked else None

@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import lora_sft
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from tiny_llama import save_tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common import models, predicting
 from common.arguments import parse_arguments, run_recipe
 from common.errors import UserError
 
@@ -178,6 +180,52 @@ def test_loraplus_moves_b_further_than_plain_lora_does(run):
     plain = run("--learning_rate", "1e-3", output="plain")
     plus = run("--learning_rate", "1e-3", "--loraplus_ratio", "16", output="plus")
     assert size_of_b(plus) > 5 * size_of_b(plain)
+
+
+def test_loraplus_heeds_the_weight_decay(run):
+    plain, decayed = (
+        load_file(run("--loraplus_ratio", "16", *more, output=name) / "adapter_model.safetensors")
+        for name, more in (("plain", ()), ("decayed", ("--weight_decay", "100")))
+    )
+    assert any((plain[name] - decayed[name]).abs().max() > 1e-3 for name in plain)
+
+
+def test_a_loss_that_is_not_finite_is_shown_as_that(run, capsys):
+    steep = ("--learning_rate", "1e30", "--lr_scheduler_type", "constant", "--max_grad_norm", "0")
+    folder = run(*steep)
+    assert not all(map(math.isfinite, losses(folder)))
+    assert "warning: the loss is not finite from step 2 on" in capsys.readouterr().out
+
+
+def test_a_mistake_does_not_cost_the_finished_run_that_it_would_have_replaced(run):
+    folder = run("--save_strategy", "steps", "--save_steps", "2")
+    before = {one: one.stat().st_mtime_ns for one in folder.rglob("*")}
+    with pytest.raises(UserError, match="q_prj"):
+        run("--target_modules", "q_prj")
+    with pytest.raises(UserError, match=r"its adapter has r 16, and this run's 8; go on with"):
+        run("--resume_from_checkpoint", "last", "--r", "8")
+    assert {one: one.stat().st_mtime_ns for one in folder.rglob("*")} == before
+
+
+def test_the_revision_of_the_base_is_kept_with_the_adapter_and_used_again(
+    run, data_folder, monkeypatch
+):
+    # The tiny model's folder stands for a hub id, which it would be refused for.
+    monkeypatch.setattr(models, "_hub_errors_in_one_line", lambda *_: nullcontext())
+    folder = run("--revision", "v1")
+    assert read_json(folder / "adapter_config.json")["revision"] == "v1"
+    assert ", revision='v1')" in (folder / "README.md").read_text()
+    asked, load = [], predicting.load_model
+
+    def load_model(name, **options):
+        asked.append(options["revision"])
+        return load(name, **options)
+
+    monkeypatch.setattr(predicting, "load_model", load_model)
+    predict = ("--predict", str(data_folder / "validation.jsonl"))
+    run("--model_name_or_path", "", *predict)
+    run(*predict)  # another model, maybe: its own revision
+    assert asked == ["v1", None]
 
 
 def test_resuming_gives_the_uninterrupted_runs_losses_and_weights(run, tmp_path):

@@ -244,5 +244,7 @@ def run_recipe(
         print(f"error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"interrupted; {resume} goes on from what was saved", file=sys.stderr)
+        print(
+            f"interrupted; {resume} goes on from what was saved, if anything was", file=sys.stderr
+        )
         sys.exit(130)

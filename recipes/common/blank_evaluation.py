@@ -145,7 +145,10 @@ def load_tuned(folder: Path | str, metrics: Mapping, model_name_or_path: str | N
     if metrics["tune"] == "both":
         base = str(folder / BASE)
     elif adapted:
-        base = model_name_or_path or PeftConfig.from_pretrained(folder).base_model_name_or_path
+        kept = PeftConfig.from_pretrained(folder)
+        base = model_name_or_path or kept.base_model_name_or_path
+        if not model_name_or_path and not load.get("revision"):
+            load["revision"] = kept.revision
     masked = is_masked(stored_config(base, revision=load.get("revision")))
     model = load_model(base, model_class=AutoModelForMaskedLM if masked else None, **load)
     if adapted:

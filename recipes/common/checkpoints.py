@@ -7,7 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.errors import UserError
-from common.launch import fsdp_option, is_main_process, uses_fsdp
+from common.launch import fsdp_option, is_main_process, say, uses_fsdp
+
+# Of an adapter's settings: where it comes from, and what does not change its weights.
+_NOT_COMPARED = {
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
+    *("task_type", "lora_dropout", "adapter_dropout", "runtime_config", "loftq_config"),
+}
 
 
 def is_whole(folder: Path) -> bool:
@@ -58,9 +64,8 @@ def find_checkpoint(
             a folder.
         check: called with the checkpoint; raises an error if it is not this run's.
 
-    A fresh start clears what a finished run (one with a metrics.json) left there, and any samples,
-    and refuses to mix with the checkpoints of an unfinished one. Going on, the run is unfinished
-    again. The main process alone looks and clears, since the others might look while it does.
+    Nothing is changed yet (see `clear_way`): what is wrong with the rest of the command line shows
+    before a finished run is given up for it. The main process alone looks for another run.
 
     Raises:
         UserError: nothing to resume from, a checkpoint of another kind of launch, or a fresh start
@@ -69,14 +74,13 @@ def find_checkpoint(
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {output_dir}: is a file; name a folder")
-    found = sorted(
-        (int(one.name.split("-")[1]), one)
-        for one in folder.glob("checkpoint-*")
-        if re.fullmatch("checkpoint-[0-9]+", one.name) and one.is_dir()
-    )
+    found = _checkpoints(folder)
     if which is None:
-        if is_main_process():
-            _make_way(folder, [one for _, one in found])
+        if found and is_main_process() and not (folder / "metrics.json").exists():
+            raise UserError(
+                f"--output_dir {folder}: holds {found[-1][1].name} of an unfinished run; pass "
+                "--resume_from_checkpoint last to go on, another --output_dir, or delete it"
+            )
         return None
     whole = [one for _, one in found if is_whole(one)]
     if which == "last" and not whole:
@@ -92,20 +96,72 @@ def find_checkpoint(
     _check_kind(checkpoint)
     if check:
         check(checkpoint)
-    if is_main_process():
-        (folder / "metrics.json").unlink(missing_ok=True)
     return str(checkpoint)
 
 
-def _make_way(folder: Path, checkpoints: list[Path]) -> None:
-    finished = (folder / "metrics.json").exists()
-    if checkpoints and not finished:
-        raise UserError(
-            f"--output_dir {folder}: holds {checkpoints[-1].name} of an unfinished run; pass "
-            "--resume_from_checkpoint last to go on, another --output_dir, or delete it"
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    return sorted(
+        (int(one.name.split("-")[1]), one)
+        for one in folder.glob("checkpoint-*")
+        if re.fullmatch("checkpoint-[0-9]+", one.name) and one.is_dir()
+    )
+
+
+def check_adapter(checkpoint: str | None, model) -> None:
+    """Refuse a checkpoint whose adapter is not the model's, before its weights are put into it.
+
+    Raises:
+        UserError: other settings of the adapter, another kind, or a whole model on one side.
+    """
+    if checkpoint is None:
+        return
+    file, own = Path(checkpoint, "adapter_config.json"), getattr(model, "active_peft_config", None)
+    said = f"--resume_from_checkpoint {checkpoint}: "
+    if own is None:
+        if file.exists():
+            raise UserError(f"{said}holds an adapter, and this run trains all parameters")
+        return
+    if not file.exists():  # sharded ones have none
+        if Path(checkpoint, "model.safetensors").exists():
+            raise UserError(f"{said}holds a whole model, and this run trains an adapter")
+        return
+    held = json.loads(file.read_text(encoding="utf-8"))
+    # As it is written: sets become lists.
+    own = json.loads(json.dumps(own.to_dict(), default=lambda one: sorted(map(str, one))))
+    for name in sorted(held.keys() & own.keys() - _NOT_COMPARED):
+        theirs, ours = (
+            sorted(map(str, one)) if isinstance(one, list) else one
+            for one in (held[name], own[name])
         )
+        if theirs != ours:
+            raise UserError(
+                f"{said}its adapter has {name} {held[name]}, and this run's {own[name]}; go on "
+                "with the same"
+            )
+
+
+def clear_way(output_dir: str, checkpoint: str | None) -> None:
+    """Make `output_dir` the folder of the run that begins to train now.
+
+    A fresh start clears the checkpoints and metrics.json of a finished run, and any samples. One
+    that goes on is unfinished again, and checkpoints behind the one that it goes on from are given
+    up: they are of another course. The main process alone clears.
+    """
+    folder = Path(output_dir)
+    if not is_main_process():
+        return
+    if checkpoint is not None:
+        (folder / "metrics.json").unlink(missing_ok=True)
+        places = {one.resolve(): number for number, one in _checkpoints(folder)}
+        from_here = places.get(Path(checkpoint).resolve())
+        for place, number in places.items():
+            if from_here is not None and number > from_here:
+                say(f"{place.name} is given up, for the run goes on from checkpoint-{from_here}")
+                shutil.rmtree(place)
+        return
     (folder / "samples.jsonl").unlink(missing_ok=True)  # to which a run adds
-    if finished:
-        for one in checkpoints:
+    if (folder / "metrics.json").exists():
+        say(f"{output_dir}: the finished run there is replaced")
+        for _, one in _checkpoints(folder):
             shutil.rmtree(one)
         (folder / "metrics.json").unlink()  # last: an interrupted clearing is taken up again

@@ -95,7 +95,8 @@ def evaluate_task(
             likeliest tokens are taken.
         answers: False for rows without answers: the records then hold predictions only.
     Raises:
-        UserError: conversations that are to be scored otherwise than by their loss, or answered.
+        UserError: conversations that are to be scored otherwise than by their loss, or answered;
+            no row fits.
     """
     template = encoder.template
     if template.messages and not (template.metric == "loss" and answers):
@@ -117,6 +118,11 @@ def evaluate_task(
             model, encoder, rows, max_new_tokens, batch_tokens, answers, description, draw
         )
     result.seconds = time.perf_counter() - start
+    if rows and answers and not result.rows:
+        raise UserError(
+            f"--max_length {encoder.max_length}: no evaluation row of {template.name} fits with "
+            "room for its answer; raise it, or lower --max_new_tokens"
+        )
     return result
 
 

@@ -47,11 +47,15 @@ def answer_file(args, training) -> None:
     # of which transformers would otherwise read the weights in one process only.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     adapted = (folder / "adapter_config.json").exists()
-    base = PeftConfig.from_pretrained(folder).base_model_name_or_path if adapted else str(folder)
+    kept = PeftConfig.from_pretrained(folder) if adapted else None
+    base = kept.base_model_name_or_path if adapted else str(folder)
+    revision = args.revision
+    if adapted and not args.model_name_or_path:
+        revision = revision or kept.revision
     model = load_model(
         (args.model_name_or_path or base) if adapted else base,
         dtype=training.model_dtype[0],
-        revision=args.revision,
+        revision=revision,
         attn_implementation=args.attn_implementation,
         trust_remote_code=training.trust_remote_code,
         **quantized,

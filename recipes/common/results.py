@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -194,6 +195,12 @@ def save_run(
         "versions": versions(),
         **(more or {}),
     }
+    losses = {log["step"]: log["loss"] for log in trainer.state.log_history if "loss" in log}
+    if bad := [step for step, loss in losses.items() if not math.isfinite(loss)]:
+        say(
+            f"warning: the loss is not finite from step {bad[0]} on, so nothing was learned: lower "
+            "--learning_rate"
+        )
     if is_main_process():
         # What an earlier run of another kind left here would be taken for this one's.
         (folder / "template.yaml").unlink(missing_ok=True)
@@ -226,7 +233,7 @@ def save_run(
             command=command,
             metrics=metrics,
             versions=metrics["versions"],
-            load_snippet=load_snippet,
+            load_snippet=_with_revision(load_snippet, trainer.model),
             library_name="peft" if isinstance(trainer.model, PeftModel) else "transformers",
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -245,11 +252,21 @@ def save_run(
     return metrics
 
 
+def _with_revision(snippet: str, model) -> str:
+    """The lines that load a run, with the revision of the base that an adapter was trained on."""
+    config = getattr(model, "active_peft_config", None)
+    if not getattr(config, "revision", None):
+        return snippet
+    base = f"from_pretrained({config.base_model_name_or_path!r}"
+    return snippet.replace(base, f"{base}, revision={config.revision!r}")
+
+
 def say_wrong(result: TaskScore, count: int = 3) -> None:
     """Show the first wrong answers; all of them stand in predictions.jsonl."""
     wrong = [one for one in result.records if one["score"] is not None and one["score"] < 1]
     shown = {
-        f"row {one['row']}": f"{one['prompt']}\n\nwritten: {one['generated']}\n"
+        f"row {one['row']}": f"{one['prompt']}\n\n"
+        f"written: {one.get('generated', one['prediction'])}\n"
         f"read: {one['prediction']}; right: {one['answer']}"
         for one in wrong[:count]
     }
@@ -282,8 +299,11 @@ def publish(output_dir: str, training) -> None:
         api.upload_folder(
             repo_id=repository,
             folder_path=output_dir,
-            # The predictions hold the user's rows, which nobody asked to publish.
-            ignore_patterns=["checkpoint-*", "merged/*", "predictions*.jsonl"],
+            # Predictions and samples hold the user's rows, which nobody asked to publish.
+            ignore_patterns=[
+                *("checkpoint-*", "merged/*", "pissa_start/*"),
+                *("predictions*.jsonl", "samples.jsonl"),
+            ],
         )
     except (HTTPError, HFValidationError, OSError) as error:
         raise UserError(

@@ -27,6 +27,7 @@ from trl import SFTConfig, SFTTrainer
 
 from common.arguments import require_at_least
 from common.batches import sampling_seed
+from common.checkpoints import clear_way
 from common.encoding import IGNORED
 from common.errors import UserError
 from common.launch import (
@@ -74,6 +75,10 @@ class RecipeConfig(SFTConfig):
     )
     report_to: str | None = field(
         default="none", metadata={"help": "Where to log besides the files: wandb, tensorboard, ..."}
+    )
+    # transformers logs a loss that is not finite as 0.
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Log a loss of nan or inf as the mean of others."}
     )
     logging_steps: float = field(default=1, metadata={"help": "Log the loss every so many steps."})
     ddp_find_unused_parameters: bool | None = field(
@@ -262,12 +267,15 @@ class RecipeTrainer(SFTTrainer):
         if plugin.fsdp_version == 2:
             check_shards(self.model, self.accelerator.num_processes)
 
-    def train(self, *args, **kwargs):
-        """Train; the model may have been scored since it was sharded."""
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        """Train; the model may have been scored since it was sharded. What a finished run left in
+        the folder goes only now.
+        """
+        clear_way(self.args.output_dir, resume_from_checkpoint)
         if self.args.packing and self.rows_apart is None:
             self.shard()
         reshard(self.model)
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward pass of a micro-batch."""

@@ -186,7 +186,12 @@ def test_a_question_without_room_for_the_longest_answer_is_left_out():
     encoder = PromptEncoder(QUESTIONS, TOKENIZER, 40)
     row = {"question": "Is it?", "answer": "yes"}
     assert evaluate_task(MODEL, encoder, [row, row], max_new_tokens=4).rows == 2
-    assert evaluate_task(MODEL, encoder, [row, row], max_new_tokens=35).left_out == 2
+    long = {**row, "question": "Is it? " * 9}
+    assert evaluate_task(MODEL, encoder, [row, long], max_new_tokens=4).left_out == 1
+    nothing = evaluate_task(MODEL, encoder, [row, row], max_new_tokens=35, answers=False)
+    assert (nothing.rows, nothing.left_out, nothing.records) == (0, 2, [])
+    assert math.isnan(nothing.score)
+    assert math.isnan(nothing.stderr)
 
 
 def test_a_span_scores_by_all_gold_answers(monkeypatch):
@@ -319,10 +324,9 @@ def test_rows_that_do_not_fit_are_left_out_and_counted(template):
     result = evaluate_task(MODEL, encoder, rows, max_new_tokens=4)
     assert (result.rows, result.left_out) == (4, 1)
     assert [record["row"] for record in result.records] == [0, 2, 3, 4]
-    nothing = evaluate_task(MODEL, encoder, rows[1:2], max_new_tokens=4)
-    assert (nothing.rows, nothing.left_out, nothing.records) == (0, 1, [])
-    assert math.isnan(nothing.score)
-    assert math.isnan(nothing.stderr)
+    with pytest.raises(UserError, match=r"--max_length 45: no evaluation row of \w+ fits") as error:
+        evaluate_task(MODEL, encoder, rows[1:2], max_new_tokens=4)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["movie_reviews", "next_sentence", "alpaca", "squad", "wnut17"])

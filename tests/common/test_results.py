@@ -385,7 +385,8 @@ def test_a_model_below_the_published_folder_is_named_as_the_repositorys(finish, 
 
 def test_a_run_is_published_without_checkpoints_under_the_name_and_token_given(finish, api, capsys):
     finish()
-    for name in ("checkpoint-20/optimizer.pt", "merged/model.safetensors", "adapter.safetensors"):
+    others = ("samples.jsonl", "pissa_start/a.safetensors", "adapter.safetensors")
+    for name in ("checkpoint-20/optimizer.pt", "merged/model.safetensors", *others):
         (finish.folder / name).parent.mkdir(exist_ok=True)
         (finish.folder / name).write_bytes(b"")
     finish.training.hub_model_id = "team/reviews"
@@ -395,9 +396,9 @@ def test_a_run_is_published_without_checkpoints_under_the_name_and_token_given(f
     assert token == ("token", "hf_secret")
     assert create == ("create", "team/reviews", True, True)
     assert repository == "team/reviews"
-    assert "predictions.jsonl" not in uploaded  # it holds rows of the user
+    assert not {"predictions.jsonl", "samples.jsonl"} & uploaded  # they hold rows of the user
     assert {"adapter.safetensors", "README.md", "metrics.json", "template.yaml"} <= uploaded
-    assert not [one for one in uploaded if one.startswith(("checkpoint", "merged"))]
+    assert not [one for one in uploaded if one.startswith(("checkpoint", "merged", "pissa"))]
     assert "from_pretrained(model, 'team/reviews')" in card
     assert str(finish.folder) not in card
     assert "pushed to team/reviews" in capsys.readouterr().out
