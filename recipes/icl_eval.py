@@ -54,6 +54,9 @@ class IclArguments(RecipeArguments):
         None, "Of written answers: 0 is greedy. [0.7 with several samples, else 0]"
     )
     adapter: str | None = option(None, "Folder or hub id of a PEFT adapter to put on the model.")
+    predict: str | None = option(
+        None, "A file of rows without answers: answer them, with --adapter if given, and stop."
+    )
     resume: bool = option(False, "Go on where an interrupted run with this --output_dir stopped.")
 
     def __post_init__(self):

@@ -72,6 +72,8 @@ class LoraArguments(RecipeArguments):
     def __post_init__(self):
         super().__post_init__()
         require_at_least(self, r=1, alpha=1, lora_dropout=0, loraplus_ratio=0)
+        if self.lora_dropout >= 1:
+            raise UserError(f"--lora_dropout {self.lora_dropout}: must be below 1")
         if self.pissa and self.load_in_4bit:
             raise UserError("--pissa: starts from the full weights; leave out it or --load_in_4bit")
 

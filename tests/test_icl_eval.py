@@ -326,6 +326,22 @@ def test_an_adapter_is_scored_on_the_model_it_was_trained_on(run, model_folder, 
     assert read_json(tuned / "metrics.json")["adapter"] == str(tmp_path / "adapter")
 
 
+def test_a_trained_run_is_neither_written_over_nor_asked_otherwise_unsaid(
+    run, model_folder, tmp_path, capsys
+):
+    folder = tmp_path / "trained"
+    folder.mkdir()
+    (folder / "metrics.json").write_text('{"trainable_parameters": 5, "rendering": "chat"}')
+    with pytest.raises(UserError, match="trained: holds a trained run; name another"):
+        run(output="trained")
+    get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model_folder), LoraConfig(target_modules="all-linear")
+    ).save_pretrained(folder)
+    run("--adapter", str(folder), "--shots", "0")
+    said = "warning: the adapter was trained with --rendering chat: ask so, too"
+    assert said in capsys.readouterr().out
+
+
 # What stops, goes on, or is shown ----------------------------------------------------------------
 
 
@@ -354,6 +370,7 @@ def test_a_preview_shows_prompts_and_candidates_and_loads_no_model(run, monkeypa
         (["--shots", "40"], "--shots 40: needs 40 different training rows besides"),
         (["--shots", "-1"], "--shots -1: must be 0 or more"),
         (["--samples", "2", "--temperature", "0"], "--samples: samples at --temperature 0 are all"),
+        (["--predict", "nope.csv"], "--predict nope.csv: no such file or folder"),
         (["--adapter", "./nowhere"], "--adapter ./nowhere: no such folder"),
         (["--samples", "5"], "--samples 5: movie_reviews is answered by the likeliest label"),
         (

@@ -6,6 +6,7 @@ import difflib
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -122,6 +123,9 @@ def _print_help(arguments: type, description: str, defaults: Mapping[str, Any]) 
             default = " ".join(one.default_factory()) or None
         shown = f" [{default}]".replace("%", "%%")
         shown = "" if default is None or default is False else shown
+        choices = one.metadata.get("choices") or ()
+        if any(not re.search(rf"\b{choice}\b", one.metadata["help"]) for choice in choices):
+            shown = f" One of {', '.join(choices)}.{shown}"
         # A flag has no metavar, so none is printed; nothing is parsed here.
         groups[one.name in common].add_argument(
             f"--{one.name}", action="store_true", help=one.metadata["help"] + shown

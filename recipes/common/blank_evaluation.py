@@ -178,7 +178,12 @@ def answer_blank_file(args, training) -> None:
         str(folder / "template.yaml"), columns=parse_columns(args.columns)
     )
     rows = load_rows(
-        template, args.predict, "train", skip_bad_rows=args.skip_bad_rows, answers=False
+        template,
+        args.predict,
+        "train",
+        skip_bad_rows=args.skip_bad_rows,
+        answers=False,
+        option="--predict",
     )
     tokenizer = load_tokenizer(str(folder))
     # Nothing is sharded here, see `predicting.answer_file`.

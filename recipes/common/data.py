@@ -67,6 +67,7 @@ def load_rows(
     answers: bool = True,
     revision: str | None = None,
     progress: Progress = iter,
+    option: str = "--dataset",
 ) -> Rows:
     """The rows of a split, each one checked against the template.
 
@@ -79,11 +80,12 @@ def load_rows(
         answers: whether rows have to bring their answers; False for rows to predict.
         revision: of a hub data set.
         progress: wraps the rows while they are checked, for a progress bar.
+        option: of the command line, that `dataset` was given by.
     Raises:
         UserError: no such data, a column that is missing throughout, or bad rows: the first twenty,
             a line each.
     """
-    place = locate(template, dataset, revision)
+    place = locate(template, dataset, revision, option)
     table = _open(template, place, split, skip_bad_rows, answers, progress)
     return _take(table, range(table.count), max_samples, seed)
 
@@ -157,6 +159,7 @@ def load_asked(
     if args.predict:
         pool = load_splits(template, args, seed, progress=progress)[0] if shots else None
         options = {"skip_bad_rows": args.skip_bad_rows, "answers": False, "progress": progress}
+        options["option"] = "--predict"
         return pool, load_rows(template, args.predict, "train", **options)
     place = locate(template, args.dataset, None)
     one_file = isinstance(place, Path) and place.is_file()

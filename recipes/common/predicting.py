@@ -36,8 +36,18 @@ def answer_file(args, training) -> None:
     template = PromptTemplate.load(
         str(_kept_template(folder, args.template)), columns=parse_columns(args.columns)
     )
+    if template.messages:
+        raise UserError(
+            f"--predict: {folder} was trained on conversations, which have no answer to read; chat "
+            "with it through transformers' pipeline, as its README.md loads it"
+        )
     rows = load_rows(
-        template, args.predict, "train", skip_bad_rows=args.skip_bad_rows, answers=False
+        template,
+        args.predict,
+        "train",
+        skip_bad_rows=args.skip_bad_rows,
+        answers=False,
+        option="--predict",
     )
     # Asked as it was trained.
     run = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))

@@ -63,9 +63,12 @@ class Source:
 
 
 def locate(
-    template: PromptTemplate | None, dataset: str | None, revision: str | None
+    template: PromptTemplate | None,
+    dataset: str | None,
+    revision: str | None,
+    option: str = "--dataset",
 ) -> Path | Hub:
-    """The file, folder or hub data set that `--dataset` names, or without it the template.
+    """The file, folder or hub data set that an option names, or without it the template.
 
     What exists on this machine goes before the hub. A template's path starts at the template's
     folder or at `data_templates/`.
@@ -91,7 +94,7 @@ def locate(
         config = template.dataset.get("name")
         revision = revision or template.dataset.get("revision")
     else:
-        name, told = dataset, f"--dataset {dataset}"
+        name, told = dataset, f"{option} {dataset}"
         found = [Path(name)] if name and Path(name).exists() else []
     if found:
         return found[0]

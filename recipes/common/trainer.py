@@ -23,6 +23,7 @@ from transformers import (
 from transformers.distributed.fsdp import update_fsdp_plugin_peft
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_pt_utils import BatchRebalanceSampler
+from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig, SFTTrainer
 
 from common.arguments import require_at_least
@@ -108,6 +109,7 @@ class RecipeConfig(SFTConfig):
             per_device_train_batch_size=1,
             gradient_accumulation_steps=1,
             neftune_noise_alpha=0,
+            learning_rate=0,
         )
         self.use_cpu = join_on_cpu(self.use_cpu)
         if self.bf16 is None:
@@ -135,6 +137,8 @@ class RecipeConfig(SFTConfig):
         """Raise now what the trainer would raise minutes later, after the base model was scored."""
         if self.fp16 and self.device.type == "cpu":
             raise UserError("--fp16: needs a GPU; leave it out")
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise UserError("--use_liger_kernel: needs the package liger-kernel; leave it out")
         if self.activation_checkpointing and fsdp_option("ACTIVATION_CHECKPOINTING") == "true":
             raise UserError(
                 "activation checkpointing has two owners: drop --activation_checkpointing, or set "
