@@ -122,6 +122,12 @@ def main(args: CotArguments, training) -> dict | None:
 
     template = PromptTemplate.load(args.template, columns=parse_columns(args.columns))
     trained, asked = targets(template, args)
+    first = next(iter(asked.values()))
+    if args.samples > 1 and first.label and not first.rationale:
+        raise UserError(
+            f"--samples {args.samples}: without its rationale {template.name} is answered by the "
+            "likeliest label, which is always the same; leave it out"
+        )
     train, evaluation = load_splits(template, args, training.seed, progress=progress("checking"))
     if shared := overlap(train, evaluation, template):
         say(f"warning: {shared} evaluation rows are training rows too; the score will flatter")

@@ -61,6 +61,33 @@ def run(model_folder, data_folder, tmp_path):
     return start
 
 
+@pytest.fixture
+def pairs(tmp_path) -> tuple[str, ...]:
+    """What points a run at sentence pairs with explanations."""
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for split in ("train", "validation", "test"):
+        rows = [
+            {
+                "premise": f"{split} {n}: a dog runs.",
+                "hypothesis": "An animal moves.",
+                "label": ("entailment", "neutral", "contradiction")[n % 3],
+                "explanation_1": "Dogs are animals.",
+            }
+            for n in range(6)
+        ]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return ("--template", "esnli", "--dataset", str(folder))
+
+
+def test_classes_without_their_rationale_are_scored_and_the_wrong_ones_shown(run, pairs, capsys):
+    folder = run(*pairs, "--target", "answer_only")
+    assert read_json(folder / "metrics.json")["eval_rows"] == 6
+    assert "are wrong, such as" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"--samples 8: without its rationale esnli is answered"):
+        run(*pairs, "--target", "answer_only", "--samples", "8")
+
+
 @pytest.mark.parametrize(
     ("target", "expected"),
     [
