@@ -159,10 +159,10 @@ def test_turns_that_the_chat_template_rejects_are_named_by_their_row():
 
     message = refusal(lambda: encode_rows(encoder, [good, bad]))
 
-    assert message.startswith("training row 2: chat template of ")
+    assert message.startswith("training row 2 ('Hi'): chat template of ")
     assert "roles must alternate" in message
     message = refusal(lambda: score_loss(None, encoder, [good, bad]))
-    assert message.startswith("evaluation row 2: chat template of ")
+    assert message.startswith("evaluation row 2 ('Hi'): chat template of ")
 
 
 def test_conversations_count_examples_and_answers():

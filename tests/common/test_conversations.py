@@ -246,7 +246,7 @@ def test_what_a_chat_template_would_leave_out_is_refused_with_its_row(chat_templ
         encoded = encode_rows(encoder, [good, row])
     except UserError as error:
         message = message_of(error)
-        assert message.startswith("training row 2: chat template of ")
+        assert message.startswith("training row 2 ('Hi'): chat template of ")
         assert what == "a result" or chat_template not in TAKES_CALLS
     else:
         read = chat_tokenizer(chat_template).decode(encoded.examples[-1]["input_ids"])

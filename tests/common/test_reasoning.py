@@ -43,7 +43,7 @@ def test_it_is_trained_as_the_tokenizer_itself_renders_it_or_refused(chat_templa
         with pytest.raises(UserError) as error:
             encode_rows(encoder, [row])
         message = message_of(error.value)
-        assert message.startswith("training row 1: chat template of ")
+        assert message.startswith("training row 1 ('What is 2+2?'): chat template of ")
         assert (
             "it does not write reasoning behind its generation prompt; remove the reasoning"
             in message

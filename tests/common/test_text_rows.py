@@ -103,7 +103,7 @@ def test_a_pair_of_surrogates_is_one_character(tmp_path):
         ('"a" b,1', "text follows a closing quote"),
         ("a\rb,1", "a carriage return stands outside quotes"),
         ("a,5", "label: '5' is not in the verbalizer"),
-        ("a,", "label: '' is not in the verbalizer"),
+        ("a,", "label is empty; give the answer"),
     ],
 )
 def test_a_bad_csv_row_is_named_by_its_first_line(tmp_path, record, problem):
