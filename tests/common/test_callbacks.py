@@ -337,10 +337,12 @@ def test_a_row_whose_prompt_does_not_fit_is_passed_over(tmp_path):
 
 
 def test_a_file_that_no_run_has_written_is_one_line(tmp_path):
+    saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer_for(config(tmp_path, **saving), tiny_llama(VOCABULARY)).train()
     (tmp_path / "samples.jsonl").write_text("hello\n")
-    trainer = trainer_for(config(tmp_path, max_steps=1), tiny_llama(VOCABULARY), [writer()])
+    trainer = trainer_for(config(tmp_path, **saving), tiny_llama(VOCABULARY), [writer()])
     with pytest.raises(UserError, match=r"samples.jsonl: not what a run has written; delete it$"):
-        trainer.train()
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 # NEFTune -----------------------------------------------------------------------------------------
