@@ -49,6 +49,8 @@ def conversations(draw, texts, *, calls=None, tools=True, longest=6):
         calls: of the arguments of calls, one of which then stands before every tool's turn.
         tools: whether tools have turns.
     """
+    # What begins with a thought is read as one, see test_reasoning.
+    texts = texts.filter(lambda text: not text.lstrip().startswith("<think>"))
     turns, role = [], "user"
     if draw(st.booleans()):
         turns.append({"role": "system", "content": draw(texts)})
