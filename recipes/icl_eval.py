@@ -78,7 +78,6 @@ def main(args: IclArguments, training) -> dict | None:
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForMaskedLM
 
-    from common.blank_evaluation import read_metrics
     from common.data import load_asked, parse_columns, row_key
     from common.demonstrations import Demonstrations, bm25, rank, row_text
     from common.embeddings import embed_texts
@@ -98,6 +97,7 @@ def main(args: IclArguments, training) -> dict | None:
         stored_config,
         weights_identity,
     )
+    from common.report import read_metrics
     from common.sharding import place_model
     from common.template import PromptTemplate
 

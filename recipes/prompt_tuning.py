@@ -107,7 +107,6 @@ def main(args: PromptArguments, training) -> dict | None:
         answer_blank_file,
         asker_of,
         evaluate_blanks,
-        read_metrics,
     )
     from common.blank_results import load_snippet, preview_blanks, save_draws, save_score
     from common.blank_rows import before_blank, encode_blanks, few_shot_rows, label_word_ids
@@ -126,6 +125,7 @@ def main(args: PromptArguments, training) -> dict | None:
     from common.launch import fsdp_option, is_main_process, progress, say
     from common.memory import MemoryMeter, estimate_memory
     from common.models import describe_model, is_masked, load_model, load_tokenizer, stored_config
+    from common.report import read_metrics
     from common.results import publish, save_run, show_plan
     from common.sharding import place_model
     from common.soft_prompts import compute_prompt_once, require_cache, start_ids

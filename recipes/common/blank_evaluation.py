@@ -4,7 +4,6 @@ gives to rows without them.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ from common.few_shot import CausalAsker, MaskedAsker
 from common.launch import is_main_process, say
 from common.metrics import score_rows
 from common.models import is_masked, load_model, load_tokenizer, stored_config
-from common.report import write_jsonl
+from common.report import read_metrics, write_jsonl
 from common.row_values import RowError
 from common.template import PromptTemplate
 from common.verbalizer import combine_words
@@ -108,19 +107,6 @@ def _without_content(asker: CausalAsker | MaskedAsker, rows: BlankRows) -> list[
             raise UserError(f"{template.path}: content_free: {text!r}: {error}") from None
         found.append(example_of(requests, list(template.verbalizer), None))
     return found
-
-
-def read_metrics(folder: Path | str) -> dict:
-    """What a run's metrics.json holds; empty where there is none.
-
-    Raises:
-        UserError: it is no JSON.
-    """
-    path = Path(folder) / "metrics.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError:
-        raise UserError(f"{path}: is not what a run writes; name another --output_dir") from None
 
 
 def load_soft_verbalizer(folder: Path | str, model) -> None:

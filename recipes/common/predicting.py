@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from common.evaluation import evaluate_task
 from common.launch import is_main_process, say
 from common.models import load_model, load_tokenizer
 from common.quantization import four_bit_loading, prepare_four_bit
-from common.report import write_jsonl
+from common.report import read_metrics, write_jsonl
 from common.template import PromptTemplate
 
 
@@ -50,7 +49,7 @@ def answer_file(args, training) -> None:
         option="--predict",
     )
     # Asked as it was trained.
-    run = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    run = read_metrics(folder)
     tokenizer = load_tokenizer(str(folder))
     quantized = four_bit_loading(training) if run.get("quantization") else {}
     # Nothing is sharded here: every process answers its part of the rows with a model of its own,

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from common.errors import UserError
+
 
 def print_table(title: str, rows: Mapping[str, object]) -> None:
     """Print names and values in two columns, on the main process only (`RANK` unset or 0).
@@ -55,6 +57,19 @@ def write_json(path: str | os.PathLike, data: object) -> None:
     text = json.dumps(_jsonable(data), ensure_ascii=False, allow_nan=False, indent=2)
     with replacing(path) as temporary:
         temporary.write_bytes(_utf8(text))
+
+
+def read_metrics(folder: Path | str) -> dict:
+    """What a run's metrics.json holds; empty where there is none.
+
+    Raises:
+        UserError: it is no JSON.
+    """
+    path = Path(folder) / "metrics.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError:
+        raise UserError(f"{path}: is not what a run writes; name another --output_dir") from None
 
 
 def write_jsonl(path: str | os.PathLike, records: Iterable[object]) -> None:

@@ -173,9 +173,8 @@ def check_fields(fields: dict[str, Any], path: Path) -> dict[str, Any]:
                 raise wrong(f"{key}.{inner}", f'{part!r} is not text; write "{part}" in quotes')
     if not fields.get("name"):
         raise wrong("name", "is missing; give the task a short name")
-    if (
-        Path(fields["name"]).name != fields["name"] or fields["name"] == ".."
-    ):  # runs write files of this name
+    # Runs write files of this name.
+    if Path(fields["name"]).name != fields["name"] or fields["name"] == "..":
         raise wrong("name", f"{fields['name']!r} is no plain name; leave out slashes")
     if fields.get("form") not in FORMS:
         raise wrong("form", f"must be one of {', '.join(FORMS)}, not {fields.get('form')!r}")
