@@ -90,7 +90,30 @@ def peak_flops(device: str) -> float | None:
     return next((peak for name, peak in PEAKS.items() if set(name.split()) <= words), None)
 
 
-def flops_per_token(shape: dict, rank: int | None, context: float, supervised: float) -> float:
+def _linear(shape: dict) -> list[tuple[int, int]]:
+    """The sizes (in, out) of a decoder layer's linear layers: q, k, v, o, gate, up, down."""
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    keys = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    attention = [(hidden, hidden), (hidden, keys), (hidden, keys), (hidden, hidden)]
+    return [*attention, (hidden, inner), (hidden, inner), (inner, hidden)]
+
+
+def equal_bottleneck(shape: dict, rank: int) -> int:
+    """The size m at which adapters after both sublayers, 2 d m + m + d parameters each, have as
+    many parameters as LoRA on all linear layers but the head, as nearly as whole sizes allow.
+    """
+    hidden = shape["hidden_size"]
+    lora = rank * sum(size_in + size_out for size_in, size_out in _linear(shape))
+    return max(1, round((lora / 2 - hidden) / (2 * hidden + 1)))
+
+
+def flops_per_token(
+    shape: dict,
+    rank: int | None,
+    context: float,
+    supervised: float,
+    bottleneck: int | None = None,
+) -> float:
     """The floating-point operations, forward and backward, that one token of training needs.
 
     A weight of a linear layer takes part in one multiplication and one addition (2 FLOPs) in the
@@ -100,28 +123,35 @@ def flops_per_token(shape: dict, rank: int | None, context: float, supervised: f
 
         full: 6 (N + s V) + 12 layers hidden l      (Chowdhery et al. 2022, arXiv:2204.02311, B)
         LoRA: 4 (N + s V) + 6 A + 12 layers hidden l - 2 (first layer's q, k and v)
+        adapter: 4 (N + s V) + 6 A + 12 layers hidden l - 2 (first layer's q, k, v, o and down)
+            - 8 hidden l
 
     A are the adapters' weights. Frozen weights need no gradient of their own, and below the first
-    layer nothing is trained, so that its q, k and v need none of their input. Attention is counted
+    layer nothing is trained, so that its q, k and v need none of their input; bottleneck adapters
+    begin after the first attention, which needs no backward pass at all. Attention is counted
     over the whole square, as usual. What a run does beside (padding, recomputed activations, the
     head on unsupervised positions) is not counted.
 
     Args:
         shape: arguments of LlamaConfig, as in `SHAPES`.
-        rank: of LoRA on all linear layers but the head; None is full tuning.
+        rank: of LoRA on all linear layers but the head; None without LoRA.
         context: the row length that a token finds on average: sum(l^2) / sum(l) over the rows.
         supervised: the share of tokens that have a label.
+        bottleneck: m of the adapters after both sublayers; None without them. Neither rank nor
+            bottleneck is full tuning.
     """
-    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
-    layers = shape["num_hidden_layers"]
-    keys = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
-    qkv = [(hidden, hidden), (hidden, keys), (hidden, keys)]
-    linear = [*qkv, (hidden, hidden), (hidden, inner), (hidden, inner), (inner, hidden)]
+    hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
+    linear = _linear(shape)
     weights = layers * sum(size_in * size_out for size_in, size_out in linear)
     weights += supervised * hidden * shape["vocab_size"]
     attention = 12 * layers * hidden * context
+    if bottleneck:
+        matrix = hidden * bottleneck
+        first = sum(size_in * size_out for size_in, size_out in linear[:4]) + matrix
+        frozen = 4 * weights + attention - 2 * first - 8 * hidden * context
+        return frozen + 6 * layers * 4 * matrix
     if rank is None:
         return 6 * weights + attention
     adapters = layers * sum(rank * (size_in + size_out) for size_in, size_out in linear)
-    first = sum(size_in * (size_out + rank) for size_in, size_out in qkv)
+    first = sum(size_in * (size_out + rank) for size_in, size_out in linear[:3])
     return 4 * weights + 6 * adapters + attention - 2 * first

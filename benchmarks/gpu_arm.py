@@ -92,11 +92,12 @@ def prepare(spec: dict) -> None:
 
 
 def train_ours(spec: dict, watch: Stopwatch) -> None:
-    """Train as `recipes/lora_sft.py` does."""
+    """Train as the recipes do."""
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from trl import SFTTrainer
 
+    from common.bottleneck import BottleneckConfig
     from common.trainer import RecipeConfig, RecipeTrainer
 
     class FusedLossTrainer(RecipeTrainer):
@@ -115,6 +116,9 @@ def train_ours(spec: dict, watch: Stopwatch) -> None:
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(model, lora)
+    if spec["bottleneck"]:
+        adapters = BottleneckConfig(bottleneck_size=spec["bottleneck"], init_weights="identity")
+        model = get_peft_model(model, adapters)
     lines = Path(spec["folder"], "data", "train.jsonl").read_text().splitlines()
     trainer = (FusedLossTrainer if spec["fused_loss"] else RecipeTrainer)(
         model,

@@ -8,9 +8,11 @@ The models have random weights in the shapes of `flops.SHAPES`, the rows 512 to 
 (seeded, lengths uniform), of which the second half is supervised. Both sides train the same rows
 in the same order with the same settings: LoRA (r=16 on all linear layers, dropout 0) or full
 tuning, sdpa, nothing recomputed, weights and arithmetic in bfloat16 where the GPU computes it
-fast. Each training has a process of its own, in turn ours and TRL's; one that fails (out of
-memory, a library that is missing) is a row that says so. Time runs after a warm-up; `--rounds`
-trainings are added up.
+fast. Bottleneck adapters with as many parameters as LoRA are a row of ours only.
+
+Each training has a process of its own, in turn ours and TRL's; one that fails (out of memory, a
+library that is missing) is a row that says so. Time runs after a warm-up; `--rounds` trainings
+are added up.
 
 TRL's side is `trl/scripts/sft.py`, unchanged, run with `runpy`; the stopwatch gets in through
 transformers' list of default callbacks. Its model lies in a temporary folder (TMPDIR) as long as
@@ -22,6 +24,7 @@ come to: tokens per second x FLOPs per token / peak, where forward and backward 
 
     full: 6 (N + s V) + 12 layers hidden l
     LoRA: 4 (N + s V) + 6 A + 12 layers hidden l - 2 (first layer's q, k and v)
+    adapter: as LoRA, but for the first layer's attention, which has no backward pass
 
 with N weights in the layers, V in the head, s the supervised share, A adapter weights, l the row's
 length (`flops.flops_per_token` says why); the peak memory; and the loss of the first step.
@@ -52,7 +55,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from flops import SHAPES, flops_per_token, peak_flops
+from flops import SHAPES, equal_bottleneck, flops_per_token, peak_flops
 
 WARMUP = 5  # steps; compiling for changing lengths takes the first three
 LENGTHS = (512, 2048)
@@ -62,6 +65,7 @@ SEED = 42
 RANK = 16
 QUICK_SECONDS = 350  # what is not measured by then is a row that says so
 
+METHODS = ["lora", "adapter", "full"]
 MODELS = [name for name in SHAPES if name != "tiny"]
 BOTH = ("ours", "trl")
 # flag: rows (name, sides, changes to the training arguments)
@@ -85,7 +89,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--tiny", action="store_true", help="a model of two layers, short rows")
-    parser.add_argument("--methods", nargs="+", choices=["lora", "full"], default=["lora", "full"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--attn_implementation", nargs="+", default=["sdpa"])
     for flag in VARIANTS:
         parser.add_argument(f"--{flag}", action="store_true", help="see above")
@@ -205,12 +209,15 @@ def measure(name: str, args: argparse.Namespace, folder: str) -> list[dict]:
             "shape": shape,
             "folder": folder,
             "rank": RANK if method == "lora" else None,
+            "bottleneck": equal_bottleneck(shape, RANK) if method == "adapter" else None,
             "attention": attention,
             "fused_loss": variant == "fused_loss",
             "training": training_arguments(args, data, changes),
             "warmup": WARMUP,
             "steps": args.steps,
         }
+        if method == "adapter":  # TRL's script has none
+            sides = [side for side in sides if side == "ours"]
         results = {side: [] for side in sides}
         for side in sides * args.rounds:
             if side == "trl" and saved != "ok":
@@ -223,19 +230,20 @@ def measure(name: str, args: argparse.Namespace, folder: str) -> list[dict]:
         for side in sides:
             row = {"model": name, "method": method, "attention": attention, "variant": variant}
             row["side"] = side
-            row |= combine(results[side], flops(shape, spec["rank"], data), args.peak_tflops)
+            row |= combine(results[side], flops(spec, data), args.peak_tflops)
             rows.append(row)
             print(table_line(row), flush=True)
     return rows
 
 
-def flops(shape: dict, rank: int | None, data: list[dict]) -> float:
-    """FLOPs per token, averaged over the rows."""
+def flops(spec: dict, data: list[dict]) -> float:
+    """FLOPs per token of what a spec trains, averaged over the rows."""
     lengths = [len(row["input_ids"]) for row in data]
     supervised = sum(label != -100 for row in data for label in row["labels"])
     return flops_per_token(
-        shape,
-        rank=rank,
+        spec["shape"],
+        rank=spec["rank"],
+        bottleneck=spec["bottleneck"],
         context=sum(length**2 for length in lengths) / sum(lengths),
         supervised=supervised / sum(lengths),
     )

@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
 from common.blank_rows import BlankRows, ClozeAsker, encode_blanks, example_of
-from common.blanks import SoftVerbalizer, bare_model, score_examples
+from common.blanks import SoftVerbalizer, score_examples
 from common.data import load_rows, parse_columns
 from common.encoding import PromptEncoder
 from common.errors import UserError
 from common.evaluation import TaskScore, finish, record_of
 from common.few_shot import CausalAsker, MaskedAsker
+from common.head import bare_model
 from common.launch import is_main_process, say
 from common.metrics import score_rows
 from common.models import is_masked, load_model, load_tokenizer, stored_config

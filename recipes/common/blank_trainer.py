@@ -24,8 +24,9 @@ from transformers import TrainerCallback
 from common.batches import micro_batches
 from common.blank_evaluation import BASE, SOFT_VERBALIZER
 from common.blank_rows import Example
-from common.blanks import bare_model, collate, only_at, word_scores
+from common.blanks import collate, word_scores
 from common.errors import UserError
+from common.head import bare_model, only_at
 from common.rehearsal import MicroBatch
 from common.sharding import reshard
 from common.trainer import RecipeTrainer
@@ -275,7 +276,7 @@ def heaviest_blanks(examples: Sequence[Example], training) -> MicroBatch:
             len({(sequence, column) for sequence, column, *_ in examples[index]["reads"]})
             for index in batch
         ]
-        return MicroBatch(len(lengths), max(lengths), 1, sum(read), len({*lengths}) > 1)
+        return MicroBatch(len(lengths), max(lengths), sum(read), len({*lengths}) > 1)
 
     batches = micro_batches([len(example["input_ids"]) for example in examples], training)
     return max(map(shape, batches), key=lambda one: one.rows * one.width)

@@ -1,21 +1,18 @@
 """How likely each label word is to fill the blank of a text, with gradients: the scores of prompt
 tuning.
 
-Only the states at the places that are read (see `blank_rows.py`) go through the model's head: the
-logits of all places would be a large part of what a step computes, and most of what it keeps.
+Only the states at the places that are read (see `blank_rows.py`) go through the model's head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 
 from common.blank_rows import Example
-from common.errors import UserError
+from common.head import bare_model, only_at
 from common.lockstep import Lockstep
 from common.scoring import CPU_PASS_TOKENS, plan_padded, run_passes
 from common.token_tree import Pass
@@ -50,11 +47,6 @@ def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         "word_labels": torch.tensor(examples[0]["word_labels"]),
         "labels": torch.tensor([example["labels"] for example in examples]),
     }
-
-
-def bare_model(model):
-    """The transformers model inside of PEFT's wrapper."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 class SoftVerbalizer(torch.nn.Module):
@@ -99,40 +91,6 @@ def _means(rows: torch.Tensor, words: Mapping[str, Sequence[Sequence[int]]]) -> 
     return torch.stack(
         [torch.stack([rows[list(ids)].mean(0) for ids in some]).mean(0) for some in words.values()]
     ).float()
-
-
-@contextmanager
-def only_at(model, places: torch.Tensor, width: int) -> Iterator[None]:
-    """Let the last layer of the model's head see a few states only: its logits are then
-    [1, places, vocabulary].
-
-    Args:
-        model: a causal or a masked language model, or PEFT's wrapper around one.
-        places: [places, 2] sequence and column of each state.
-        width: of the sequences, without the soft prompt that stands in front.
-    Raises:
-        UserError: a model whose logits are not those of its last layer.
-    """
-    bare = bare_model(model)
-    head, picked = bare.get_output_embeddings(), []
-
-    def pick(module, args):
-        (states,) = args
-        # Counted from the end: a soft prompt makes the sequences longer, a prefix does not.
-        picked.append(states[places[:, 0], states.shape[1] - width + places[:, 1]][None])
-        return (picked[0],)
-
-    hook = head.register_forward_pre_hook(pick) if head is not None else None
-    try:
-        yield
-    finally:
-        if hook is not None:
-            hook.remove()
-    if len(picked) != 1:
-        raise UserError(
-            f"--model_name_or_path: {type(bare).__name__} has no last layer that can be asked at "
-            "the blank alone; take another model"
-        )
 
 
 def word_scores(

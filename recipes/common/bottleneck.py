@@ -262,7 +262,9 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             if self._norm is not None:
                 read = getattr(*self._norm)(read)
         down, up = self.bottleneck_down[name], self.bottleneck_up[name]
-        added = up(self.bottleneck_activation[name](down(read.to(down.weight.dtype))))
+        added = up(
+            self.bottleneck_activation[name](down(self._cast_input_dtype(read, down.weight.dtype)))
+        )
         if config.scaling != 1:
             learned = config.scaling == "learned"
             added = added * (self.bottleneck_scaling[name] if learned else config.scaling)

@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 
 from common.blank_rows import BlankRows, Example, word_encoder
-from common.blanks import collate, only_at
+from common.blanks import collate
 from common.data import load_splits
 from common.errors import UserError
 from common.evaluation import Asked
 from common.few_shot import CausalAsker, MaskedAsker
+from common.head import only_at
 from common.launch import is_main_process, progress_bar
 from common.lockstep import Lockstep, gather_results, process_group
 from common.report import print_table, printable

@@ -23,6 +23,7 @@ from transformers import masking_utils
 
 from common.batches import micro_batches
 from common.encoding import IGNORED
+from common.head import only_at
 from common.launch import fsdp_option
 from common.packing import RowsApart
 
@@ -36,15 +37,13 @@ class MicroBatch:
     Attributes:
         rows: examples; with packing the one line that they stand in.
         width: tokens of each, padding included.
-        columns: positions that are projected onto the vocabulary, in every row.
-        supervised: tokens that have a loss.
+        supervised: tokens that have a loss, and are projected onto the vocabulary.
         padded: whether there is padding.
         lengths: tokens of each example in the line; empty without packing.
     """
 
     rows: int
     width: int
-    columns: int
     supervised: int
     padded: bool
     lengths: tuple[int, ...] = ()
@@ -72,21 +71,15 @@ def heaviest_batch(examples: Sequence[dict], training) -> MicroBatch:
         return len(batch), max(lengths[index] for index in batch)
 
     widest = heapq.nlargest(_LOOKED_AT, batches, key=lambda batch: math.prod(shape(batch)))
-    supervised = [
-        [
-            place
-            for index in batch
-            for place, label in enumerate(examples[index]["labels"][1:])
-            if label != IGNORED
-        ]
+    most = max(
+        sum(label != IGNORED for index in batch for label in examples[index]["labels"][1:])
         for batch in widest
-    ]
+    )
     rows, width = shape(widest[0])
-    most, together = max(map(len, supervised)), tuple(lengths[index] for index in widest[0])
+    together = tuple(lengths[index] for index in widest[0])
     return MicroBatch(
         rows=rows,
         width=width,
-        columns=most if training.packing else max(len(set(places)) for places in supervised),
         supervised=most,
         padded=len({*together}) > 1 and not training.packing,
         lengths=together if training.packing else (),
@@ -277,16 +270,16 @@ def _loss(model: nn.Module, training, batch: MicroBatch) -> torch.Tensor:
     tokens = torch.zeros(batch.rows, batch.width, dtype=torch.long, device=device)
     picked = torch.zeros(batch.supervised, dtype=torch.long, device=device)
     dtype = torch.float16 if training.fp16 else torch.bfloat16
-    with torch.autocast(device.type, dtype, enabled=halved):
+    with (
+        torch.autocast(device.type, dtype, enabled=halved),
+        only_at(model, torch.stack([picked, picked], 1), batch.width),
+    ):
         logits = model(
-            input_ids=tokens,
-            attention_mask=torch.ones_like(tokens),
-            logits_to_keep=torch.arange(batch.columns, device=device),
-            use_cache=False,
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False
         ).logits
     if halved:
         logits = logits.float()  # as accelerate does with what comes out of autocast
-    return F.cross_entropy(logits[picked, picked].float(), picked, reduction="sum")
+    return F.cross_entropy(logits[0].float(), picked, reduction="sum")
 
 
 class _Unpacked(torch.autograd.Function):

@@ -31,7 +31,8 @@ def place_model(model, training):
     model.eval()
     if not uses_fsdp():
         return model.to(training.device)
-    accelerator = Accelerator()
+    # As the trainer that may follow will ask for: one process can have one precision only.
+    accelerator = Accelerator(mixed_precision=training.mixed_precision)
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         raise UserError(FSDP_OFF)

@@ -5,12 +5,14 @@ only, and packing that changes no loss.
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm.auto import tqdm
 from transformers import (
@@ -31,6 +33,7 @@ from common.batches import sampling_seed
 from common.checkpoints import clear_way
 from common.encoding import IGNORED
 from common.errors import UserError
+from common.head import only_at
 from common.launch import (
     check_joined,
     fsdp_option,
@@ -230,6 +233,7 @@ class RecipeTrainer(SFTTrainer):
         self._loss_shifts_labels = True
         self.tokens_seen = 0  # without padding, by this process
         self.slots_seen = 0  # with padding
+        self._casting: list[BaseTunerLayer] | None = None  # see `_inputs_as_they_are`
         self.rows_apart: bool | None = None  # with packing: whether sdpa is given row by row
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
@@ -291,7 +295,7 @@ class RecipeTrainer(SFTTrainer):
             self.model.get_input_embeddings().neftune_noise_alpha = (
                 self.neftune_noise_alpha * longer
             )
-        with self._keeping_apart(inputs):
+        with self._keeping_apart(inputs), self._inputs_as_they_are():
             return super().training_step(model, inputs, num_items_in_batch)
 
     def prediction_step(self, model, inputs, *args, **kwargs):
@@ -301,6 +305,26 @@ class RecipeTrainer(SFTTrainer):
 
     def _keeping_apart(self, inputs) -> AbstractContextManager:
         return RowsApart(row_lengths(inputs)) if self.rows_apart else nullcontext()
+
+    @contextmanager
+    def _inputs_as_they_are(self) -> Iterator[None]:
+        """Under autocast, which casts whatever goes into a product, adapters need not have their
+        input in their own float32 first: it comes to the same, later and in more memory.
+
+        Also in the backward pass, which computes the forward pass again under activation
+        checkpointing. Not for LoRA's variants (DoRA), which do more than products.
+        """
+        if self._casting is None:
+            adapters = [one for one in self.model.modules() if isinstance(one, BaseTunerLayer)]
+            plain = [one for one in adapters if not getattr(one, "lora_variant", None)]
+            self._casting = plain if self.args.bf16 or self.args.fp16 else []
+        for layer in self._casting:
+            layer.cast_input_dtype_enabled = False
+        try:
+            yield
+        finally:
+            for layer in self._casting:
+                layer.cast_input_dtype_enabled = True
 
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
@@ -353,14 +377,13 @@ class RecipeTrainer(SFTTrainer):
         """
         targets = inputs["labels"][:, 1:]
         supervised = targets != IGNORED
-        columns = supervised.any(0).nonzero().flatten()
         # Tokens with a mask; or a line with the positions and lengths of its rows.
         batch = {name: one for name, one in inputs.items() if name != "labels"}
-        outputs = model(**batch, logits_to_keep=columns, use_cache=False)
-        picked = supervised[:, columns]
+        with only_at(self.model, supervised.nonzero(), inputs["labels"].shape[1]):
+            outputs = model(**batch, use_cache=False)
         loss = F.cross_entropy(
-            outputs.logits[picked].float(),
-            targets[:, columns][picked],
+            outputs.logits[0].float(),
+            targets[supervised],
             reduction="sum",
             label_smoothing=self.args.label_smoothing_factor,
         )

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from common.bottleneck import BottleneckConfig
 from common.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -150,6 +151,14 @@ def test_full_tuning_is_equal_on_both_sides_too(train_here):
     assert ours == pytest.approx(theirs, abs=1e-5)
 
 
+def test_adapters_of_lora_s_size_are_a_row_of_ours(train_here, measured):
+    rows = train_here("--methods", "adapter", "--packing")
+    assert list(rows) == [("base", "ours"), ("grouped", "ours")]
+    lora, row = measured[1]["rows"][0], rows["base", "ours"]
+    assert row["tokens"] == lora["tokens"]
+    assert row["first_loss"] == pytest.approx(lora["first_loss"], abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("error", "line"),
     [
@@ -219,17 +228,35 @@ def test_the_flops_of_an_8b_model_are_those_computed_by_hand():
     assert lora == 4 * (layers + 0.5 * head) + 6 * adapters + attention - 2 * first
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("name", ["tiny", "Llama-3.1-8B"])
+def test_adapters_of_equal_size_have_as_many_parameters_as_lora(name):
+    shape = flops.SHAPES[name]
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**shape))
+        lora = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+        count = lora.get_nb_trainable_parameters()[0]
+        size = flops.equal_bottleneck(shape, 16)
+        adapters = get_peft_model(lora.unload(), BottleneckConfig(bottleneck_size=size))
+    assert adapters.get_nb_trainable_parameters()[0] == pytest.approx(count, rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter", "full"])
 def test_the_flops_are_those_that_torch_counts(method):
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**TINY, attn_implementation="eager"))
+    if method == "adapter":
+        model = get_peft_model(model, BottleneckConfig(bottleneck_size=8))
     if method == "lora":
         model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
     ids = torch.randint(3, TINY["vocab_size"], (4, 48))
     with FlopCounterMode(display=False) as counter:
         model(ids, logits_to_keep=24, use_cache=False).logits.sum().backward()
     formula = flops.flops_per_token(
-        TINY, rank=16 if method == "lora" else None, context=48, supervised=0.5
+        TINY,
+        rank=16 if method == "lora" else None,
+        bottleneck=8 if method == "adapter" else None,
+        context=48,
+        supervised=0.5,
     )
     assert counter.get_total_flops() == pytest.approx(ids.numel() * formula, rel=0.01)
 

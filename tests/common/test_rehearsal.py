@@ -19,12 +19,13 @@ from transformers import (
 )
 
 from common.batches import micro_batches
+from common.head import only_at
 from common.packing import RowsApart
 from common.rehearsal import MicroBatch, decoder_layers, heaviest_batch, rehearse
 
 VOCABULARY = 300
-BATCH = MicroBatch(rows=3, width=20, columns=7, supervised=15, padded=True)
-FULL_BATCH = MicroBatch(rows=3, width=20, columns=7, supervised=21, padded=False)
+BATCH = MicroBatch(rows=3, width=20, supervised=15, padded=True)
+FULL_BATCH = MicroBatch(rows=3, width=20, supervised=21, padded=False)
 
 
 def settings(**changes) -> SimpleNamespace:
@@ -110,16 +111,15 @@ def real_loss(model, batch: MicroBatch, autocast=None) -> torch.Tensor:
     mask = torch.ones_like(ids)
     if batch.padded:
         mask[0, -1] = 0
-    picked = torch.arange(batch.rows * batch.columns).reshape(batch.rows, -1) < batch.supervised
-    with torch.autocast("cpu", autocast, enabled=autocast is not None):
-        logits = model(
-            input_ids=ids,
-            attention_mask=mask,
-            logits_to_keep=torch.arange(batch.columns),
-            use_cache=False,
-        ).logits
+    places = torch.arange(batch.rows * batch.width)[: batch.supervised]
+    places = torch.stack([places // batch.width, places % batch.width], 1)
+    with (
+        torch.autocast("cpu", autocast, enabled=autocast is not None),
+        only_at(model, places, batch.width),
+    ):
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     logits = logits.float()
-    return torch.nn.functional.cross_entropy(logits[picked], ids[:, : batch.columns][picked])
+    return torch.nn.functional.cross_entropy(logits[0], ids[*places.T])
 
 
 def really_alive(model, batch: MicroBatch, autocast=None) -> int:
@@ -228,11 +228,10 @@ def test_the_continued_sums_are_those_of_all_layers(name, monkeypatch):
 
 def test_logits_are_what_has_the_vocabulary_as_its_width():
     few = rehearse(lora(llama()), settings(), BATCH, Weights(1))[0]["logits"]
-    # scores of all columns; of the supervised ones, their log-probabilities and gradients
+    # of the supervised tokens: scores, log-probabilities and the gradients of both
     row = 4 * VOCABULARY
-    scores = BATCH.rows * BATCH.columns * row
-    assert scores + 2 * BATCH.supervised * row <= few <= 2 * scores + 2 * BATCH.supervised * row
-    half = MicroBatch(rows=3, width=20, columns=14, supervised=30, padded=True)
+    assert 2 * BATCH.supervised * row < few <= 4 * BATCH.supervised * row
+    half = MicroBatch(rows=3, width=20, supervised=30, padded=True)
     more = rehearse(lora(llama()), settings(), half, Weights(1))[0]["logits"]
     assert more == pytest.approx(2 * few, rel=0.01)
 
@@ -240,7 +239,7 @@ def test_logits_are_what_has_the_vocabulary_as_its_width():
 def test_gradients_that_stay_elsewhere_do_not_count():
     model = llama(2, tie_word_embeddings=False, vocab_size=64)
     size = 4 * sum(one.numel() for one in model.parameters())
-    tiny = MicroBatch(rows=1, width=2, columns=1, supervised=1, padded=False)
+    tiny = MicroBatch(rows=1, width=2, supervised=1, padded=False)
     (whole,) = rehearse(model, settings(), tiny, Weights(1))
     (shard,) = rehearse(model, settings(), tiny, Weights(1 / 4))
     (none,) = rehearse(model, settings(), tiny, Weights(0))
@@ -323,13 +322,12 @@ def test_the_heaviest_batch_has_the_longest_row():
     rows = rows_of(4, 5, 6, 30, 7, 8)
     batch = heaviest_batch(rows, sampling())
     assert (batch.rows, batch.width, batch.padded) == (2, 30, True)
-    # the answers of rows of different lengths stand in different columns
-    assert (batch.columns, batch.supervised) == (4, 4)
+    assert batch.supervised == 4
 
 
-def test_rows_of_one_length_need_no_padding_and_share_their_columns():
+def test_rows_of_one_length_need_no_padding():
     batch = heaviest_batch(rows_of(*[9] * 6, answer=3), sampling(per_device_train_batch_size=3))
-    assert batch == MicroBatch(rows=3, width=9, columns=3, supervised=9, padded=False)
+    assert batch == MicroBatch(rows=3, width=9, supervised=9, padded=False)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama, eager", "llama, lora", "gpt2"])
@@ -343,10 +341,11 @@ def test_a_line_of_rows_is_rehearsed_row_by_row(name):
     alive = Alive()
     for one in [*model.parameters(), *model.buffers(), *line.values(), picked]:
         alive.seen[one.untyped_storage()._cdata] = one
-    with alive, RowsApart(lengths):
-        logits = model.train()(**line, logits_to_keep=picked, use_cache=False).logits
+    places = torch.stack([torch.zeros_like(picked), picked], 1)
+    with alive, RowsApart(lengths), only_at(model, places, sum(lengths)):
+        logits = model.train()(**line, use_cache=False).logits
         torch.nn.functional.cross_entropy(logits[0], line["input_ids"][0, picked]).backward()
-    batch = MicroBatch(1, sum(lengths), len(picked), len(picked), False, tuple(lengths))
+    batch = MicroBatch(1, sum(lengths), len(picked), False, tuple(lengths))
     assert highest(model, batch).total() == pytest.approx(alive.most, rel=0.03)
 
 
@@ -362,7 +361,7 @@ def test_a_packed_batch_is_one_line_of_all_its_rows():
     one = heaviest_batch(rows, sampling(packing=True, per_device_train_batch_size=6))
     assert (one.rows, one.width, one.padded) == (1, 95, False)
     assert sorted(one.lengths) == [4, 6, 7, 8, 30, 40]
-    assert (one.columns, one.supervised) == (12, 12)
+    assert one.supervised == 12
     heaviest = heaviest_batch(rows, sampling(packing=True))
     assert heaviest.width >= 44
     assert heaviest.width == max(
@@ -381,4 +380,4 @@ def test_a_run_that_stops_early_need_not_meet_the_longest_row():
 def test_the_first_token_has_no_prediction():
     (row,) = rows_of(5, answer=5)
     batch = heaviest_batch([row], sampling())
-    assert (batch.columns, batch.supervised) == (4, 4)
+    assert batch.supervised == 4

@@ -35,6 +35,7 @@ class Training:
     """What `place_model` wants of a `RecipeConfig`."""
 
     device = torch.device("cpu")
+    mixed_precision = "no"
 
 
 def with_little_memory(model, tokens: int) -> None:

@@ -1,0 +1,52 @@
+"""The last layer of a language model's head, asked at a few positions only: the logits of all
+positions would be a large part of what a training step computes, and most of what it keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+
+from common.errors import UserError
+
+
+def bare_model(model):
+    """The transformers model inside of PEFT's wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+@contextmanager
+def only_at(model, places: torch.Tensor, width: int) -> Iterator[None]:
+    """Let the last layer of the model's head see a few states only: its logits are then
+    [1, places, vocabulary].
+
+    Args:
+        model: a causal or a masked language model, or PEFT's wrapper around one.
+        places: [places, 2] sequence and column of each state.
+        width: of the sequences, without the soft prompt that stands in front.
+    Raises:
+        UserError: a model whose logits are not those of its last layer.
+    """
+    bare = bare_model(model)
+    head, picked = bare.get_output_embeddings(), []
+
+    def pick(module, args):
+        (states,) = args
+        # Counted from the end: a soft prompt makes the sequences longer, a prefix does not.
+        picked.append(states[places[:, 0], states.shape[1] - width + places[:, 1]][None])
+        return (picked[0],)
+
+    hook = head.register_forward_pre_hook(pick) if head is not None else None
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
+    if len(picked) != 1:
+        raise UserError(
+            f"--model_name_or_path: {type(bare).__name__} has no last layer that can be asked at "
+            "single positions; take another model"
+        )
