@@ -15,13 +15,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm.auto import tqdm
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    get_scheduler,
-)
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, get_scheduler
 from transformers.distributed.fsdp import update_fsdp_plugin_peft
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_pt_utils import BatchRebalanceSampler
@@ -308,16 +302,13 @@ class RecipeTrainer(SFTTrainer):
 
     @contextmanager
     def _inputs_as_they_are(self) -> Iterator[None]:
-        """Under autocast, which casts whatever goes into a product, adapters need not have their
-        input in their own float32 first: it comes to the same, later and in more memory.
-
-        Also in the backward pass, which computes the forward pass again under activation
-        checkpointing. Not for LoRA's variants (DoRA), which do more than products.
+        """Adapters get their input as it is, not in their own float32: autocast casts it back.
+        Forward and backward, which may recompute; but not LoRA's variants: they do more than products.
         """
         if self._casting is None:
-            adapters = [one for one in self.model.modules() if isinstance(one, BaseTunerLayer)]
-            plain = [one for one in adapters if not getattr(one, "lora_variant", None)]
-            self._casting = plain if self.args.bf16 or self.args.fp16 else []
+            modules = self.model.modules() if self.args.bf16 or self.args.fp16 else ()
+            adapters = [one for one in modules if isinstance(one, BaseTunerLayer)]
+            self._casting = [one for one in adapters if not getattr(one, "lora_variant", None)]
         for layer in self._casting:
             layer.cast_input_dtype_enabled = False
         try:
