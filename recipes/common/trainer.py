@@ -303,7 +303,9 @@ class RecipeTrainer(SFTTrainer):
     @contextmanager
     def _inputs_as_they_are(self) -> Iterator[None]:
         """Adapters get their input as it is, not in their own float32: autocast casts it back.
-        Forward and backward, which may recompute; but not LoRA's variants: they do more than products.
+
+        Forward and backward, which may recompute; not LoRA's variants, which do more than
+        products.
         """
         if self._casting is None:
             modules = self.model.modules() if self.args.bf16 or self.args.fp16 else ()
