@@ -18,6 +18,16 @@ def bare_model(model):
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+# Not variables of the hook's own, for whose every new length torch.compile would compile again.
+_asked: dict = {}
+
+
+def _pick(module: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    (states,) = args
+    _asked["times"] += 1
+    return (states[_asked["rows"], _asked["columns"]][None],)
+
+
 @contextmanager
 def only_at(model, places: torch.Tensor, width: int) -> Iterator[None]:
     """Let the last layer of the model's head see a few states only: its logits are then
@@ -31,21 +41,18 @@ def only_at(model, places: torch.Tensor, width: int) -> Iterator[None]:
         UserError: a model whose logits are not those of its last layer.
     """
     bare = bare_model(model)
-    head, picked = bare.get_output_embeddings(), []
-
-    def pick(module, args):
-        (states,) = args
-        # Counted from the end: a soft prompt makes the sequences longer, a prefix does not.
-        picked.append(states[places[:, 0], states.shape[1] - width + places[:, 1]][None])
-        return (picked[0],)
-
-    hook = head.register_forward_pre_hook(pick) if head is not None else None
+    head = bare.get_output_embeddings()
+    # Counted from the end: a soft prompt makes the sequences longer, a prefix does not.
+    _asked.update(rows=places[:, 0], columns=places[:, 1] - width, times=0)
+    hook = head.register_forward_pre_hook(_pick) if head is not None else None
     try:
         yield
+        times = _asked["times"]
     finally:
+        _asked.clear()
         if hook is not None:
             hook.remove()
-    if len(picked) != 1:
+    if times != 1:
         raise UserError(
             f"--model_name_or_path: {type(bare).__name__} has no last layer that can be asked at "
             "single positions; take another model"
