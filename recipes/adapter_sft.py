@@ -204,11 +204,14 @@ def main(args: AdapterArguments, training) -> dict | None:
     set_seed(training.seed)
     try:
         if args.adapterhub:
-            model = load_adapterhub(model, args.adapterhub)
+            model = load_adapterhub(
+                model, args.adapterhub, task_type="CAUSAL_LM", revision=args.revision
+            )
         else:
             model = get_peft_model(model, config, revision=args.revision)
     except ValueError as error:  # a model whose layers are not known
-        raise UserError(f"--target_modules: {error}") from None
+        names_option = str(error).startswith(("adapter_input", "target_modules"))
+        raise UserError(f"--{'' if names_option else 'target_modules: '}{error}") from None
     check_adapter(checkpoint, model)
     if args.drop_adapters_below:
         with without_adapters(model, args.drop_adapters_below) as dropped:

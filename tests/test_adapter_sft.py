@@ -355,6 +355,15 @@ def test_wrong_input_is_one_line(run, options, said):
     assert "\n" not in str(no.value)
 
 
+def test_what_the_tuner_refuses_is_said_of_the_option_that_it_names(run, monkeypatch):
+    def refuse(*args, **options):
+        raise ValueError("adapter_input='residual': gemma2 norms h before it is added to x")
+
+    monkeypatch.setattr("peft.get_peft_model", refuse)
+    with pytest.raises(UserError, match=r"^--adapter_input='residual': gemma2"):
+        run("--adapter_input", "residual")
+
+
 def test_bad_rows_end_in_one_line(tmp_path, monkeypatch, capsys):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"sentence": "fine", "label": "positive"}\n{"sentence": "so", "label": "so"}\n')

@@ -32,11 +32,21 @@ _ABSENT = {
 }
 
 
-def load_adapterhub(model, folder: str | Path, adapter_name: str = "default") -> PeftModel:
+def load_adapterhub(
+    model,
+    folder: str | Path,
+    adapter_name: str = "default",
+    *,
+    task_type: str | None = None,
+    revision: str | None = None,
+) -> PeftModel:
     """The model with the adapter that `save_adapter(folder, name, use_safetensors=True)` has left.
+    A prediction head that was saved with it is not converted.
 
     Args:
         model: a transformers model of the kind that the adapter was trained on.
+        task_type: PEFT's; with "SEQ_CLS" and the like the model's head is trained and saved, too.
+        revision: of the base model, for PEFT to write down.
     Raises:
         UserError: no such folder, a pickle, another method or a variant that is not here, or
             weights that do not fit the model, which is then as it was.
@@ -49,12 +59,13 @@ def load_adapterhub(model, folder: str | Path, adapter_name: str = "default") ->
     config, weights = _read(folder, kind)
     found = _by_place(folder, weights)
     peft_config = _converted(folder, config)
+    peft_config.task_type = task_type
     peft_config.bottleneck_size = next(iter(found.values()))["down.weight"].shape[0]
     layers = sorted({number for number, _ in found})
     if layers != list(range(model.config.get_text_config().num_hidden_layers)):
         peft_config.layers_to_transform = layers
     try:
-        adapted = get_peft_model(model, peft_config, adapter_name)
+        adapted = get_peft_model(model, peft_config, adapter_name, revision=revision)
     except ValueError as error:  # layers that the model does not have
         raise UserError(f"{folder}: does not fit the model ({error})") from None
     try:
@@ -100,7 +111,7 @@ def _fill(folder: Path, model: PeftModel, kind: str, found: dict, adapter_name: 
             for name, one in getattr(layer, f"bottleneck_{part}")[adapter_name].named_parameters()
         }
         if adapter_name in layer.bottleneck_scaling:
-            own["scaling"] = layer.bottleneck_scaling[adapter_name]
+            own["scaling"] = layer.bottleneck_scaling[adapter_name].weight
         for name in sorted(own.keys() | tensors.keys()):
             shapes = [tuple(some[name].shape) if name in some else None for some in (own, tensors)]
             if shapes[0] != shapes[1]:

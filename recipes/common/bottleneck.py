@@ -8,7 +8,8 @@ adds `scaling * up(act(down(h)))`: down takes the model's width d to a bottlenec
 back. (In Gemma 2 and 3 the norm of h comes between adapter and addition.) The model is frozen.
 PEFT's `save_pretrained`, `from_pretrained`, `add_adapter`, `set_adapter`, `delete_adapter`,
 `disable_adapter` and `unload` work as with LoRA; merging does not, for an adapter is not linear,
-nor do several adapters in one batch (`adapter_names`).
+nor do several adapters in one batch (`adapter_names`). Where a model drops out h itself (BERT), it
+does so after the adapter, and to what that adds, too; AdapterHub's reads h after it.
 
 This file needs torch, transformers and peft and nothing else of the collection: copy it, by another
 name, since pandas takes a bottleneck.py for a package that it would like to use. What is saved with
@@ -18,6 +19,7 @@ it loads where it was imported first.
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,6 +33,10 @@ from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 INIT_STD = 1e-2  # of the paper (section 3.6); its code has 1e-3
+NO_MERGING = (
+    "bottleneck adapters cannot be merged: up(act(down(h))) is not linear in h, so no weight could "
+    "do the same; keep the adapter loaded, or train LoRA"
+)
 
 
 class Sublayer(NamedTuple):
@@ -177,6 +183,20 @@ class BottleneckConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
 
 
+class LearnedScale(nn.Module):
+    """A factor that is trained. It is called and has a `weight`: what PEFT's policy for FSDP1 takes
+    for a unit of its own, apart from the model's 16 bits.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, added: torch.Tensor) -> torch.Tensor:
+        """What an adapter adds, times the factor."""
+        return added * self.weight
+
+
 class BottleneckLayer(nn.Module, BaseTunerLayer):
     """A sublayer's last linear layer with the adapters after it. Several that are active are
     applied one after the other, in their order. While `passed_over` is set none is; unlike PEFT's
@@ -191,7 +211,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.features = _width(base_layer)
         self.bottleneck_down, self.bottleneck_up = nn.ModuleDict(), nn.ModuleDict()
-        self.bottleneck_scaling = nn.ParameterDict()
+        self.bottleneck_scaling = nn.ModuleDict()
         self.bottleneck_activation, self.bottleneck_dropout = nn.ModuleDict(), nn.ModuleDict()
         self.bottleneck_config: dict[str, BottleneckConfig] = {}
         self._disable_adapters = self.passed_over = False
@@ -212,7 +232,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             nn.init.zeros_(up.weight)
         self.bottleneck_down[adapter_name], self.bottleneck_up[adapter_name] = down, up
         if config.scaling == "learned":
-            self.bottleneck_scaling[adapter_name] = nn.Parameter(torch.ones(1))
+            self.bottleneck_scaling[adapter_name] = LearnedScale()
         self.bottleneck_activation[adapter_name] = ACT2FN[config.act]
         dropout = nn.Dropout(config.dropout).train(self.base_layer.training)
         self.bottleneck_dropout[adapter_name] = dropout
@@ -247,6 +267,13 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
                 hidden = hidden + self._added(name, hidden, residual)
         return hidden
 
+    def merge(self, *args, **kwargs) -> None:
+        """Not possible."""
+        raise NotImplementedError(NO_MERGING)
+
+    def unmerge(self) -> None:
+        """Nothing is merged, ever."""
+
     def _added(self, name: str, hidden: torch.Tensor, residual: torch.Tensor | None):
         """What an adapter adds to h (shape batch x tokens x d, as h), in h's dtype."""
         config, read = self.bottleneck_config[name], hidden
@@ -265,9 +292,10 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         added = up(
             self.bottleneck_activation[name](down(self._cast_input_dtype(read, down.weight.dtype)))
         )
-        if config.scaling != 1:
-            learned = config.scaling == "learned"
-            added = added * (self.bottleneck_scaling[name] if learned else config.scaling)
+        if config.scaling == "learned":
+            added = self.bottleneck_scaling[name](added)
+        elif config.scaling != 1:
+            added = added * config.scaling
         return self.bottleneck_dropout[name](added).to(hidden.dtype)
 
 
@@ -340,16 +368,9 @@ class BottleneckModel(BaseTuner):
                     block = key.removesuffix(sublayer.output).removesuffix(".")
                     layer.watch_residual(model.get_submodule(block), sublayer)
 
-    def _cast_adapter_dtype(self, adapter_name: str, **options) -> None:
-        super()._cast_adapter_dtype(adapter_name, **options)  # whose new scales are all trained
-        for layer in self.model.modules():
-            if isinstance(layer, BottleneckLayer) and adapter_name in layer.bottleneck_scaling:
-                trained = layer.bottleneck_down[adapter_name].weight.requires_grad
-                layer.bottleneck_scaling[adapter_name].requires_grad_(trained)
-
     def unload(self) -> nn.Module:
-        """The model as it was, its norms too; what `modules_to_save` named besides stays trained,
-        as with LoRA.
+        """The model as it was, all its norms too; what `modules_to_save` named besides stays
+        trained, as with LoRA.
         """
         self._leave_residuals()
         for one in self.model.modules():
@@ -363,10 +384,14 @@ class BottleneckModel(BaseTuner):
                 layer._hook.remove()
 
     def _check_merge_allowed(self) -> None:
-        raise NotImplementedError(
-            "bottleneck adapters cannot be merged: up(act(down(h))) is not linear in h, so no "
-            "weight could do the same; keep the adapter loaded, or train LoRA"
-        )
+        raise NotImplementedError(NO_MERGING)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, adapter_names: list[str] | None = None, **kwargs):
+        """PEFT's, by which it hands on whose adapter each row of a batch wants."""
+        if adapter_names is not None:
+            raise NotImplementedError("adapter_names: all rows of a batch have the active adapters")
+        yield
 
 
 def layer_number(name: str) -> int | None:

@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
+    BertForSequenceClassification,
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -145,6 +146,34 @@ def test_a_model_with_a_head_takes_an_adapter_of_one_without(tmp_path):
     hidden = whole(input_ids=tensors["input_ids"], output_hidden_states=True).hidden_states[-1]
     model = load_adapterhub(model, GOLDEN / "llama_seq_bn")
     torch.testing.assert_close(model(input_ids=tensors["input_ids"])[0], hidden)
+
+
+def test_a_new_head_is_trained_with_a_converted_adapter_and_kept(tmp_path):
+    _, model = golden("bert")
+    head = BertForSequenceClassification(model.config).eval()
+    adapted = load_adapterhub(head, GOLDEN / "bert_seq_bn", task_type="SEQ_CLS", revision="old")
+    trained = {name for name, one in adapted.named_parameters() if one.requires_grad}
+    assert any("classifier" in name for name in trained)
+    adapted.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (saved["task_type"], saved["revision"]) == ("SEQ_CLS", "old")
+    assert any("classifier" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+
+
+def test_a_learned_scale_is_taken_over(tmp_path):
+    folder = shutil.copytree(GOLDEN / "bert_seq_bn", tmp_path / "adapter")
+    file = folder / "adapter_config.json"
+    saved = json.loads(file.read_text())
+    saved["config"]["scaling"] = "learned"
+    file.write_text(json.dumps(saved))
+    weights = load_file(folder / "adapter.safetensors")
+    for key in [key for key in weights if key.endswith("adapter_up.weight")]:
+        weights[key.replace("adapter_up.weight", "scaling")] = torch.tensor([2.5])
+    (folder / "adapter.safetensors").unlink()
+    save_file(weights, folder / "adapter.safetensors")
+    model = load_adapterhub(golden("bert")[1], folder)
+    scales = [one for name, one in model.named_parameters() if "bottleneck_scaling" in name]
+    assert [one.item() for one in scales] == [2.5, 2.5]
 
 
 def test_layers_left_out(tmp_path):

@@ -7,15 +7,15 @@ import pytest
 import torch
 from adapter_models import INPUTS, LLAMA, adapted, adapters, batch, build, logits, wake
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from peft.utils.other import fsdp_auto_wrap_policy
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
 )
 
-from common.bottleneck import (
-    BottleneckConfig,
-)
+from common.bottleneck import BottleneckConfig, BottleneckLayer
 
 # PEFT's own ways ---------------------------------------------------------------------------------
 
@@ -189,9 +189,43 @@ def test_an_adapter_is_not_merged_and_the_model_is_whole_afterwards(kind):
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(NotImplementedError, match="not linear in h"):
             merge()
+    layer = next(one for one in model.modules() if isinstance(one, BottleneckLayer))
+    with pytest.raises(NotImplementedError, match="not linear in h"):
+        layer.merge()
+    model.unmerge_adapter()
     assert torch.equal(logits(model), before)
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(build(kind)))
+
+
+def test_a_batch_of_several_adapters_is_refused():
+    model = adapted()
+    model.add_adapter("other", BottleneckConfig(bottleneck_size=4))
+    rows = batch(model)
+    with pytest.raises(NotImplementedError, match="adapter_names"):
+        model(**rows, adapter_names=["default", "other"])
+    model(**rows)
+
+
+@pytest.mark.parametrize(
+    "options", [{"scaling": "learned"}, {"adapter_input": "residual"}, {"train_norms": True}]
+)
+def test_peft_s_policy_for_fsdp1_finds_units_of_one_dtype(options, tmp_path):
+    distributed = torch.distributed
+    store = f"file://{tmp_path}/store"
+    distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        config = BottleneckConfig(task_type="CAUSAL_LM", bottleneck_size=4, **options)
+        model = get_peft_model(build("llama").to(torch.bfloat16), config)
+        sharded = FullyShardedDataParallel(
+            model,
+            auto_wrap_policy=fsdp_auto_wrap_policy(model),
+            use_orig_params=True,
+            device_id=torch.device("cpu"),
+        )
+        assert torch.float32 in {one.dtype for one in sharded.parameters()}
+    finally:
+        distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(
