@@ -345,7 +345,7 @@ def test_the_loss_on_the_evaluation_rows_is_followed_on_request(run):
             ("--target_modules", "up_proj", "--adapter_input", "input"),
             "up_proj ends no sublayer",
         ),
-        (("--target_modules", "norm"), "is no linear layer"),
+        (("--target_modules", "norm"), "--target_modules norm: the model has no such layer"),
     ],
 )
 def test_wrong_input_is_one_line(run, options, said):

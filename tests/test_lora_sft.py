@@ -352,12 +352,13 @@ def test_named_layers_alone_are_adapted_and_a_wrong_name_is_one_line(run):
     names = load_file(folder / "adapter_model.safetensors")
     assert len(names) == 4
     assert all("q_proj" in name for name in names)
-    with pytest.raises(
-        UserError, match="--target_modules q_prj: the model has no such layer"
-    ) as no:
-        run("--target_modules", "q_prj", output="wrong")
-    assert "q_proj" in str(no.value)
-    assert "\n" not in str(no.value)
+    for wrong in ("q_prj", "mlp", "norm"):
+        with pytest.raises(
+            UserError, match=f"--target_modules {wrong}: the model has no such layer"
+        ) as no:
+            run("--target_modules", wrong, output="wrong")
+        assert "q_proj" in str(no.value)
+        assert "\n" not in str(no.value)
 
 
 def test_the_loss_on_the_evaluation_rows_is_followed_on_request(run):

@@ -236,15 +236,19 @@ def weights_identity(model_name_or_path: str | None, revision: str | None = None
 
 
 def require_modules(model: PreTrainedModel, names: Sequence[str]) -> None:
-    """Check that each name is, or ends, that of a layer, before anything slow is done.
+    """Check that each name is, or ends, that of a layer with a matrix, before anything slow is done.
 
     Raises:
-        UserError: a name that fits no layer; the line says which there are.
+        UserError: a name that fits no such layer; the line says which there are.
     """
-    layers = dict(model.named_modules())
+    layers = [
+        name
+        for name, one in model.named_modules()
+        if getattr(getattr(one, "weight", None), "ndim", 0) > 1
+    ]
     for wanted in names:
         if not any(f".{name}".endswith(f".{wanted}") for name in layers):
-            known = {name.split(".")[-1] for name, one in layers.items() if hasattr(one, "weight")}
+            known = {name.split(".")[-1] for name in layers}
             raise UserError(
                 f"--target_modules {wanted}: the model has no such layer; it has "
                 f"{', '.join(sorted(known))}"
