@@ -236,7 +236,7 @@ def weights_identity(model_name_or_path: str | None, revision: str | None = None
 
 
 def require_modules(model: PreTrainedModel, names: Sequence[str]) -> None:
-    """Check that each name is, or ends, that of a layer with a matrix, before anything slow is done.
+    """Check that each name is, or ends, that of a layer with a matrix, before anything slow.
 
     Raises:
         UserError: a name that fits no such layer; the line says which there are.
