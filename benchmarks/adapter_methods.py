@@ -145,12 +145,14 @@ def run_task(task: str, args: argparse.Namespace, keep: Path) -> dict:
     write_json(file, settings)
     methods: dict[str, list[dict]] = {method: [] for method in args.methods}
     for seed in range(SEED, SEED + args.seeds):
-        tokens = set()
+        work = set()
         for method, runs in methods.items():
             run = run_recipe(task, method, seed, args, keep / f"{task}-{method}-{seed}")
-            tokens.add(run["train_tokens"])
-            if len(tokens) > 1:
-                raise RunFailed(f"{task}, {method}, seed {seed}: was trained on other rows")
+            work.add((run["train_tokens"], run["eval_rows"]))
+            if len(work) > 1:
+                raise RunFailed(
+                    f"{task}, {method}, seed {seed}: was trained or scored on other rows"
+                )
             runs.append(run)
             print(printable(f"{task}, {method}, seed {seed}: {run['score']:.3f}"), flush=True)
     first = next(iter(methods.values()))[0]
@@ -199,7 +201,7 @@ def run_recipe(task: str, method: str, seed: int, args: argparse.Namespace, fold
         source = data_files(task, args.data)[0].parent
         options = {"use_cpu": True, "save_strategy": "no", "num_train_epochs": 1, "seed": seed}
         options |= {"max_train_samples": args.train_rows, "output_dir": folder, **own}
-        options |= {"max_eval_samples": args.rows} if args.rows else {}
+        options |= {"max_eval_samples": args.rows or -1}  # some recipes score fewer by default
         if args.model_name_or_path:
             options["model_name_or_path"] = args.model_name_or_path
         if recipe == "instruction_sft":

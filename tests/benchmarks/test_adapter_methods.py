@@ -41,23 +41,23 @@ def test_every_method_is_run_once_and_kept(recipes_here, tmp_path, capsys):
         bench.main([*words, "--train_rows", "8"])
 
 
-def test_other_rows_are_refused_and_each_seed_has_its_own(monkeypatch, tmp_path):
+@pytest.mark.parametrize("other", ["train_tokens", "eval_rows"])
+def test_other_rows_are_refused_and_each_seed_has_its_own(other, monkeypatch, tmp_path):
     def run(task, method, seed, *_):
-        return {
-            "train_tokens": seed if seed < 44 else tokens.pop(),
-            "score": 0.5,
-            "train_seconds": 1,
-            **dict.fromkeys(("trainable_parameters", "total_parameters", "eval_rows"), 7),
-            "base_score": 0.4,
-        }
+        counts = dict.fromkeys(("trainable_parameters", "total_parameters"), 7)
+        counts |= {"train_tokens": seed, "eval_rows": 7}
+        counts |= {other: different.pop()} if seed == 44 else {}
+        return {"score": 0.5, "train_seconds": 1, "base_score": 0.4, **counts}
 
     monkeypatch.setattr(bench, "run_recipe", run)
     args = bench.parse(["--quick", "--seeds", "2"])
     found = bench.run_task("movie_reviews", args, tmp_path)
     assert found["methods"]["lora"]["scores"] == [0.5, 0.5]
-    tokens = [90, 100]
+    different = [90, 100]
     args = bench.parse(["--quick", "--seeds", "3"])
-    with pytest.raises(bench.RunFailed, match="adapter_64, seed 44: was trained on other rows"):
+    with pytest.raises(
+        bench.RunFailed, match="adapter_64, seed 44: was trained or scored on other"
+    ):
         bench.run_task("movie_reviews", args, tmp_path)
 
 
