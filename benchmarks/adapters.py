@@ -1,7 +1,7 @@
 """What bottleneck adapters cost beside LoRA of equal size and full tuning: speed and memory of
 training, and latency of what was trained, on the CPU in float32.
 
-    python benchmarks/adapters.py                    # about twenty minutes on two cores
+    python benchmarks/adapters.py                    # a quarter of an hour on two cores
     python benchmarks/adapters.py --quick            # a few steps, one round
     python benchmarks/adapters.py --template sst2 --dataset data/sst2
 
