@@ -16,7 +16,7 @@ from transformers import AutoModelForMaskedLM
 
 from common.blank_rows import BlankRows, ClozeAsker, encode_blanks, example_of
 from common.blanks import SoftVerbalizer, score_examples
-from common.data import load_rows, parse_columns
+from common.data import load_questions, parse_columns
 from common.encoding import PromptEncoder
 from common.errors import UserError
 from common.evaluation import TaskScore, finish, record_of
@@ -164,14 +164,7 @@ def answer_blank_file(args, training) -> None:
     template = PromptTemplate.load(
         str(folder / "template.yaml"), columns=parse_columns(args.columns)
     )
-    rows = load_rows(
-        template,
-        args.predict,
-        "train",
-        skip_bad_rows=args.skip_bad_rows,
-        answers=False,
-        option="--predict",
-    )
+    rows = load_questions(template, args)
     tokenizer = load_tokenizer(str(folder))
     # Nothing is sharded here, see `predicting.answer_file`.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"

@@ -90,6 +90,18 @@ def load_rows(
     return _take(table, range(table.count), max_samples, seed)
 
 
+def load_questions(template: PromptTemplate, args: Any) -> Rows:
+    """The rows of `args.predict`, a file, which need no answers; as `load_rows`."""
+    return load_rows(
+        template,
+        args.predict,
+        "train",
+        skip_bad_rows=args.skip_bad_rows,
+        answers=False,
+        option="--predict",
+    )
+
+
 def load_splits(
     template: PromptTemplate, args: Any, seed: int, *, progress: Progress = iter
 ) -> tuple[Rows, Rows]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from peft import PeftConfig, PeftModel
 
 import common.bottleneck  # noqa: F401  PEFT knows its adapters from here on
-from common.data import load_rows, parse_columns
+from common.data import load_questions, parse_columns
 from common.encoding import PromptEncoder
 from common.errors import UserError
 from common.evaluation import evaluate_task
@@ -40,14 +40,7 @@ def answer_file(args, training) -> None:
             f"--predict: {folder} was trained on conversations, which have no answer to read; chat "
             "with it through transformers' pipeline, as its README.md loads it"
         )
-    rows = load_rows(
-        template,
-        args.predict,
-        "train",
-        skip_bad_rows=args.skip_bad_rows,
-        answers=False,
-        option="--predict",
-    )
+    rows = load_questions(template, args)
     # Asked as it was trained.
     run = read_metrics(folder)
     tokenizer = load_tokenizer(str(folder))

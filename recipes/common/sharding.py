@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers.distributed.fsdp import update_fsdp_plugin_peft
 
 from common.errors import UserError
+from common.head import bare_model
 from common.launch import say, uses_fsdp
 
 FSDP_OFF = (
@@ -57,7 +58,7 @@ def prepare_for_fsdp2(plugin, model) -> None:
     of their head is registered twice, and torch refuses a parameter that two groups share: the one
     that no forward pass reads is taken away, and `head_bias` of the model says where it belongs.
     """
-    bare = model.get_base_model() if isinstance(model, PeftModel) else model
+    bare = bare_model(model)
     names = getattr(bare, "_no_split_modules", None) or ()
     embeddings, head = bare.get_input_embeddings(), bare.get_output_embeddings()
     holders = {
