@@ -27,9 +27,9 @@ from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
-from common.errors import UserError
-from common.models import describe_model
-from common.report import printable, versions, write_json
+from recipelib.models.loading import describe_model
+from recipelib.reporting.report import printable, versions, write_json
+from recipelib.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = "movie_reviews"

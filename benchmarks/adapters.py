@@ -32,9 +32,9 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
-from common.errors import UserError
-from common.models import describe_model
-from common.report import printable, versions, write_json
+from recipelib.models.loading import describe_model
+from recipelib.reporting.report import printable, versions, write_json
+from recipelib.runtime.errors import UserError
 
 ROWS_PER_STEP = 8
 STEPS, QUICK_STEPS, ROUNDS, WARM_UP = 25, 4, 3, 1
@@ -66,7 +66,7 @@ def adapted(model, arm: str, size: int):
     """The model with what an arm trains, at a start that changes nothing."""
     from peft import LoraConfig, get_peft_model
 
-    from common.bottleneck import BottleneckConfig
+    from recipelib.adapters.bottleneck import BottleneckConfig
 
     if arm in ("full", "base"):
         return model
@@ -97,11 +97,11 @@ def equal_rank(model, size: int) -> int:
 
 def encode(args: argparse.Namespace, rows: int):
     """The tokenizer and examples of the task."""
-    from common.data import load_rows, parse_columns
-    from common.encoded_rows import encode_rows
-    from common.encoding import PromptEncoder
-    from common.models import load_tokenizer
-    from common.template import PromptTemplate
+    from recipelib.data.rows import load_rows, parse_columns
+    from recipelib.encoding.examples import encode_rows
+    from recipelib.encoding.prompt_encoder import PromptEncoder
+    from recipelib.models.loading import load_tokenizer
+    from recipelib.prompts.template import PromptTemplate
 
     template = PromptTemplate.load(args.template, columns=parse_columns(args.columns))
     found = load_rows(template, args.dataset, "train", max_samples=min(rows, args.rows)).rows
@@ -115,9 +115,9 @@ def measure(args: argparse.Namespace) -> None:
     from datasets import Dataset
     from transformers import TrainerCallback, set_seed
 
-    from common.memory import MemoryMeter
-    from common.models import load_model
-    from common.trainer import RecipeConfig, RecipeTrainer
+    from recipelib.models.loading import load_model
+    from recipelib.training.memory import MemoryMeter
+    from recipelib.training.trainer import RecipeConfig, RecipeTrainer
 
     class Stopwatch(TrainerCallback):
         """Notes time and tokens where the warm-up ends and where the last step does."""
@@ -179,8 +179,8 @@ def measure_latency(args: argparse.Namespace) -> None:
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    from common.bottleneck import BottleneckLayer, layer_number
-    from common.models import load_model
+    from recipelib.adapters.bottleneck import BottleneckLayer, layer_number
+    from recipelib.models.loading import load_model
 
     tokenizer, examples = encode(args, ROWS_PER_STEP)
     rows = [torch.tensor(one["input_ids"]) for one in examples]

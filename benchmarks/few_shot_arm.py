@@ -18,14 +18,14 @@ from pathlib import Path
 
 
 def ours(folder: str, batch_size: int):
-    """`common.scoring` and `common.generation`, as `recipes/icl_eval.py` uses them."""
+    """`recipelib.inference.scoring` and `recipelib.inference.generation`, as `recipes/icl_eval.py` uses them."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
     import torch
 
-    from common.generation import generate
-    from common.models import load_model, load_tokenizer
-    from common.scoring import log_likelihoods
-    from common.tokens import TextEncoder
+    from recipelib.encoding.tokens import TextEncoder
+    from recipelib.inference.generation import generate
+    from recipelib.inference.scoring import log_likelihoods
+    from recipelib.models.loading import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, dtype=torch.float32).eval()

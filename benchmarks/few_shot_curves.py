@@ -29,9 +29,9 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
-from common.errors import UserError
-from common.models import describe_model
-from common.report import printable, versions, write_json
+from recipelib.models.loading import describe_model
+from recipelib.reporting.report import printable, versions, write_json
+from recipelib.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "icl_eval.py"
@@ -283,7 +283,7 @@ def print_table(result: dict) -> None:
 
 def draw(result: dict, path: Path) -> None:
     """The figure: accuracy over shots, a panel for each task."""
-    from common.figures import plot_shots
+    from recipelib.reporting.figures import plot_shots
 
     panels = {
         TASKS[name].title: {

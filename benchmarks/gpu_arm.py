@@ -97,8 +97,8 @@ def train_ours(spec: dict, watch: Stopwatch) -> None:
     from peft import LoraConfig, get_peft_model
     from trl import SFTTrainer
 
-    from common.bottleneck import BottleneckConfig
-    from common.trainer import RecipeConfig, RecipeTrainer
+    from recipelib.adapters.bottleneck import BottleneckConfig
+    from recipelib.training.trainer import RecipeConfig, RecipeTrainer
 
     class FusedLossTrainer(RecipeTrainer):
         compute_loss = SFTTrainer.compute_loss
@@ -167,8 +167,8 @@ def train(spec: dict) -> dict:
         a GPU what was allocated, on a CPU what was in use beyond the start), the first step's loss.
     """
     # Both sides' libraries, so that on a CPU none of them counts as a run's memory.
-    import common.trainer  # noqa: F401
-    from common.memory import MemoryMeter
+    import recipelib.training.trainer  # noqa: F401
+    from recipelib.training.memory import MemoryMeter
 
     watch = Stopwatch(spec["warmup"], spec["steps"])
     memory = MemoryMeter()
@@ -188,7 +188,7 @@ def train(spec: dict) -> dict:
 
 def reason(error: BaseException) -> str:
     """What failed, in one line."""
-    from common.errors import UserError
+    from recipelib.runtime.errors import UserError
 
     text = str(error)
     signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")

@@ -38,10 +38,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
 from word_problems import generate_problems, read_gsm8k
 
-from common.errors import UserError
-from common.model_cache import bundled_folder
-from common.models import describe_model, resolve_model
-from common.report import printable, versions
+from recipelib.models.bundled import bundled_folder
+from recipelib.models.loading import describe_model, resolve_model
+from recipelib.reporting.report import printable, versions
+from recipelib.runtime.errors import UserError
 
 HERE = Path(__file__).resolve().parent
 REQUIREMENTS = HERE / "requirements-lm-eval.txt"

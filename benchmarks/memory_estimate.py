@@ -6,7 +6,7 @@
 
 Trains LoRA (rank 16) and all parameters for a few steps on rows of random tokens, alone and in two
 processes under FSDP2, each in a fresh process. `estimated` is what a recipe shows before training,
-`measured` the largest process's peak while it trains (`common.memory.MemoryMeter`), `resident` the
+`measured` the largest process's peak while it trains (`recipelib.training.memory.MemoryMeter`), `resident` the
 same with the holes in glibc's heap. The last line is one JSON object; `largest_error` is the
 largest difference between estimated and measured, as a part of measured.
 """
@@ -32,10 +32,10 @@ def measure(args: argparse.Namespace) -> None:
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
 
-    from common.launch import say
-    from common.memory import MemoryMeter, estimate_memory
-    from common.models import load_model, load_tokenizer
-    from common.trainer import RecipeConfig, RecipeTrainer
+    from recipelib.models.loading import load_model, load_tokenizer
+    from recipelib.runtime.launch import say
+    from recipelib.training.memory import MemoryMeter, estimate_memory
+    from recipelib.training.trainer import RecipeConfig, RecipeTrainer
 
     training = RecipeConfig(
         output_dir=args.output_dir,

@@ -10,7 +10,7 @@ Both train all parameters (or LoRA, rank 16) with `RecipeTrainer` on the same in
 same steps of the same 8 rows, in turn, each in a process of its own whose first step does not
 count. Instructions are of mixed length: many short, few long, so that a batch is mostly padding.
 Tokens are those of the rows, without padding. Peak memory is what training takes beyond what the
-process held before it loaded the model (`common.memory.MemoryMeter`), beside the estimate that a
+process held before it loaded the model (`recipelib.training.memory.MemoryMeter`), beside the estimate that a
 recipe shows before it trains.
 
 The benchmark fails unless both saw equally many tokens and had the same loss in every step: rows
@@ -35,9 +35,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
-from common.errors import UserError
-from common.models import describe_model
-from common.report import printable, versions, write_json, write_jsonl
+from recipelib.models.loading import describe_model
+from recipelib.reporting.report import printable, versions, write_json, write_jsonl
+from recipelib.runtime.errors import UserError
 
 ROWS_PER_STEP = 8
 STEPS, QUICK_STEPS, ROUNDS = 20, 6, 2
@@ -82,12 +82,12 @@ def measure(args: argparse.Namespace) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import TrainerCallback, set_seed
 
-    from common.encoded_rows import encode_rows
-    from common.encoding import PromptEncoder
-    from common.memory import MemoryMeter, estimate_memory
-    from common.models import load_model, load_tokenizer
-    from common.template import PromptTemplate
-    from common.trainer import RecipeConfig, RecipeTrainer
+    from recipelib.encoding.examples import encode_rows
+    from recipelib.encoding.prompt_encoder import PromptEncoder
+    from recipelib.models.loading import load_model, load_tokenizer
+    from recipelib.prompts.template import PromptTemplate
+    from recipelib.training.memory import MemoryMeter, estimate_memory
+    from recipelib.training.trainer import RecipeConfig, RecipeTrainer
 
     class Stopwatch(TrainerCallback):
         """Takes time and tokens where the first step ends and where the last one does."""
@@ -264,8 +264,8 @@ def read_rows(args: argparse.Namespace) -> list[dict]:
     needed = (args.steps + 1) * ROWS_PER_STEP
     if args.data is None:
         return generate_rows(needed)
-    from common.data import load_rows
-    from common.template import PromptTemplate
+    from recipelib.data.rows import load_rows
+    from recipelib.prompts.template import PromptTemplate
 
     rows = load_rows(PromptTemplate.load("alpaca"), str(args.data), "train", max_samples=needed)
     if len(rows.rows) < needed:

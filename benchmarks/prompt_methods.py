@@ -27,12 +27,12 @@ from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
-from common.blank_rows import few_shot_rows
-from common.data import load_rows, parse_columns
-from common.errors import UserError
-from common.models import describe_model
-from common.report import printable, versions, write_json, write_jsonl
-from common.template import PromptTemplate
+from recipelib.data.rows import load_rows, parse_columns
+from recipelib.encoding.cloze_rows import few_shot_rows
+from recipelib.models.loading import describe_model
+from recipelib.prompts.template import PromptTemplate
+from recipelib.reporting.report import printable, versions, write_json, write_jsonl
+from recipelib.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = "movie_reviews"

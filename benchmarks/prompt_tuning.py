@@ -26,9 +26,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
-from common.errors import UserError
-from common.models import describe_model
-from common.report import printable, versions, write_json
+from recipelib.models.loading import describe_model
+from recipelib.reporting.report import printable, versions, write_json
+from recipelib.runtime.errors import UserError
 
 ROWS_PER_STEP, VIRTUAL_TOKENS = 8, 16
 STEPS, QUICK_STEPS, ROUNDS, WARM_UP = 30, 12, 3, 2
@@ -50,17 +50,17 @@ def measure(args: argparse.Namespace) -> None:
     from peft import PromptTuningConfig, get_peft_model
     from transformers import Trainer, TrainerCallback, set_seed
 
-    from common.blank_evaluation import asker_of
-    from common.blank_rows import encode_blanks
-    from common.blank_trainer import BlankTrainer
-    from common.blanks import score_examples
-    from common.data import load_rows, parse_columns
-    from common.encoding import PromptEncoder
-    from common.memory import MemoryMeter
-    from common.models import load_model, load_tokenizer
-    from common.soft_prompts import compute_prompt_once
-    from common.template import PromptTemplate
-    from common.trainer import RecipeConfig
+    from recipelib.adapters.soft_prompts import compute_prompt_once
+    from recipelib.data.rows import load_rows, parse_columns
+    from recipelib.encoding.cloze_rows import encode_blanks
+    from recipelib.encoding.prompt_encoder import PromptEncoder
+    from recipelib.evaluation.cloze_evaluation import asker_of
+    from recipelib.inference.cloze_scoring import score_examples
+    from recipelib.models.loading import load_model, load_tokenizer
+    from recipelib.prompts.template import PromptTemplate
+    from recipelib.training.cloze_trainer import BlankTrainer
+    from recipelib.training.memory import MemoryMeter
+    from recipelib.training.trainer import RecipeConfig
 
     class Stopwatch(TrainerCallback):
         """Takes the time where the warm-up ends and where the last step does."""

@@ -41,9 +41,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
 from word_problems import generate_problems, read_gsm8k
 
-from common.errors import UserError
-from common.models import describe_model, resolve_model
-from common.report import printable, versions, write_jsonl
+from recipelib.models.loading import describe_model, resolve_model
+from recipelib.reporting.report import printable, versions, write_jsonl
+from recipelib.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, ROWS_PER_STEP = 400, 8

@@ -20,8 +20,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.arguments import RecipeArguments, option, require_at_least, run_recipe
-from common.errors import UserError
+from recipelib.cli import RecipeArguments, option, require_at_least, run_recipe
+from recipelib.runtime.errors import UserError
 
 DEFAULTS = {
     "output_dir": "runs/adapter_sft",
@@ -122,22 +122,22 @@ def main(args: AdapterArguments, training) -> dict | None:
     from peft import get_peft_model
     from transformers import set_seed
 
-    from common import bottleneck
-    from common.adapterhub import load_adapterhub
-    from common.checkpoints import check_adapter, find_checkpoint
-    from common.data import load_splits, overlap, parse_columns
-    from common.encoded_rows import encode_rows
-    from common.encoding import PromptEncoder
-    from common.evaluation import evaluate_task
-    from common.launch import is_main_process, progress, say
-    from common.memory import MemoryMeter, estimate_memory
-    from common.models import describe_model, load_model, load_tokenizer, require_modules
-    from common.predicting import answer_file
-    from common.quantization import four_bit_loading, require_unquantized
-    from common.rehearsal import decoder_layers
-    from common.results import preview, publish, save_run, show_plan
-    from common.template import PromptTemplate
-    from common.trainer import RecipeTrainer
+    from recipelib.adapters import bottleneck
+    from recipelib.adapters.adapterhub import load_adapterhub
+    from recipelib.data.rows import load_splits, overlap, parse_columns
+    from recipelib.encoding.examples import encode_rows
+    from recipelib.encoding.prompt_encoder import PromptEncoder
+    from recipelib.evaluation.evaluation import evaluate_task
+    from recipelib.models.loading import describe_model, load_model, load_tokenizer, require_modules
+    from recipelib.models.quantization import four_bit_loading, require_unquantized
+    from recipelib.prompts.template import PromptTemplate
+    from recipelib.reporting.predicting import answer_file
+    from recipelib.reporting.run import preview, publish, save_run, show_plan
+    from recipelib.runtime.checkpoints import check_adapter, find_checkpoint
+    from recipelib.runtime.launch import is_main_process, progress, say
+    from recipelib.training.fake_step import decoder_layers
+    from recipelib.training.memory import MemoryMeter, estimate_memory
+    from recipelib.training.trainer import RecipeTrainer
 
     if args.predict:
         return answer_file(args, training)
@@ -297,7 +297,7 @@ def without_adapters(model, below: int | None = None):
     """The base model meanwhile, or only in the layers below a number: AdapterDrop (Rueckle et al.
     2021, arXiv:2010.11918). Gives the number of adapters that are passed over.
     """
-    from common.bottleneck import BottleneckLayer, layer_number
+    from recipelib.adapters.bottleneck import BottleneckLayer, layer_number
 
     adapters = [
         one
@@ -324,7 +324,7 @@ def save_without_adapters_below(output_dir: str, layer: int) -> None:
     from peft import PeftConfig
     from safetensors.torch import load_file, save_file
 
-    from common.bottleneck import layer_number
+    from recipelib.adapters.bottleneck import layer_number
 
     weights = load_file(f"{output_dir}/adapter_model.safetensors")
     kept = {

@@ -19,8 +19,8 @@ a glance, the rationale only costs time: each answer is many times longer.
 import time
 from dataclasses import dataclass
 
-from common.arguments import RecipeArguments, option, require_at_least, run_recipe
-from common.errors import UserError
+from recipelib.cli import RecipeArguments, option, require_at_least, run_recipe
+from recipelib.runtime.errors import UserError
 
 DEFAULTS = {
     "output_dir": "runs/cot_sft",
@@ -101,19 +101,19 @@ def main(args: CotArguments, training) -> dict | None:
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
-    from common.checkpoints import check_adapter, find_checkpoint
-    from common.data import load_splits, overlap, parse_columns
-    from common.encoded_rows import EncodedRows, encode_rows
-    from common.encoding import PromptEncoder
-    from common.evaluation import evaluate_task
-    from common.launch import is_main_process, progress, say
-    from common.memory import MemoryMeter, estimate_memory
-    from common.models import describe_model, load_model, load_tokenizer
-    from common.predicting import answer_file
-    from common.report import write_jsonl
-    from common.results import preview, publish, save_run, say_wrong, show_plan
-    from common.template import PromptTemplate
-    from common.trainer import RecipeTrainer
+    from recipelib.data.rows import load_splits, overlap, parse_columns
+    from recipelib.encoding.examples import EncodedRows, encode_rows
+    from recipelib.encoding.prompt_encoder import PromptEncoder
+    from recipelib.evaluation.evaluation import evaluate_task
+    from recipelib.models.loading import describe_model, load_model, load_tokenizer
+    from recipelib.prompts.template import PromptTemplate
+    from recipelib.reporting.predicting import answer_file
+    from recipelib.reporting.report import write_jsonl
+    from recipelib.reporting.run import preview, publish, save_run, say_wrong, show_plan
+    from recipelib.runtime.checkpoints import check_adapter, find_checkpoint
+    from recipelib.runtime.launch import is_main_process, progress, say
+    from recipelib.training.memory import MemoryMeter, estimate_memory
+    from recipelib.training.trainer import RecipeTrainer
 
     if args.predict:
         return answer_file(args, training)
@@ -245,7 +245,7 @@ def targets(template, args: CotArguments) -> tuple[list, dict]:
     Raises:
         UserError: the template has no rationale.
     """
-    from common.template import PromptTemplate
+    from recipelib.prompts.template import PromptTemplate
 
     fields = template.fields
     if "rationale" not in fields:

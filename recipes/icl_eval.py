@@ -17,8 +17,8 @@ to score any trained result; not when prompts have to be short: each pays for it
 
 from dataclasses import dataclass
 
-from common.arguments import RecipeArguments, option, require_at_least, run_recipe
-from common.errors import UserError
+from recipelib.cli import RecipeArguments, option, require_at_least, run_recipe
+from recipelib.runtime.errors import UserError
 
 DEFAULTS = {"output_dir": "runs/icl_eval", "max_length": 4096}
 
@@ -78,16 +78,19 @@ def main(args: IclArguments, training) -> dict | None:
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForMaskedLM
 
-    from common.data import load_asked, parse_columns, row_key
-    from common.demonstrations import Demonstrations, bm25, rank, row_text
-    from common.embeddings import embed_texts
-    from common.encoding import PromptEncoder
-    from common.few_shot import CausalAsker, MaskedAsker, score_answers, score_labels, score_losses
-    from common.few_shot_report import preview_prompts, save_few_shot, say_first_prompt
-    from common.journal import Journal
-    from common.launch import progress, say
-    from common.memory import MemoryMeter
-    from common.models import (
+    from recipelib.data.demonstrations import Demonstrations, bm25, rank, row_text
+    from recipelib.data.rows import load_asked, parse_columns, row_key
+    from recipelib.encoding.prompt_encoder import PromptEncoder
+    from recipelib.evaluation.few_shot import (
+        CausalAsker,
+        MaskedAsker,
+        score_answers,
+        score_labels,
+        score_losses,
+    )
+    from recipelib.inference.embeddings import embed_texts
+    from recipelib.inference.journal import Journal
+    from recipelib.models.loading import (
         describe_model,
         is_masked,
         load_model,
@@ -97,9 +100,12 @@ def main(args: IclArguments, training) -> dict | None:
         stored_config,
         weights_identity,
     )
-    from common.report import read_metrics
-    from common.sharding import place_model
-    from common.template import PromptTemplate
+    from recipelib.models.sharding import place_model
+    from recipelib.prompts.template import PromptTemplate
+    from recipelib.reporting.few_shot import preview_prompts, save_few_shot, say_first_prompt
+    from recipelib.reporting.report import read_metrics
+    from recipelib.runtime.launch import progress, say
+    from recipelib.training.memory import MemoryMeter
 
     template = PromptTemplate.load(args.template, columns=parse_columns(args.columns))
     if args.reasoning == "none":

@@ -21,8 +21,8 @@ a fraction of that.
 import time
 from dataclasses import dataclass, replace
 
-from common.arguments import RecipeArguments, option, require_at_least, run_recipe
-from common.errors import UserError
+from recipelib.cli import RecipeArguments, option, require_at_least, run_recipe
+from recipelib.runtime.errors import UserError
 
 DEFAULTS = {
     "output_dir": "runs/instruction_sft",
@@ -114,19 +114,19 @@ def main(args: InstructionArguments, training) -> dict | None:
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
-    from common.callbacks import SampleWriter, stop_early
-    from common.chat_template import ensure_chat_template
-    from common.checkpoints import check_adapter, find_checkpoint
-    from common.encoded_rows import EncodedRows, encode_rows
-    from common.encoding import PromptEncoder
-    from common.evaluation import evaluate_task, mean_score
-    from common.launch import say
-    from common.memory import MemoryMeter, estimate_memory
-    from common.mixing import draw_rows, mixture_counts
-    from common.models import describe_model, load_model, load_tokenizer
-    from common.predicting import answer_file
-    from common.results import preview, publish, save_run, show_plan
-    from common.trainer import RecipeTrainer
+    from recipelib.data.drawing import draw_rows, mixture_counts
+    from recipelib.encoding.chat_template import ensure_chat_template
+    from recipelib.encoding.examples import EncodedRows, encode_rows
+    from recipelib.encoding.prompt_encoder import PromptEncoder
+    from recipelib.evaluation.evaluation import evaluate_task, mean_score
+    from recipelib.models.loading import describe_model, load_model, load_tokenizer
+    from recipelib.reporting.predicting import answer_file
+    from recipelib.reporting.run import preview, publish, save_run, show_plan
+    from recipelib.runtime.checkpoints import check_adapter, find_checkpoint
+    from recipelib.runtime.launch import say
+    from recipelib.training.callbacks import SampleWriter, stop_early
+    from recipelib.training.memory import MemoryMeter, estimate_memory
+    from recipelib.training.trainer import RecipeTrainer
 
     if args.predict:
         return answer_file(args, training)
@@ -257,10 +257,10 @@ def load_tasks(args: InstructionArguments, seed: int) -> list[Task]:
     Raises:
         UserError: arguments or rows that will not do.
     """
-    from common.data import load_splits, overlap, parse_columns
-    from common.formats import template_for
-    from common.launch import progress, say
-    from common.template import PromptTemplate
+    from recipelib.data.formats import template_for
+    from recipelib.data.rows import load_splits, overlap, parse_columns
+    from recipelib.prompts.template import PromptTemplate
+    from recipelib.runtime.launch import progress, say
 
     named = args.template or ([f"auto={args.dataset}"] if args.dataset else BUNDLED)
     items = [(one, True) for one in named] + [(one, False) for one in args.heldout_template]

@@ -17,8 +17,8 @@ import shutil
 import time
 from dataclasses import dataclass
 
-from common.arguments import RecipeArguments, option, require_at_least, run_recipe
-from common.errors import UserError
+from recipelib.cli import RecipeArguments, option, require_at_least, run_recipe
+from recipelib.runtime.errors import UserError
 
 DEFAULTS = {
     "output_dir": "runs/lora_sft",
@@ -91,19 +91,19 @@ def main(args: LoraArguments, training) -> dict | None:
     from torch.optim import AdamW
     from transformers import set_seed
 
-    from common.checkpoints import check_adapter, find_checkpoint
-    from common.data import load_splits, overlap, parse_columns
-    from common.encoded_rows import encode_rows
-    from common.encoding import PromptEncoder
-    from common.evaluation import evaluate_task
-    from common.launch import is_main_process, progress, say
-    from common.memory import MemoryMeter, estimate_memory
-    from common.models import describe_model, load_model, load_tokenizer, require_modules
-    from common.predicting import answer_file
-    from common.quantization import four_bit_loading, require_unquantized
-    from common.results import preview, publish, save_run, show_plan
-    from common.template import PromptTemplate
-    from common.trainer import RecipeTrainer
+    from recipelib.data.rows import load_splits, overlap, parse_columns
+    from recipelib.encoding.examples import encode_rows
+    from recipelib.encoding.prompt_encoder import PromptEncoder
+    from recipelib.evaluation.evaluation import evaluate_task
+    from recipelib.models.loading import describe_model, load_model, load_tokenizer, require_modules
+    from recipelib.models.quantization import four_bit_loading, require_unquantized
+    from recipelib.prompts.template import PromptTemplate
+    from recipelib.reporting.predicting import answer_file
+    from recipelib.reporting.run import preview, publish, save_run, show_plan
+    from recipelib.runtime.checkpoints import check_adapter, find_checkpoint
+    from recipelib.runtime.launch import is_main_process, progress, say
+    from recipelib.training.memory import MemoryMeter, estimate_memory
+    from recipelib.training.trainer import RecipeTrainer
 
     if args.predict:
         return answer_file(args, training)

@@ -20,9 +20,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.arguments import RecipeArguments, option, require_at_least, run_recipe
-from common.errors import UserError
-from common.verbalizer import COMBINE
+from recipelib.cli import RecipeArguments, option, require_at_least, run_recipe
+from recipelib.prompts.verbalizer import COMBINE
+from recipelib.runtime.errors import UserError
 
 DEFAULTS = {
     "output_dir": "runs/prompt_tuning",
@@ -103,34 +103,49 @@ def main(args: PromptArguments, training) -> dict | None:
     import torch
     from transformers import AutoModelForMaskedLM, set_seed
 
-    from common.blank_evaluation import (
+    from recipelib.adapters.soft_prompts import compute_prompt_once, require_cache, start_ids
+    from recipelib.data.rows import load_splits, overlap, parse_columns
+    from recipelib.encoding.cloze_rows import (
+        before_blank,
+        encode_blanks,
+        few_shot_rows,
+        label_word_ids,
+    )
+    from recipelib.encoding.prompt_encoder import PromptEncoder
+    from recipelib.evaluation.cloze_evaluation import (
         answer_blank_file,
         asker_of,
         evaluate_blanks,
     )
-    from common.blank_results import load_snippet, preview_blanks, save_draws, save_score
-    from common.blank_rows import before_blank, encode_blanks, few_shot_rows, label_word_ids
-    from common.blank_trainer import (
+    from recipelib.evaluation.label_search import (
+        classes_from_rows,
+        save_label_words,
+        search_label_words,
+    )
+    from recipelib.inference.cloze_scoring import SoftVerbalizer
+    from recipelib.models.loading import (
+        describe_model,
+        is_masked,
+        load_model,
+        load_tokenizer,
+        stored_config,
+    )
+    from recipelib.models.sharding import place_model
+    from recipelib.prompts.template import PromptTemplate
+    from recipelib.prompts.verbalizer import check_words
+    from recipelib.reporting.cloze import load_snippet, preview_blanks, save_draws, save_score
+    from recipelib.reporting.report import read_metrics
+    from recipelib.reporting.run import publish, save_run, show_plan
+    from recipelib.runtime.checkpoints import find_checkpoint
+    from recipelib.runtime.launch import fsdp_option, is_main_process, progress, say
+    from recipelib.training.cloze_trainer import (
         BlankTrainer,
         KeepBest,
         check_trained,
         heaviest_blanks,
         rehearsed_loss,
     )
-    from common.blanks import SoftVerbalizer
-    from common.checkpoints import find_checkpoint
-    from common.data import load_splits, overlap, parse_columns
-    from common.encoding import PromptEncoder
-    from common.label_search import classes_from_rows, save_label_words, search_label_words
-    from common.launch import fsdp_option, is_main_process, progress, say
-    from common.memory import MemoryMeter, estimate_memory
-    from common.models import describe_model, is_masked, load_model, load_tokenizer, stored_config
-    from common.report import read_metrics
-    from common.results import publish, save_run, show_plan
-    from common.sharding import place_model
-    from common.soft_prompts import compute_prompt_once, require_cache, start_ids
-    from common.template import PromptTemplate
-    from common.verbalizer import check_words
+    from recipelib.training.memory import MemoryMeter, estimate_memory
 
     if args.predict:
         return answer_blank_file(args, training)
@@ -354,7 +369,7 @@ def with_prompt(model, args: PromptArguments, masked: bool, ids: list[int]):
         get_peft_model,
     )
 
-    from common.soft_prompts import keys_and_values
+    from recipelib.adapters.soft_prompts import keys_and_values
 
     embeddings = model.get_input_embeddings().weight.detach()
     shape = {

@@ -9,7 +9,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
 )
 
-from common.bottleneck import (
+from recipelib.adapters.bottleneck import (
     BottleneckConfig,
     BottleneckLayer,
 )

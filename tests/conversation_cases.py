@@ -5,7 +5,7 @@ and what must be supervised of them.
 from hypothesis import strategies as st
 from tokenizers_for_tests import TRL_TEMPLATES
 
-from common.encoding import IGNORED
+from recipelib.encoding.prompt_encoder import IGNORED
 
 # The templates that write calls of tools and their descriptions.
 _FAMILIES = (

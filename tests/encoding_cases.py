@@ -10,10 +10,10 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from tokenizers_for_tests import WORDS, chat_tokenizer, tokenizer_for
 
-from common.encoding import PromptEncoder
-from common.errors import UserError
-from common.template import PromptTemplate
-from common.tokens import TextEncoder
+from recipelib.encoding.prompt_encoder import PromptEncoder
+from recipelib.encoding.tokens import TextEncoder
+from recipelib.prompts.template import PromptTemplate
+from recipelib.runtime.errors import UserError
 
 ROOMY = 100_000
 LABELS = {"0": ["terrible", "really bad"], "1": ["great"], "2": ["insurance", "insurance change"]}
@@ -94,7 +94,9 @@ def text_encoder(tokenizer, chat_template_kwargs=None):
 
 
 def _encoder(template, tokenizer, rendering="text"):
-    with mock.patch("common.encoding.TextEncoder", text_encoder):  # made once per tokenizer
+    with mock.patch(
+        "recipelib.encoding.prompt_encoder.TextEncoder", text_encoder
+    ):  # made once per tokenizer
         return PromptEncoder(template, tokenizer, ROOMY, rendering)
 
 

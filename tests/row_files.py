@@ -8,9 +8,9 @@ import datasets
 import pytest
 from datasets import Dataset
 
-from common.data import load_rows
-from common.errors import UserError
-from common.template import PromptTemplate
+from recipelib.data.rows import load_rows
+from recipelib.prompts.template import PromptTemplate
+from recipelib.runtime.errors import UserError
 
 SST2 = PromptTemplate.load("sst2")
 ASK = {

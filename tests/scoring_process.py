@@ -12,11 +12,11 @@ from template_cases import CASES
 from tiny_llama import tiny_llama
 from tokenizers_for_tests import tokenizer_for
 
-from common.encoding import PromptEncoder
-from common.evaluation import evaluate_task
-from common.lockstep import Lockstep
-from common.shared_cache import can_share
-from common.template import PromptTemplate
+from recipelib.encoding.prompt_encoder import PromptEncoder
+from recipelib.evaluation.evaluation import evaluate_task
+from recipelib.inference.lockstep import Lockstep
+from recipelib.inference.shared_cache import can_share
+from recipelib.prompts.template import PromptTemplate
 
 TOKENIZER = tokenizer_for("gpt2")
 RENDERINGS = {

@@ -1,6 +1,6 @@
 """One small template of each kind, for tests that change a field of it."""
 
-from common.template import PromptTemplate
+from recipelib.prompts.template import PromptTemplate
 
 ASK = {"name": "task", "form": "generative", "prompt": "Q: {{ text }}", "answer": " {{ gold }}"}
 SORT = {

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from tiny_llama import save_tiny_llama
 from transformers import AutoModelForCausalLM
 
-from common.arguments import parse_arguments, run_recipe
-from common.bottleneck import BottleneckLayer, layer_number
-from common.errors import UserError
+from recipelib.adapters.bottleneck import BottleneckLayer, layer_number
+from recipelib.cli import parse_arguments, run_recipe
+from recipelib.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
@@ -126,7 +126,9 @@ def test_the_base_model_is_scored_without_its_adapters(run, tmp_path, monkeypatc
     options = ("--template", str(tmp_path / "loss.yaml"), "--learning_rate", "0")
     plain = read_json(run(*options, "--init_weights", "identity", output="plain") / "metrics.json")
     assert plain["score"] == plain["base_score"]
-    monkeypatch.setattr("common.bottleneck.INIT_STD", 1.0)  # so that adapters show from the start
+    monkeypatch.setattr(
+        "recipelib.adapters.bottleneck.INIT_STD", 1.0
+    )  # so that adapters show from the start
     large = read_json(run(*options) / "metrics.json")
     assert large["base_score"] == plain["base_score"]
     assert abs(large["score"] - plain["score"]) > 0.01

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from tiny_llama import tiny_llama
 from transformers import AutoModelForCausalLM
 
-from common.errors import UserError
+from recipelib.runtime.errors import UserError
 
 
 def sharded(folder, model, config, weights):

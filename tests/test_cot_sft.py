@@ -11,10 +11,10 @@ from run_files import read_json, read_jsonl
 from tiny_llama import save_tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.arguments import parse_arguments
-from common.data import load_rows
-from common.errors import UserError
-from common.template import PromptTemplate
+from recipelib.cli import parse_arguments
+from recipelib.data.rows import load_rows
+from recipelib.prompts.template import PromptTemplate
+from recipelib.runtime.errors import UserError
 
 ROWS = [
     {

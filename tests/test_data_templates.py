@@ -5,9 +5,9 @@ import re
 import pytest
 from template_cases import CASES, PASSAGES, tagged
 
-from common.row_values import RowError
-from common.schema import TEMPLATE_FOLDER
-from common.template import PromptTemplate
+from recipelib.prompts.schema import TEMPLATE_FOLDER
+from recipelib.prompts.template import PromptTemplate
+from recipelib.prompts.values import RowError
 
 FILES = sorted(path.stem for path in TEMPLATE_FOLDER.glob("*.yaml"))
 ASKED = sorted(set(CASES) - {"conversations"})

@@ -23,8 +23,8 @@ from transformers import (
     BertForMaskedLM,
 )
 
-from common.arguments import parse_arguments
-from common.errors import UserError
+from recipelib.cli import parse_arguments
+from recipelib.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["fine", "warm", "dull", "weak"]
@@ -415,7 +415,7 @@ def test_an_evaluation_that_was_killed_goes_on_and_ends_as_one_that_was_not(
     command += ["--output_dir", str(folder), "--max_length", "512", "--use_cpu", "true"]
     slow = (
         "import sys, time, runpy; sys.path.insert(0, sys.argv[1]); sys.argv = sys.argv[2:];"
-        "import common.journal as j; add = j.Journal.add;"
+        "import recipelib.inference.journal as j; add = j.Journal.add;"
         "j.Journal.add = lambda *a: (add(*a), time.sleep(0.3));"
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )

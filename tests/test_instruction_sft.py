@@ -11,8 +11,8 @@ from run_files import losses, read_json, read_jsonl
 from tiny_llama import save_tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.arguments import parse_arguments
-from common.errors import UserError
+from recipelib.cli import parse_arguments
+from recipelib.runtime.errors import UserError
 
 REVIEWS = [
     {"sentence": f"a {word} film, number {number}", "label": label}

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from tiny_llama import save_tiny_llama
 from transformers import AutoModelForCausalLM
 
-import common.models
-from common import quantization
-from common.arguments import parse_arguments, run_recipe
-from common.errors import UserError
-from common.predicting import answer_file
-from common.results import count_parameters
+import recipelib.models.loading
+from recipelib.cli import parse_arguments, run_recipe
+from recipelib.models import quantization
+from recipelib.reporting.predicting import answer_file
+from recipelib.reporting.run import count_parameters
+from recipelib.runtime.errors import UserError
 
 ROWS = [
     {"sentence": f"a {word} film, number {number}", "label": label}
@@ -68,13 +68,13 @@ def run(root):
     """A run with everything on: its folder, and the model that it trained."""
     loaded = []
     with pytest.MonkeyPatch.context() as patch:
-        load = common.models.load_model
+        load = recipelib.models.loading.load_model
 
         def keep(*args, **kwargs):
             loaded.append(load(*args, **kwargs))
             return loaded[-1]
 
-        patch.setattr(common.models, "load_model", keep)
+        patch.setattr(recipelib.models.loading, "load_model", keep)
         lora_sft.main(*parsed(command(root, merge="true", dora="true")))
     return root / "out", loaded[0]
 

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from tiny_llama import save_tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import models, predicting
-from common.arguments import parse_arguments, run_recipe
-from common.errors import UserError
+from recipelib.cli import parse_arguments, run_recipe
+from recipelib.models import loading as models
+from recipelib.reporting import predicting
+from recipelib.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [

@@ -19,15 +19,15 @@ from transformers import (
     AutoModelForSeq2SeqLM,
 )
 
-from common.arguments import parse_arguments
-from common.blank_evaluation import asker_of, evaluate_blanks, load_tuned
-from common.blank_rows import encode_blanks
-from common.blank_trainer import BlankTrainer
-from common.data import load_rows
-from common.encoding import PromptEncoder
-from common.errors import UserError
-from common.models import load_tokenizer
-from common.template import PromptTemplate
+from recipelib.cli import parse_arguments
+from recipelib.data.rows import load_rows
+from recipelib.encoding.cloze_rows import encode_blanks
+from recipelib.encoding.prompt_encoder import PromptEncoder
+from recipelib.evaluation.cloze_evaluation import asker_of, evaluate_blanks, load_tuned
+from recipelib.models.loading import load_tokenizer
+from recipelib.prompts.template import PromptTemplate
+from recipelib.runtime.errors import UserError
+from recipelib.training.cloze_trainer import BlankTrainer
 
 ROWS = [
     {"sentence": f"{'so ' * (number % 5)}{word} film, number {number}", "label": label}
@@ -252,7 +252,7 @@ def test_few_shot_draws_have_a_run_each_and_a_mean(run):
 
 
 def test_the_best_pass_by_the_validation_rows_is_kept(run, monkeypatch):
-    import common.blank_trainer as module
+    import recipelib.training.cloze_trainer as module
 
     weights, original = [], module.KeepBest.on_epoch_end
 
@@ -272,7 +272,7 @@ def test_the_best_pass_by_the_validation_rows_is_kept(run, monkeypatch):
 
 
 def test_too_few_rows_of_a_class_are_named_before_anything_is_done(run, monkeypatch):
-    monkeypatch.setattr("common.models.load_model", None)
+    monkeypatch.setattr("recipelib.models.loading.load_model", None)
     folder = run("causal", "--preview", "1")
     folder.mkdir()
     (folder / "metrics.json").write_text("{}")

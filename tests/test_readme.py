@@ -18,9 +18,9 @@ from run_files import read_json, read_jsonl
 from tiny_llama import save_tiny_llama
 from transformers import AutoModelForCausalLM
 
-from common.arguments import parse_arguments
-from common.schema import KINDS
-from common.template import PromptTemplate
+from recipelib.cli import parse_arguments
+from recipelib.prompts.schema import KINDS
+from recipelib.prompts.template import PromptTemplate
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -112,7 +112,10 @@ def test_a_task_of_ones_own_goes_as_the_steps_say(tmp_path, monkeypatch, capsys)
 def test_adapters_in_ones_own_code_are_made_as_shown(tmp_path, monkeypatch):
     folder = save_tiny_llama(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    shutil.copy(ROOT / "recipes" / "common" / "bottleneck.py", tmp_path / "peft_bottleneck.py")
+    shutil.copy(
+        ROOT / "recipes" / "recipelib" / "adapters" / "bottleneck.py",
+        tmp_path / "peft_bottleneck.py",
+    )
     monkeypatch.syspath_prepend(tmp_path)
     (code,) = [one for one in blocks("python") if "BottleneckConfig" in one]
     model, base = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))

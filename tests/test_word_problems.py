@@ -11,9 +11,9 @@ from collections import Counter
 
 import pytest
 
-from common.data import load_rows
-from common.schema import TEMPLATE_FOLDER
-from common.template import PromptTemplate
+from recipelib.data.rows import load_rows
+from recipelib.prompts.schema import TEMPLATE_FOLDER
+from recipelib.prompts.template import PromptTemplate
 
 EXAMPLES = TEMPLATE_FOLDER / "examples"
 FOLDER = EXAMPLES / "word_problems"

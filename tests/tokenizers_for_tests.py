@@ -21,7 +21,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from common.models import load_tokenizer
+from recipelib.models.loading import load_tokenizer
 
 LINES = [
     "The movie review is: a great film, and the best one of the year.",

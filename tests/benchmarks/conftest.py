@@ -40,7 +40,7 @@ def recipes_here(monkeypatch):
 
     def install(module, *more: str) -> list[Path]:
         def run(command, **options):
-            from common.arguments import parse_arguments
+            from recipelib.cli import parse_arguments
 
             recipe = importlib.import_module(Path(command[1]).stem)
             kind = next(

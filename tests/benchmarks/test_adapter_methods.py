@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from tiny_llama import save_tiny_llama
 
-from common.errors import UserError
+from recipelib.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 SPEC = importlib.util.spec_from_file_location(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_llama import save_tiny_llama
 
-from common.errors import UserError
+from recipelib.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "benchmarks/adapters.py"

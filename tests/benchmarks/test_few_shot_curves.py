@@ -13,7 +13,7 @@ import psutil
 import pytest
 from tiny_llama import save_tiny_llama
 
-from common.errors import UserError
+from recipelib.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "benchmarks/few_shot_curves.py"

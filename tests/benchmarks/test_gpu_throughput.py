@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from common.bottleneck import BottleneckConfig
-from common.errors import UserError
+from recipelib.adapters.bottleneck import BottleneckConfig
+from recipelib.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))  # its scripts import each other

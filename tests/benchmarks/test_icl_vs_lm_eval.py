@@ -20,7 +20,7 @@ import torch
 from tiny_llama import save_tiny_llama
 from transformers import AutoModelForCausalLM
 
-from common.errors import UserError
+from recipelib.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "benchmarks/icl_vs_lm_eval.py"

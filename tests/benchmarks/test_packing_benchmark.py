@@ -13,8 +13,8 @@ import psutil
 import pytest
 from tiny_llama import save_tiny_llama
 
-from common.errors import UserError
-from common.models import load_tokenizer
+from recipelib.models.loading import load_tokenizer
+from recipelib.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "benchmarks/packing.py"

@@ -8,7 +8,7 @@ import pytest
 from run_files import read_jsonl
 from tiny_llama import save_tiny_llama
 
-from common.errors import UserError
+from recipelib.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "benchmarks/prompt_methods.py"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_llama import save_tiny_llama
 
-from common.errors import UserError
+from recipelib.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "benchmarks/prompt_tuning.py"

@@ -32,8 +32,8 @@ from tiny_bert import save_tiny_bert
 from tiny_llama import save_tiny_llama
 from transformers import AutoModelForCausalLM
 
-from common.arguments import parse_arguments
-from common.row_values import as_list
+from recipelib.cli import parse_arguments
+from recipelib.prompts.values import as_list
 
 # 40 rows of many lengths: five steps of 8 rows each.
 REVIEWS = [

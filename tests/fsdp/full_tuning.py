@@ -6,16 +6,16 @@ import sys
 
 from datasets import Dataset
 
-from common.arguments import RecipeArguments, parse_arguments
-from common.checkpoints import find_checkpoint
-from common.data import load_splits
-from common.encoded_rows import encode_rows
-from common.encoding import PromptEncoder
-from common.evaluation import evaluate_task
-from common.launch import say
-from common.models import load_model, load_tokenizer
-from common.template import PromptTemplate
-from common.trainer import RecipeTrainer
+from recipelib.cli import RecipeArguments, parse_arguments
+from recipelib.data.rows import load_splits
+from recipelib.encoding.examples import encode_rows
+from recipelib.encoding.prompt_encoder import PromptEncoder
+from recipelib.evaluation.evaluation import evaluate_task
+from recipelib.models.loading import load_model, load_tokenizer
+from recipelib.prompts.template import PromptTemplate
+from recipelib.runtime.checkpoints import find_checkpoint
+from recipelib.runtime.launch import say
+from recipelib.training.trainer import RecipeTrainer
 
 
 def main(argv: list[str]) -> None:

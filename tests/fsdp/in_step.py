@@ -12,11 +12,11 @@ import torch
 from accelerate import PartialState
 from tiny_models import TOKENIZER, tiny, tiny_llama, with_opinions
 
-from common.generation import generate
-from common.launch import join_on_cpu
-from common.lockstep import process_group
-from common.scoring import log_likelihoods
-from common.sharding import place_model
+from recipelib.inference.generation import generate
+from recipelib.inference.lockstep import process_group
+from recipelib.inference.scoring import log_likelihoods
+from recipelib.models.sharding import place_model
+from recipelib.runtime.launch import join_on_cpu
 
 LENGTHS = (3, 40, 7, 90, 19, 2, 20, 5, 11)  # an odd number of very different rows
 SHARED = [5, 9, 40, 33] * 10

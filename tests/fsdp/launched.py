@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from common import arguments
-from common.launch import end_process_group, say
+from recipelib import cli as arguments
+from recipelib.runtime.launch import end_process_group, say
 
 MARK = "=====run:"
 

@@ -9,7 +9,7 @@ from run_files import read_json
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from common.bottleneck import layer_number
+from recipelib.adapters.bottleneck import layer_number
 
 pytestmark = pytest.mark.slow
 

@@ -12,11 +12,11 @@ from peft import PeftModel
 from run_files import losses, read_json
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.arguments import RecipeArguments, parse_arguments
-from common.data import load_splits
-from common.encoding import PromptEncoder
-from common.evaluation import evaluate_task
-from common.template import PromptTemplate
+from recipelib.cli import RecipeArguments, parse_arguments
+from recipelib.data.rows import load_splits
+from recipelib.encoding.prompt_encoder import PromptEncoder
+from recipelib.evaluation.evaluation import evaluate_task
+from recipelib.prompts.template import PromptTemplate
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ import pytest
 from launching import ICL, icl_options, records
 from run_files import read_json
 
-from common.arguments import parse_arguments
+from recipelib.cli import parse_arguments
 
 pytestmark = pytest.mark.slow
 

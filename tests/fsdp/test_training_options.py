@@ -11,8 +11,8 @@ from run_files import read_json
 from tiny_models import MODELS, TOKENIZER
 from transformers import AutoModelForCausalLM
 
-from common.encoding import PromptEncoder
-from common.evaluation import evaluate_task
+from recipelib.encoding.prompt_encoder import PromptEncoder
+from recipelib.evaluation.evaluation import evaluate_task
 
 pytestmark = pytest.mark.slow
 

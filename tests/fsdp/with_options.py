@@ -16,14 +16,14 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import MODELS, TOKENIZER
 from torch.distributed.tensor import DTensor
 
-from common.callbacks import SampleWriter, stop_early
-from common.encoded_rows import encode_rows
-from common.encoding import PromptEncoder
-from common.evaluation import evaluate_task
-from common.launch import is_main_process
-from common.results import count_parameters
-from common.template import PromptTemplate
-from common.trainer import RecipeConfig, RecipeTrainer
+from recipelib.encoding.examples import encode_rows
+from recipelib.encoding.prompt_encoder import PromptEncoder
+from recipelib.evaluation.evaluation import evaluate_task
+from recipelib.prompts.template import PromptTemplate
+from recipelib.reporting.run import count_parameters
+from recipelib.runtime.launch import is_main_process
+from recipelib.training.callbacks import SampleWriter, stop_early
+from recipelib.training.trainer import RecipeConfig, RecipeTrainer
 
 TEMPLATE = PromptTemplate(
     {

@@ -1,0 +1,139 @@
+"""Where soft prompts and prefixes start, and a soft prompt that is computed once for all rows of a
+batch: in a causal model, what stands in front of every text does not depend on the texts.
+
+PEFT puts the prompt in front of each row, and so computes it as often as there are rows; with rows
+as short as a sentence that is a third of all tokens. Here its keys and values are computed once,
+with their gradients, and every row sees them as a cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Mapping, Sequence
+
+import torch
+from peft import PeftModel, PeftType
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from recipelib.evaluation.few_shot import CausalAsker, MaskedAsker
+from recipelib.prompts.template import Question
+from recipelib.prompts.values import RowError
+from recipelib.runtime.errors import UserError
+from recipelib.runtime.launch import uses_fsdp
+
+_PROMPTS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
+
+
+def start_ids(
+    init: str,
+    count: int,
+    asker: CausalAsker | MaskedAsker,
+    question: Question,
+    words: Mapping[str, Sequence[Sequence[int]]],
+) -> list[int]:
+    """The tokens that a soft prompt of `count` tokens starts at; none for random numbers.
+
+    Args:
+        init: "template" for the template's own text, "words" for the label words in turn,
+            "vocabulary" for a draw from its most frequent tokens, or "random".
+        question: one of the task's.
+        words: label -> the ids of its words.
+    Raises:
+        UserError: a template that has no text without a row.
+    """
+    text, template = asker.encoder.text, asker.encoder.template
+    found: list[int] = []
+    if init == "template":
+        emptied = question.change(**dict.fromkeys(template.prompt_variables, ""))
+        try:
+            ids = asker.prompt(emptied, ()).ids
+        except RowError as error:
+            raise UserError(f"--init template: {error}; pass --init words") from None
+        found = [token for token in ids if token not in text.control_ids]
+    elif init == "words":
+        turns = zip(*words.values(), strict=False)
+        found = [token for some in turns for ids in some for token in ids]
+    elif init == "vocabulary":  # the most frequent come first in most vocabularies
+        common = range(min(5000, len(text.tokenizer)))
+        plain = [token for token in common if token not in text.control_ids]
+        found = random.choices(plain, k=count)
+    return (found * count)[:count]
+
+
+def require_cache(model) -> None:
+    """A prefix is keys and values that a model takes for those of tokens before the text.
+
+    Raises:
+        UserError: the model takes none.
+    """
+    if "past_key_values" not in inspect.signature(model.base_model.forward).parameters:
+        raise UserError(
+            f"--tune prefix: {type(model).__name__} takes no keys and values; --tune soft_prompt "
+            "does without"
+        )
+
+
+def keys_and_values(model, ids: list[int]):
+    """[tokens, 2 x layers x heads x size] what a causal model's layers keep of a text, in the order
+    of PEFT's prefixes, which then begin as this text (Li and Liang 2021, section 7.4).
+    """
+    with torch.no_grad():
+        cache = model(torch.tensor([ids], device=model.device), use_cache=True).past_key_values
+    parts = [one[0].transpose(0, 1) for layer in cache.layers for one in (layer.keys, layer.values)]
+    return torch.stack(parts, 1).flatten(1)
+
+
+def compute_prompt_once(model: PeftModel) -> bool:
+    """Replace the forward pass of a frozen causal model behind a soft prompt.
+
+    Values stay, only the speed changes. Models that keep other things than keys and values of all
+    tokens (sliding windows, recurrent layers) go PEFT's way. So does everything under FSDP, whose
+    layers cannot be computed twice before the backward pass: they are sharded again after the first
+    part of it.
+
+    Returns:
+        Whether the forward pass was replaced.
+    """
+    bare, config = model.get_base_model(), model.peft_config["default"]
+    frozen = not any(one.requires_grad for one in bare.base_model.parameters())
+    takes = inspect.signature(bare.forward).parameters
+    if config.peft_type not in _PROMPTS or config.task_type != "CAUSAL_LM" or not frozen:
+        return False
+    if uses_fsdp():
+        return False
+    if "past_key_values" not in takes or not _keeps_all(DynamicCache(config=bare.config)):
+        return False
+    if bare.base_model is bare:  # its body has another name than transformers expects
+        return False
+    plain = model.forward
+
+    def forward(input_ids=None, attention_mask=None, **options):
+        # Recomputing in the backward pass would add to the cache again.
+        recomputed = model.training and bare.is_activation_checkpointing
+        known = options.keys() <= {"use_cache", "logits_to_keep"}
+        if input_ids is None or attention_mask is None or not known or recomputed:
+            return plain(input_ids=input_ids, attention_mask=attention_mask, **options)
+        cache = DynamicCache(config=bare.config)
+        prompt = model.get_prompt(batch_size=1).to(bare.get_input_embeddings().weight.dtype)
+        # Not by a call, for hooks on the body mean the rows.
+        bare.base_model.forward(inputs_embeds=prompt, past_key_values=cache, use_cache=True)
+        for layer in cache.layers:
+            layer.keys = layer.keys.expand(len(input_ids), -1, -1, -1)
+            layer.values = layer.values.expand(len(input_ids), -1, -1, -1)
+        seen = attention_mask.new_ones(len(input_ids), prompt.shape[1])
+        return bare(
+            input_ids=input_ids,
+            attention_mask=torch.cat([seen, attention_mask], 1),
+            past_key_values=cache,
+            **options,
+        )
+
+    model.forward = forward
+    return True
+
+
+def _keeps_all(cache: DynamicCache) -> bool:
+    """Whether every layer keeps the keys and values of all tokens, and nothing else."""
+    return bool(cache.layers) and all(type(one) is DynamicLayer for one in cache.layers)

@@ -1,0 +1,57 @@
+"""How many rows each task of a mixture gives, and which."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from recipelib.runtime.errors import UserError
+
+
+def mixture_counts(sizes: Sequence[int], mixing: str, total: int | None = None) -> list[int]:
+    """How many rows of each task an epoch has.
+
+    Args:
+        sizes: how many rows each task has, at least one.
+        mixing: "size", "equal", or a temperature T as text: shares in proportion to size ** (1 / T)
+            (Raffel et al. 2020, arXiv:1910.10683, section 3.5.2), which is "size" at 1 and comes
+            close to "equal" for a large T.
+        total: rows of all tasks together; by default as many as there are.
+    Raises:
+        UserError: another `mixing`, or fewer rows than tasks.
+    """
+    try:
+        exponent = {"size": 1.0, "equal": 0.0}.get(mixing)
+        exponent = 1 / float(mixing) if exponent is None else exponent
+    except (ValueError, ZeroDivisionError):
+        exponent = -1.0
+    if not 0 <= exponent <= 1:
+        raise UserError(f"--mixing {mixing}: must be size, equal, or a temperature of 1 or more")
+    total = sum(sizes) if total is None else total
+    if total < len(sizes):
+        raise UserError(f"--max_train_samples {total}: fewer than the {len(sizes)} tasks; raise it")
+    weights = [size**exponent for size in sizes]
+    shares = [total * weight / sum(weights) for weight in weights]
+    # Rounded so that the sum stays, and no task goes without a row.
+    counts = [max(1, int(share)) for share in shares]
+    order = sorted(range(len(sizes)), key=lambda one: int(shares[one]) - shares[one])
+    for one in order[: max(0, total - sum(counts))]:
+        counts[one] += 1
+    while sum(counts) > total:
+        counts[counts.index(max(counts))] -= 1
+    return counts
+
+
+def draw_rows(rows: Sequence[Mapping[str, Any]], count: int, seed: int) -> list[Mapping[str, Any]]:
+    """So many rows of a task: each as often as the others, or once more."""
+    drawn: list[Mapping[str, Any]] = []
+    generator = random.Random(seed)
+    while len(drawn) < count:
+        if count - len(drawn) >= len(rows):
+            drawn += rows
+            continue
+        keys = [generator.random() for _ in rows]
+        places = sorted(range(len(rows)), key=keys.__getitem__)[: count - len(drawn)]
+        drawn += [rows[place] for place in sorted(places)]
+    return drawn

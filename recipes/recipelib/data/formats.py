@@ -1,0 +1,118 @@
+"""Data sets that need no template, because their columns say how they are meant.
+
+Conversations of OpenAI's and ShareGPT's kind, instructions of Alpaca's and Dolly's, prompts with
+completions or responses. The template that comes out is one like any other, and is saved with the
+run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from recipelib.data.sources import Hub, first_row, locate
+from recipelib.prompts.template import PromptTemplate
+from recipelib.prompts.values import as_list
+from recipelib.runtime.errors import UserError
+
+_KNOWN = (
+    "messages, conversations, instruction with output or response, prompt with completion or "
+    "response"
+)
+
+
+def template_for(dataset: str, split: str | None = None) -> tuple[PromptTemplate, str]:
+    """A template for a data set, guessed from its first row; no other row is read.
+
+    Args:
+        dataset: a file, a folder with a file per split, or a hub id.
+        split: whose first row is looked at; by default "train". A file has one split.
+    Returns:
+        The template, named after the data set, and what it was taken for, to be shown.
+    Raises:
+        UserError: no such data, or columns that say nothing.
+    """
+    place = locate(None, dataset, None)
+    row = first_row(place, split or "train")
+    if isinstance(place, Hub):
+        name = place.path.rpartition("/")[2]
+    else:
+        name = place.resolve().stem if place.is_file() else place.resolve().name
+    return guess_template(row, dataset, name)
+
+
+def guess_template(
+    row: Mapping[str, Any], source: str, name: str = "instructions"
+) -> tuple[PromptTemplate, str]:
+    """A template for rows like this one, and what they were taken for.
+
+    Args:
+        source: what an error calls the data.
+        name: of the template.
+    Raises:
+        UserError: the columns are none of those known.
+    """
+    found = _conversation(row) or _instruction(row) or _completion(row)
+    if found is None:
+        columns = ", ".join(map(repr, row)) or "none"
+        raise UserError(
+            f"{source}: the columns {columns} do not tell what is asked and what is answered; "
+            f"pass --template, or name them {_KNOWN}"
+        )
+    kind, used, fields = found
+    guess = f"taken for {kind} ({', '.join(column for column in used if column in row)})"
+    if others := [column for column in row if column not in used]:
+        guess += f"; not used: {', '.join(others)}"
+    fields = {"name": name, "description": guess, "form": "generative", **fields, "metric": "loss"}
+    return PromptTemplate(fields, "guessed.yaml"), guess
+
+
+_Found = tuple[str, list[str], dict[str, Any]]  # what it is, its columns, fields of the template
+
+
+def _conversation(row: Mapping[str, Any]) -> _Found | None:
+    for column in ("messages", "conversations"):
+        if turn := _first_turn(row.get(column)):
+            kind = "ShareGPT's conversations" if "from" in turn else "OpenAI's messages"
+            return kind, [column, "tools"], {"messages": column}
+    if _first_turn(row.get("prompt")) and _first_turn(row.get("completion")):
+        fields = {"messages": "prompt", "completion": "completion"}
+        return "TRL's conversational prompts and completions", [*fields.values(), "tools"], fields
+    return None
+
+
+def _first_turn(value: Any) -> Mapping[str, Any] | None:
+    turn = next(iter(as_list(value)), None)
+    return turn if isinstance(turn, Mapping) and ("role" in turn or "from" in turn) else None
+
+
+def _instruction(row: Mapping[str, Any]) -> _Found | None:
+    """Alpaca's columns (Taori et al. 2023), or Dolly's (Conover et al. 2023)."""
+    inputs = [column for column in ("input", "context") if column in row]
+    outputs = [column for column in ("output", "response") if column in row]
+    if "instruction" not in row or len(inputs) > 1 or len(outputs) != 1:
+        return None
+    named = {"input": (inputs or ["input"])[0], "output": outputs[0]}
+    kind = "Alpaca's instructions" if outputs == ["output"] else "Dolly's instructions"
+    return (
+        kind,
+        ["instruction", *named.values()],
+        {
+            "columns": {name: column for name, column in named.items() if name != column},
+            "optional": ["input"],
+            "prompt": "{{ instruction }}{% if input %}\n\n{{ input }}{% endif %}",
+            "answer": "\n\n{{ output }}",
+            "shorten": ["input"],
+        },
+    )
+
+
+def _completion(row: Mapping[str, Any]) -> _Found | None:
+    """A completion follows its prompt as it stands, as TRL joins them; a response after a line."""
+    answers = [column for column in ("completion", "response") if column in row]
+    texts = [row.get(column) for column in ("prompt", *answers)]
+    if len(answers) != 1 or not all(isinstance(text, str) for text in texts):
+        return None
+    joined = {"completion": "{{ completion }}", "response": "\n\n{{ response }}"}
+    fields = {"prompt": "{{ prompt }}", "answer": joined[answers[0]]}
+    return f"prompts and {answers[0]}s", ["prompt", *answers], fields

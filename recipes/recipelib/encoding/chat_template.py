@@ -1,0 +1,288 @@
+"""What a chat template makes of turns, as text, and a plain one for models that come without.
+
+Templates differ in what they take (system turns, tools, lists of parts) and few say so: each is
+asked with a probe, and what it would leave out in silence is refused or given in another way.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+
+import jinja2
+
+from recipelib.prompts.values import Turn
+from recipelib.runtime.errors import UserError
+
+# Turns are told apart by their headers only: no new tokens, so no embeddings to train. A header
+# ends in a line break, behind which an answer begins with the tokens that it has by itself.
+PLAIN_CHAT_TEMPLATE = """\
+{%- if tools %}
+    {{- '### Tools:\\n' + tools | tojson + '\\n\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {{- '### ' + message.role | capitalize + ':\\n' + message.content | trim }}
+    {%- for call in message.tool_calls or [] %}
+        {{- '\\n' if message.content or not loop.first }}
+        {{- '<tool_call>\\n' + call.function | tojson + '\\n</tool_call>' }}
+    {%- endfor %}
+    {{- (eos_token if message.role == 'assistant' else '') + '\\n\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '### Assistant:\\n' }}
+{%- endif %}
+"""
+
+# A word that stands for a text while a chat template is asked what it writes around it.
+_PROBE = "Probetext"
+_PROBE_ARGUMENTS = {"text": "Probewert"}
+_PROBE_CALL = {
+    "type": "function",
+    "id": "call00000",  # Mistral's templates want nine letters and digits
+    "function": {"name": _PROBE, "arguments": _PROBE_ARGUMENTS},
+}
+_PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": _PROBE,
+        "description": "text",
+        "parameters": {"type": "object", "properties": {}},
+    },
+}
+
+
+def ensure_chat_template(tokenizer) -> bool:
+    """Give a tokenizer without chat template the plain one, which is saved with it.
+
+    An answer ends with the eos token; a tokenizer that puts a bos token before every text gets it
+    before every chat.
+
+    Returns:
+        Whether it had none.
+    Raises:
+        UserError: the tokenizer has no eos token.
+    """
+    if tokenizer.chat_template is not None:
+        return False
+    if tokenizer.eos_token is None:
+        raise UserError(
+            f"tokenizer of {tokenizer.name_or_path}: it has neither a chat template nor an "
+            "eos_token, so an answer would never end; set one in tokenizer_config.json"
+        )
+    first = tokenizer("a")["input_ids"][0]
+    frame = "{{- bos_token }}\n" if first == tokenizer.bos_token_id else ""
+    tokenizer.chat_template = frame + PLAIN_CHAT_TEMPLATE
+    return True
+
+
+class ChatTemplate:
+    """Renders turns, and tools that the assistant may call, through a tokenizer's chat template.
+
+    Args:
+        options: more arguments of the template, such as enable_thinking.
+    """
+
+    def __init__(self, tokenizer, options: Mapping):
+        self.tokenizer = tokenizer
+        self.options = options
+        self._answers: dict = {}  # what the template was asked -> what it does
+
+    def render(
+        self,
+        turns: Sequence[Turn],
+        tools: Sequence[Mapping] = (),
+        *,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """The turns as text; a system turn that the template does not take joins the first user
+        turn.
+
+        Raises:
+            UserError: no chat template, or one that rejects the turns or leaves out calls of tools.
+        """
+        if turns[0]["role"] == "system" and not self._takes_system:
+            turns = _join_system(turns)
+        if any("tool_calls" in turn for turn in turns):
+            turns = [_with_arguments(turn, self._takes_json) for turn in turns]
+        return self._apply(turns, tools, add_generation_prompt)
+
+    def prompt(self, turns: Sequence[Turn], tools: Sequence[Mapping] = ()) -> str:
+        """The turns and the generation prompt, behind which the assistant writes.
+
+        Raises:
+            UserError: as `render`, or the template leaves out tools or what they returned.
+        """
+        rendered = self.render(turns, tools, add_generation_prompt=True)
+        if tools and not self._writes("tools", turns, turns, [_PROBE_TOOL]):
+            raise self._lost("descriptions of tools")
+        returned = len([*takewhile(lambda turn: turn["role"] == "tool", reversed(turns))])
+        if returned:
+            rest = turns[: len(turns) - returned]
+            probes = [{**turn, "content": _PROBE} for turn in turns[len(rest) :]]
+            if not self._writes("returned", turns, [*rest, *probes], (), returned):
+                raise self._lost("the turns of tools")
+        return rendered
+
+    def before_answer(self, turns: Sequence[Turn]) -> str:
+        """What the template writes up to an answer to these turns."""
+        return self._around_answer(turns)[0]
+
+    def after_answer(self, turns: Sequence[Turn]) -> str:
+        """What the template writes behind an answer to these turns."""
+        return self._around_answer([{**turn, "content": "text"} for turn in turns])[1]
+
+    def written(self, turns: Sequence[Turn], last: Turn, tools: Sequence[Mapping] = ()) -> str:
+        """What the assistant's turn that calls tools or reasons adds to the prompt of those before.
+
+        Calls begin where a text would, or where they have a header of their own (gpt-oss), behind
+        the generation prompt, as reasoning does.
+
+        Raises:
+            UserError: as `render`, or the rendering begins with neither.
+        """
+        whole = self.render([*turns, last], tools)
+        starts, what = [self.render(turns, tools, add_generation_prompt=True)], "reasoning"
+        if "reasoning_content" not in last:
+            starts, what = [self._around_answer(turns, tools)[0], *starts], "calls of tools"
+        for start in starts:
+            rest = whole[len(start) :]
+            if whole.startswith(start) and last.get("reasoning_content", "") in rest:
+                return rest
+        raise self._lost(f"{what} behind its generation prompt")
+
+    def _around_answer(
+        self, turns: Sequence[Turn], tools: Sequence[Mapping] = ()
+    ) -> tuple[str, str]:
+        rendered = self.render([*turns, {"role": "assistant", "content": _PROBE}], tools)
+        head, found, tail = rendered.rpartition(_PROBE)
+        if not found:
+            raise self._lost("the assistant's turns")
+        return head, tail
+
+    def _apply(
+        self, turns: Sequence[Turn], tools: Sequence[Mapping], add_generation_prompt: bool
+    ) -> str:
+        if self.tokenizer.chat_template is None:
+            raise UserError(
+                f"tokenizer of {self.tokenizer.name_or_path}: it has no chat template; "
+                "pass --rendering text"
+            )
+        if self._wants_parts:
+            turns = [
+                {**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns
+            ]
+        options = {"tools": list(tools), **self.options} if tools else self.options
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(turns), tokenize=False, add_generation_prompt=add_generation_prompt, **options
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"chat template of {self.tokenizer.name_or_path}: {reason}; mend the turns"
+            ) from None
+
+    # What the template does, asked once
+
+    def _lost(self, what: str) -> UserError:
+        return UserError(
+            f"chat template of {self.tokenizer.name_or_path}: it does not write {what}; pass a "
+            "model whose template does, or leave such rows out"
+        )
+
+    def _writes(
+        self,
+        what: str,
+        turns: Sequence[Turn],
+        probes: Sequence[Turn],
+        tools: Sequence[Mapping],
+        times: int = 1,
+    ) -> bool:
+        """Whether the probes are written; turns of the same roles have the same answer."""
+        key = (what, *((turn["role"], "tool_calls" in turn) for turn in turns))
+        if key not in self._answers:
+            self._answers[key] = self.render(probes, tools).count(_PROBE) >= times
+        return self._answers[key]
+
+    def _probe_writes(self, key: str, turns: Sequence[Turn], *more: str) -> bool:
+        if key not in self._answers:
+            try:
+                written = self._apply(turns, (), False)
+                self._answers[key] = all(text in written for text in (_PROBE, *more))
+            except UserError:
+                if self.tokenizer.chat_template is None:
+                    raise
+                self._answers[key] = False
+        return self._answers[key]
+
+    @property
+    def writes_reasoning(self) -> bool:
+        """Whether the template writes a turn's reasoning behind its generation prompt."""
+        if "reasoning" not in self._answers:
+            ask = [{"role": "user", "content": "text"}]
+            answer = {"role": "assistant", "content": "text", "reasoning_content": _PROBE}
+            whole, start = self._apply([*ask, answer], (), False), self._apply(ask, (), True)
+            self._answers["reasoning"] = whole.startswith(start) and _PROBE in whole[len(start) :]
+        return self._answers["reasoning"]
+
+    @property
+    def _wants_parts(self) -> bool:
+        """Whether the template reads a content as a list of parts, as those of vision models do."""
+        if "parts" not in self._answers:
+            turns = [{"role": "user", "content": _PROBE}]
+            self._answers["parts"] = False
+            if not self._probe_writes("plain", turns):
+                self._answers["parts"] = True
+                self._answers["parts"] = self._probe_writes("as parts", turns)
+        return self._answers["parts"]
+
+    @property
+    def _takes_system(self) -> bool:
+        """Whether the template writes a system turn rather than rejecting or swallowing it."""
+        turns = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "text"}]
+        return self._probe_writes("system", turns)
+
+    @property
+    def _takes_json(self) -> bool:
+        """Whether the template takes a call's arguments as JSON text, as DeepSeek's, and not as a
+        mapping.
+
+        Raises:
+            UserError: it writes neither.
+        """
+        turns = [
+            {"role": "user", "content": "text"},
+            {"role": "assistant", "content": "", "tool_calls": [_PROBE_CALL]},
+        ]
+        as_json = [_with_arguments(turn, True) for turn in turns]
+        (value,) = _PROBE_ARGUMENTS.values()
+        # Written as Python writes a mapping, it was not expected.
+        if self._probe_writes("calls", turns, value) and not self._probe_writes(
+            "calls in Python", turns, str(_PROBE_ARGUMENTS)
+        ):
+            return False
+        if not self._probe_writes("calls in JSON", as_json, value):
+            raise self._lost("calls of tools")
+        return True
+
+
+def _with_arguments(turn: Turn, as_json: bool) -> Turn:
+    """The turn with the arguments of its calls as JSON text, or as they are."""
+    if not as_json or "tool_calls" not in turn:
+        return turn
+    calls = []
+    for call in turn["tool_calls"]:
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
+    return {**turn, "tool_calls": calls}
+
+
+def _join_system(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns with the system text in front of the first user turn's."""
+    system, *rest = turns
+    for place, turn in enumerate(rest):
+        if turn["role"] == "user":
+            content = f"{system['content']}\n\n{turn['content']}"
+            return [*rest[:place], {**turn, "content": content}, *rest[place + 1 :]]
+    return [{"role": "user", "content": system["content"]}, *rest]

@@ -1,0 +1,399 @@
+"""Questions -> ids and labels: exact loss masks, answers that are never cut, and counts of what
+was.
+
+Over the budget whole demonstrations go first (in a conversation the oldest turns), then the fields
+that the template names under `shorten`, the longest first. What still does not fit is left out and
+counted. Prompt and answer are encoded apart, so the ids that generation and scoring see are a
+prefix of the ids that were trained.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from recipelib.encoding.tokens import TextEncoder
+from recipelib.prompts.template import PromptTemplate, Question, RowError
+from recipelib.prompts.values import Turn
+from recipelib.runtime.errors import UserError
+
+IGNORED = -100  # the label that the loss skips
+RENDERINGS = ("text", "chat")
+
+Demonstration = tuple[str, str]  # a prompt and its answer, as text
+
+
+class DoesNotFit(RowError):
+    """The instruction, the mask and the answer alone are longer than the budget."""
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt that fits.
+
+    Attributes:
+        ids: what the model reads, up to where the answer begins.
+        end: the end marker, by which generation stops.
+        question: the question as it was asked, shortened fields included.
+        shortened: whether a field was cut.
+        dropped: how many demonstrations were dropped.
+    """
+
+    ids: list[int]
+    end: list[int]
+    question: Question
+    shortened: bool = False
+    dropped: int = 0
+
+
+@dataclass
+class Counts:
+    """What became of the rows: printed before training and kept in metrics.json.
+
+    `examples`, `shortened` and `left_out` count questions (for conversations, examples, answers and
+    answers): a row is one of them in most tasks.
+    """
+
+    rows: int = 0
+    examples: int = 0
+    shortened: int = 0
+    left_out: int = 0
+    dropped_demonstrations: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+
+
+class PromptEncoder:
+    """Encodes the questions of one template for one tokenizer and one rendering.
+
+    Args:
+        max_length: the largest number of tokens of prompt, answer and end marker together.
+        rendering: "text", or "chat" through the tokenizer's chat template.
+    """
+
+    def __init__(
+        self,
+        template: PromptTemplate,
+        tokenizer,
+        max_length: int,
+        rendering: str = "text",
+        chat_template_kwargs: Mapping | None = None,
+    ):
+        if rendering not in RENDERINGS:
+            raise UserError(f"--rendering {rendering}: must be text or chat")
+        if template.messages and tokenizer.chat_template is None:
+            raise UserError(
+                f"{template.path}: messages: a conversation needs a chat template and the "
+                f"tokenizer of {tokenizer.name_or_path} has none; pass a model that has"
+            )
+        self.template = template
+        self.text = TextEncoder(tokenizer, chat_template_kwargs)
+        texts = [*template.prompts, *template.texts.values(), *(template.rationale or {}).values()]
+        if token := next(filter(None, map(self.text.special_token, texts)), None):
+            raise UserError(
+                f"{template.path}: {token!r} is a control token of this model, and a template's "
+                "text never becomes one; take it out, and pass --rendering chat for a chat, or "
+                "write {{ mask }} for a mask"
+            )
+        self.max_length = max_length
+        self.chat = rendering == "chat" or template.messages is not None
+
+    # Prompt and answer
+
+    def prompt(
+        self,
+        question: Question,
+        reserve: int,
+        demonstrations: Sequence[Demonstration] = (),
+        *,
+        phrasing: int = 0,
+        window: bool = False,
+    ) -> EncodedPrompt:
+        """The prompt of a question, shortened so that an answer of `reserve` tokens and its end
+        marker fit behind it.
+
+        Args:
+            demonstrations: solved examples in front, the first dropped first.
+            window: keep the answer's span when its context is cut, as training does; scoring
+                must not know it.
+        Raises:
+            DoesNotFit: it cannot be shortened enough, or the answer would be cut out of its
+            context.
+        """
+
+        def build(question: Question, demonstrations: Sequence[Demonstration]) -> list[int]:
+            if self.chat:
+                return self.text.chat_prompt(self._messages(question, demonstrations, phrasing))
+            parts = [prompt + answer for prompt, answer in demonstrations]
+            text = self.template.demonstrations["separator"].join(
+                [*parts, self.template.prompt(question, phrasing)]
+            )
+            system = self.template.system(question)
+            return self.text.text_prompt(f"{system}\n\n{text}" if system else text)
+
+        kept = list(demonstrations)
+        end = (
+            self.text.chat_end(self._messages(question, kept, phrasing))
+            if self.chat
+            else self.text.end
+        )
+        budget = self.max_length - reserve - len(end)
+        ids = build(question, kept)
+        while len(ids) > budget and kept:
+            kept.pop(0)
+            ids = build(question, kept)
+        asked = question
+        if len(ids) > budget:
+            asked, ids = self._shorten(question, budget, lambda one: build(one, kept), window)
+        return EncodedPrompt(
+            ids, end, asked, asked is not question, len(demonstrations) - len(kept)
+        )
+
+    def answer(self, text: str) -> list[int]:
+        """Ids of an answer without its end marker; in chat it is stripped first."""
+        return self.text.chat_answer(text) if self.chat else self.text.continuation(text)
+
+    def candidates(self, question: Question, end: Sequence[int]) -> dict[str, list[list[int]]]:
+        """For each class, the ids of the answers that stand for it.
+
+        Where one answer's ids begin another's, all end with their end marker: without it the
+        shorter one would win by being shorter.
+        """
+        encoded = {
+            label: [self.answer(text) for text in texts]
+            for label, texts in question.candidates.items()
+        }
+        together = sorted(ids for texts in encoded.values() for ids in texts)
+        if any(after[: len(ids)] == ids for ids, after in pairwise(together)):
+            return {label: [ids + list(end) for ids in texts] for label, texts in encoded.items()}
+        return encoded
+
+    def longest_candidate(self, question: Question) -> int:
+        """How many tokens the longest candidate of a question has; 0 for one without candidates."""
+        answers = (text for texts in question.candidates.values() for text in texts)
+        return max((len(self.answer(text)) for text in answers), default=0)
+
+    def _messages(
+        self, question: Question, demonstrations: Sequence[Demonstration], phrasing: int
+    ) -> list[Turn]:
+        system = self.template.system(question)
+        messages = [{"role": "system", "content": system}] if system else []
+        for prompt, answer in demonstrations:
+            messages.append({"role": "user", "content": prompt})
+            messages.append({"role": "assistant", "content": answer.strip()})
+        return [*messages, {"role": "user", "content": self.template.prompt(question, phrasing)}]
+
+    def training_example(
+        self, question: Question, demonstrations: Sequence[Demonstration] = (), *, phrasing: int = 0
+    ) -> tuple[list[int], list[int], EncodedPrompt]:
+        """Ids, labels (the answer's and the end marker's, otherwise -100) and the prompt of one
+        question.
+
+        Raises:
+            DoesNotFit: see `prompt`.
+        """
+        answer = self.answer(question.target)
+        # Of any class's answer, as in scoring: else a shortened prompt's length told the class.
+        reserve = max(len(answer), self.longest_candidate(question))
+        prompt = self.prompt(question, reserve, demonstrations, phrasing=phrasing, window=True)
+        target = answer + prompt.end
+        return prompt.ids + target, [IGNORED] * len(prompt.ids) + target, prompt
+
+    # Conversations
+
+    def conversation(self, question: Question, counts: Counts) -> list[tuple[list[int], list[int]]]:
+        """Ids and labels of a ready conversation; every assistant turn is supervised, but for those
+        of weight 0. What stands behind the last of them is left out: nothing is learned from it.
+
+        One example holds the whole conversation where the chat template only ever appends. Where
+        later turns rewrite earlier ones, or earlier ones were dropped, an assistant turn becomes
+        its own example, as generation will see it. An answer that does not fit even behind the last
+        question alone is left out and counted.
+        """
+        examples: list[tuple[list[int], list[int]]] = []
+        # An answer is learned without the white space around it, so later turns see it likewise.
+        turns = [
+            {**turn, "content": turn["content"].strip()} if turn["role"] == "assistant" else turn
+            for turn in self.text.with_reasoning(question.turns)
+        ]
+        tools = question.tools
+        for place, turn in enumerate(turns):
+            if turn["role"] != "assistant" or turn.get("weight") == 0:
+                continue
+            before, whole = turns[:place], True
+            prompt = self.text.chat_prompt(before, tools)
+            if "tool_calls" in turn or "reasoning_content" in turn:
+                target = self.text.chat_written(before, turn, tools)
+            else:
+                target = self.text.chat_answer(turn["content"]) + self.text.chat_end(before)
+            if len(prompt) + len(target) > self.max_length:
+                try:
+                    prompt = self._drop_turns(before, tools, self.max_length - len(target))
+                except DoesNotFit:
+                    counts.left_out += 1
+                    continue
+                counts.shortened += 1
+                whole = False
+            ids, labels = prompt + target, [IGNORED] * len(prompt) + target
+            if whole and examples and ids[: len(examples[-1][0])] == examples[-1][0]:
+                _, earlier = examples.pop()
+                labels[: len(earlier)] = earlier
+            examples.append((ids, labels))
+        return examples
+
+    def _drop_turns(
+        self, turns: Sequence[Turn], tools: Sequence[Mapping], budget: int
+    ) -> list[int]:
+        system = turns[:1] if turns[0]["role"] == "system" else []
+        rest = turns[len(system) :]
+        starts = [place for place, turn in enumerate(rest) if turn["role"] == "user" and place > 0]
+        for start in starts:
+            ids = self.text.chat_prompt([*system, *rest[start:]], tools)
+            if len(ids) <= budget:
+                return ids
+        raise DoesNotFit(f"its last turns are longer than {self.max_length} tokens")
+
+    # Masked models
+
+    def cloze(
+        self, question: Question, masks: int, demonstrations: Sequence[Demonstration] = ()
+    ) -> tuple[list[int], list[int], EncodedPrompt]:
+        """Ids with `masks` masks, the masks' positions, and the shortened question.
+
+        Args:
+            demonstrations: solved clozes in front, each as what stands before its word, and the
+                word with what follows; the first dropped first.
+        Raises:
+            DoesNotFit: see `prompt`.
+            UserError: the template has no cloze, or the tokenizer no mask.
+        """
+        if "cloze" not in self.template.texts:
+            raise UserError(f"{self.template.path}: cloze: is missing; a masked model needs it")
+
+        kept = [before + rest for before, rest in demonstrations]
+
+        def build(one: Question) -> tuple[list[int], list[int]]:
+            before, after = self.cloze_parts(one)
+            before = self.template.demonstrations["separator"].join([*kept, before])
+            return self.text.cloze(before, after, masks)
+
+        while kept and len(build(question)[0]) > self.max_length:
+            kept.pop(0)
+        asked, _ = self._shorten(question, self.max_length, lambda one: build(one)[0], False)
+        ids, places = build(asked)
+        dropped = len(demonstrations) - len(kept)
+        return ids, places, EncodedPrompt(ids, [], asked, asked is not question, dropped)
+
+    def cloze_parts(self, question: Question) -> tuple[str, str]:
+        """The text before and after the mask, found by its place in the rendering."""
+        number, unmarked = 0, self.template.cloze(question, "")
+        while (mark := f"\ufdd2{number}\ufdd3") in unmarked:
+            number += 1
+        before, found, after = self.template.cloze(question, mark).partition(mark)
+        if not found or mark in after:
+            raise UserError(f"{self.template.path}: cloze: must hold {{{{ mask }}}} once")
+        return before, after
+
+    def causal_cloze(self, question: Question) -> tuple[EncodedPrompt, dict[str, list[list[int]]]]:
+        """The cloze for a causal model: what stands before the mask, and for each class its words,
+        each with the rest of the text behind it.
+
+        Raises:
+            DoesNotFit: see `prompt`.
+            UserError: the template has no cloze.
+        """
+        if "cloze" not in self.template.texts:
+            raise UserError(f"{self.template.path}: cloze: is missing; --cloze needs it")
+
+        def parts(one: Question) -> tuple[list[int], dict[str, list[list[int]]]]:
+            before, after = self.cloze_parts(one)
+            text = before.rstrip()
+            space = before[len(text) :]
+            return self.text.text_prompt(text), {
+                label: [self.text.continuation(f"{space}{word}{after}") for word in words]
+                for label, words in self.template.verbalizer.items()
+            }
+
+        def build(one: Question) -> list[int]:
+            ids, follow = parts(one)
+            return ids + max((ids for some in follow.values() for ids in some), key=len)
+
+        asked, _ = self._shorten(question, self.max_length, build, window=False)
+        ids, follow = parts(asked)
+        return EncodedPrompt(ids, [], asked, asked is not question), follow
+
+    def pair(self, question: Question) -> tuple[list[int], list[int], EncodedPrompt]:
+        """Ids, token types and the shortened question of a sentence pair.
+
+        Raises:
+            DoesNotFit: see `prompt`.
+        """
+
+        def build(one: Question) -> list[int]:
+            return self.text.pair(*self.template.pair(one))[0]
+
+        asked, _ = self._shorten(question, self.max_length, build, window=False)
+        ids, types = self.text.pair(*self.template.pair(asked))
+        return ids, types, EncodedPrompt(ids, [], asked, asked is not question)
+
+    # Shortening
+
+    def _shorten(
+        self, question: Question, budget: int, build: Callable[[Question], list[int]], window: bool
+    ) -> tuple[Question, list[int]]:
+        """The question with its `shorten` fields cut until `build` yields at most `budget` ids; the
+        longest first.
+        """
+        ids = build(question)
+        names, stuck = list(self.template.shorten), Counter()
+        while len(ids) > budget:
+            texts = {name: question.variables.get(name) for name in names}
+            texts = {name: text for name, text in texts.items() if isinstance(text, str) and text}
+            offsets = {name: self.text.offsets(text) for name, text in texts.items()}
+            if not offsets:
+                raise DoesNotFit(
+                    f"{len(ids)} tokens are left with all cut that 'shorten' allows and "
+                    f"{max(budget, 0)} fit; raise --max_length"
+                )
+            lengths = sorted((len(places) for places in offsets.values()), reverse=True)
+            ties = lengths.count(lengths[0])
+            name = max(offsets, key=lambda one, found=offsets: len(found[one]))
+            # Down to the next longest field's length, then on with both. Where the last cut changed
+            # nothing (white space, a field that this phrasing lacks), twice as much.
+            step = min(lengths[0] - [*lengths, 0][ties], -((budget - len(ids)) // ties))
+            count = max(step, 2 ** stuck[name])
+            side, text = self.template.shorten[name], texts[name]
+            spans = question.spans if name == self.template.context else ()
+            if spans:
+                first, last = min(spans)[0], max(end for _, end in spans)
+                if window:
+                    # Around the answer: the side that has more left, then on with both.
+                    left = sum(0 < end <= first for _, end in offsets[name])
+                    right = sum(last <= start < len(text) for start, _ in offsets[name])
+                    side = "left" if left > right else "right"
+                    count = min(count, max(left, right), (count + abs(left - right) + 1) // 2)
+                    if not count:
+                        names.remove(name)
+                        continue
+            start, end = _cut(text, offsets[name], count, side)
+            if spans and (first < start or last > end):
+                raise DoesNotFit("its answer would be cut out of the context; raise --max_length")
+            question = question.change(**{name: text[start:end]})
+            if spans:
+                question = replace(question, spans=tuple((a - start, b - start) for a, b in spans))
+            before, ids = ids, build(question)
+            stuck[name] = stuck[name] + 1 if ids == before else 0
+        return question, ids
+
+
+def _cut(text: str, offsets: Sequence[tuple[int, int]], count: int, side: str) -> tuple[int, int]:
+    """The [start, end) of a text that is left after `count` tokens are cut from a side; always
+    shorter than the text.
+    """
+    if side == "left":
+        start = offsets[count - 1][1] if count < len(offsets) else len(text)
+        return max(start, 1), len(text)
+    end = offsets[-count][0] if count < len(offsets) else 0
+    return 0, min(end, len(text) - 1)

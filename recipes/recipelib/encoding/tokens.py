@@ -1,0 +1,325 @@
+"""Text -> ids for one tokenizer, so that text never becomes a control token.
+
+A tokenizer finds its added tokens (`<|im_end|>`, `[MASK]`, `<think>`) wherever their characters
+stand, in data too. Here only the chat template, the tokenizer's own frame and the cloze's mask
+write them. Text is encoded as usual; where that yields a control token, a break is put inside the
+offending characters and the two halves are encoded apart.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
+from typing import Any
+
+from tokenizers import AddedToken
+
+from recipelib.encoding.chat_template import ChatTemplate
+from recipelib.prompts.values import Turn
+from recipelib.runtime.errors import UserError
+
+# Two noncharacters, which Unicode keeps out of interchanged text; should they come all the same,
+# see `_guard`.
+_BREAK = "\ufdd0\ufdd1"
+
+
+class TextEncoder:
+    """Encodes text, chats, clozes and pairs with a fast tokenizer.
+
+    Attributes:
+        control_ids: ids that no text may become: added and special tokens, but not unk, which
+            stands for what the tokenizer does not know, nor what some tokenizers keep as plain
+            added tokens and have no other id for: white space (Gemma's newlines and runs of "▁")
+            and single characters (DeepSeek Coder's "ü").
+        prefix, middle, suffix: what the tokenizer puts before a text, between the two of a
+            pair, and behind.
+    """
+
+    def __init__(self, tokenizer, chat_template_kwargs: Mapping | None = None):
+        """
+        Raises:
+            UserError: the tokenizer is a slow one, which knows no offsets.
+        """
+        if not tokenizer.is_fast:
+            raise UserError(
+                f"tokenizer of {tokenizer.name_or_path}: a slow tokenizer gives no offsets; "
+                "convert it to tokenizer.json"
+            )
+        self.tokenizer = tokenizer
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        added = tokenizer.added_tokens_decoder.items()
+        self.control_ids = {
+            index for index, token in added if token.special or not _is_plain(token.content)
+        }
+        self.control_ids |= set(tokenizer.all_special_ids)
+        self.control_ids.discard(tokenizer.unk_token_id)
+        # The eos token ends an answer even where it is also the unk token, as GPT-2's.
+        self._end_ids = self.control_ids | {tokenizer.eos_token_id}
+        self._special = [
+            token for index, token in added if token.special and index in self.control_ids
+        ]
+        self._has_thoughts = any(token.content == "<think>" for _, token in added)
+        self._backend = copy.deepcopy(tokenizer.backend_tokenizer)
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = False
+        self._backend.add_special_tokens([AddedToken(_BREAK, normalized=False, special=True)])
+        self._break_id = self._backend.token_to_id(_BREAK)
+        self._find_frame()
+        one, two = ("".join(self._plain_tokens(text)) for text in ("a", " a"))
+        self._doubles_space = one[0] in "▁Ġ" and two != one
+        # For answers, which recur in their thousands; prompts would only fill it.
+        self.encode = lru_cache(maxsize=4096)(self._encode)
+        self.chat = ChatTemplate(tokenizer, self.chat_template_kwargs)
+        self._chat_ends: dict[tuple, tuple[list[int], bool]] = {}
+
+    def _find_frame(self) -> None:
+        """The tokens that the tokenizer adds around one text and around a pair, read off encodings
+        of a letter.
+        """
+        one = self.tokenizer("a", return_special_tokens_mask=True)
+        two = self.tokenizer("a", "a", return_special_tokens_mask=True, return_token_type_ids=True)
+        body = one["special_tokens_mask"].index(0)
+        length = one["special_tokens_mask"].count(0)
+        self.prefix = one["input_ids"][:body]
+        self.suffix = one["input_ids"][body + length :]
+        second = len(two["input_ids"]) - len(self.suffix) - length
+        self.middle = two["input_ids"][body + length : second]
+        types = two["token_type_ids"]
+        self.has_token_types = "token_type_ids" in self.tokenizer.model_input_names
+        self._pair_types = (
+            types[0],
+            types[body + length] if self.middle else types[0],
+            types[second],
+        )
+
+    # Text
+
+    def _guard(self, text: str) -> str:
+        """The text with a break inside everything that the tokenizer would take for a control
+        token, the unk token's name included. A control token that a single character stands for
+        cannot be broken: it is left out.
+        """
+        # A break that the data brings is broken itself: its halves stay text.
+        text = text.replace(_BREAK, _BREAK[0] + _BREAK + _BREAK[1])
+        unk_id, unk = self.tokenizer.unk_token_id, self.tokenizer.unk_token
+        while True:
+            encoding = self._backend.encode(text, add_special_tokens=False)
+            found = {}
+            for index, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+                # Some added tokens take the white space beside them into their offsets.
+                token = text[start:end].strip() or text[start:end]
+                if index in self.control_ids or (index == unk_id and token == unk):
+                    found[text.index(token, start)] = token
+            if not found:
+                return text
+            for start, token in sorted(found.items(), reverse=True):
+                first = token[0] if len(token) > 1 else ""
+                text = text[:start] + first + _BREAK + text[start + 1 :]
+
+    def _plain_tokens(self, text: str) -> list[str]:
+        return self._backend.encode(text, add_special_tokens=False).tokens
+
+    def _ids(self, guarded: str) -> list[int]:
+        ids = self._backend.encode(guarded, add_special_tokens=False).ids
+        return [index for index in ids if index != self._break_id]
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._ids(self._guard(text)))
+
+    def special_token(self, text: str) -> str | None:
+        """The first special token whose characters stand in a text."""
+        special = (token.content for token in self._special)
+        return next((one for one in special if one in text), None)
+
+    def continuation(self, text: str) -> list[int]:
+        """Ids of a text that follows another. Tokenizers of Llama 2's kind put a space before every
+        text, even one that begins with a space: they are given it without its own, and one that
+        begins with none behind something else.
+        """
+        if not self._doubles_space:
+            return list(self.encode(text))
+        return list(self.encode(text[1:])) if text[:1] == " " else self._inside(text)
+
+    def _inside(self, text: str) -> list[int]:
+        """Ids of a text that no space may be put before."""
+        for before in ("\n", "=", "a"):
+            start, ids = self.encode(before), self.encode(before + text)
+            if ids[: len(start)] == start:  # else the two are one token
+                return list(ids[len(start) :])
+        return list(self.encode(text))
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """The [start, end) characters of each token of a text."""
+        return self._backend.encode(text, add_special_tokens=False).offsets
+
+    @property
+    def end(self) -> list[int]:
+        """The end marker of the text rendering.
+
+        Raises:
+            UserError: the tokenizer has no end token.
+        """
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(
+                f"tokenizer of {self.tokenizer.name_or_path}: it has no eos_token, so an answer "
+                "would never end; set one in tokenizer_config.json"
+            )
+        return [self.tokenizer.eos_token_id]
+
+    def text_prompt(self, text: str) -> list[int]:
+        """A prompt as generation sees it: the tokenizer's frame in front, nothing behind. One
+        without text is a bos or eos token, for an answer needs something to be predicted from.
+        """
+        first = self.tokenizer.bos_token_id
+        return [*self.prefix, *self._encode(text)] or (self.end if first is None else [first])
+
+    # Masked models
+
+    def cloze(self, before: str, after: str, masks: int) -> tuple[list[int], list[int]]:
+        """Ids of `before [MASK]... after` in the tokenizer's frame, and the positions of the masks.
+
+        Raises:
+            UserError: the tokenizer has no mask token.
+        """
+        mask = self.tokenizer.mask_token
+        if mask is None:
+            raise UserError(
+                f"tokenizer of {self.tokenizer.name_or_path}: it has no mask token; pass a masked "
+                "model for a cloze"
+            )
+        text = self._guard(before) + mask * masks + self._guard(after)
+        ids = [*self.prefix, *self._ids(text), *self.suffix]
+        # Data was kept from becoming the mask, so these are the template's own.
+        return ids, [
+            place for place, index in enumerate(ids) if index == self.tokenizer.mask_token_id
+        ]
+
+    def word(self, word: str, before: str) -> list[int]:
+        """Ids of a label word where the cloze has its mask: with a space if one stands before the
+        mask.
+        """
+        return list(self.encode((" " if before[-1:].isspace() else "") + word))
+
+    def pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
+        """Ids and token types of a sentence pair in the tokenizer's frame."""
+        left = [*self.prefix, *self._encode(first)]
+        right = [*self.encode(second), *self.suffix]
+        types = [self._pair_types[0]] * len(left) + [self._pair_types[1]] * len(self.middle)
+        return left + self.middle + right, types + [self._pair_types[2]] * len(right)
+
+    # Chat
+
+    def chat_prompt(self, messages: Sequence[Turn], tools: Sequence[Mapping] = ()) -> list[int]:
+        """Ids of the turns and of the template's generation prompt, after which the answer is
+        written.
+
+        Args:
+            tools: descriptions of functions that the assistant may call.
+        Raises:
+            UserError: no chat template, or one that rejects the turns or leaves some out.
+        """
+        return self._ids(self.chat.prompt(self._turns(messages), self._guard_inside(tools)))
+
+    def chat_answer(self, text: str) -> list[int]:
+        """Ids of an answer in a chat, without the end marker."""
+        text = text.strip()
+        return list(self.encode(text)) if self._answers_spaced else self._inside(text)
+
+    @cached_property
+    def _answers_spaced(self) -> bool:
+        """Whether an answer's ids in a chat are those of a text by itself, which Llama 2's kind of
+        tokenizer puts a space before: its own chat template does so, others do not.
+        """
+        if not self._doubles_space:
+            return True
+        head, text = self.chat.before_answer([{"role": "user", "content": "text"}]), "text"
+        ids, alone = self._ids(head + text), self._ids(text)
+        return ids[-len(alone) :] == alone
+
+    def chat_end(self, messages: Sequence[Turn]) -> list[int]:
+        """What the chat template writes after an answer to these turns, up to its first control
+        token.
+
+        What follows that token (often a newline) is never generated, so it is not trained.
+        """
+        return self._chat_end(messages)[0]
+
+    def _chat_end(self, messages: Sequence[Turn]) -> tuple[list[int], bool]:
+        """The end marker, and whether the template itself writes it."""
+        key = tuple((message["role"], "tool_calls" in message) for message in messages)
+        if key not in self._chat_ends:
+            ids = self._ids(self.chat.after_answer(self._turns(messages)))
+            ends = [place for place, index in enumerate(ids) if index in self._end_ids]
+            end = ids[: ends[0] + 1] if ends else [*ids, *self.end]
+            self._chat_ends[key] = end, bool(ends)
+        return self._chat_ends[key]
+
+    def with_reasoning(self, messages: Sequence[Turn]) -> list[Turn]:
+        """The turns as the chat template can write them: where it knows no reasoning, that stands
+        in front of the answer, as text.
+
+        Raises:
+            UserError: the model has tokens for reasoning, but its chat template does not write them
+                behind its generation prompt.
+        """
+        reasons = any("reasoning_content" in turn for turn in messages)
+        if not reasons or self.chat.writes_reasoning:
+            return list(messages)
+        if self._has_thoughts:
+            raise UserError(
+                f"chat template of {self.tokenizer.name_or_path}: it does not write reasoning "
+                "behind its generation prompt; remove the reasoning, pass a model whose template "
+                """does, or, where it is turned off, --chat_template_kwargs '{"enable_thinking": """
+                "true}'"
+            )
+        turns = []
+        for turn in messages:
+            turn, thought = dict(turn), turn.get("reasoning_content")
+            if thought is not None:
+                del turn["reasoning_content"]
+                turn["content"] = f"<think>\n{thought}\n</think>\n\n{turn['content']}"
+            turns.append(turn)
+        return turns
+
+    def chat_written(
+        self, messages: Sequence[Turn], last: Turn, tools: Sequence[Mapping] = ()
+    ) -> list[int]:
+        """Ids of an assistant's turn that calls tools or reasons, as it is to be written after
+        `chat_prompt` of the turns before, up to its end marker: an answer's, or its own (gpt-oss).
+
+        Raises:
+            UserError: as `chat_prompt`.
+        """
+        *before, last = self._turns([*messages, last])
+        ids = self._ids(self.chat.written(before, last, self._guard_inside(tools)))
+        end, written = self._chat_end(messages)
+        ends = {end[-1]} if end[-1] in ids else self._end_ids
+        places = [place for place, index in enumerate(ids) if index in ends]
+        return ids[: places[-1] + 1] if places and written else [*ids, *self.end]
+
+    def _turns(self, messages: Sequence[Turn]) -> list[Turn]:
+        """What a chat template sees of turns: no weights, and texts that are guarded."""
+        return [
+            {
+                key: value if key == "role" else self._guard_inside(value)
+                for key, value in turn.items()
+                if key != "weight"
+            }
+            for turn in messages
+        ]
+
+    def _guard_inside(self, value: Any) -> Any:
+        """Tools, or the calls of some, with every text in them guarded, names included."""
+        if isinstance(value, str):
+            return self._guard(value)
+        if isinstance(value, Mapping):
+            return {self._guard(key): self._guard_inside(one) for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._guard_inside(one) for one in value]
+        return value
+
+
+def _is_plain(added: str) -> bool:
+    return len(added) == 1 or added.replace("▁", " ").isspace()

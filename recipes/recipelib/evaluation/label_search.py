@@ -1,0 +1,264 @@
+"""Label words for a task that has none, found with a few labeled rows (LM-BFF, Gao et al. 2021,
+arXiv:2012.15723, section 4.1).
+
+For each class the words that its rows make likely in the blank are candidates. Among them one word
+per class is sought that together tell the rows apart, class by class in turn until none gains: the
+paper tries all combinations, which only few classes allow.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from recipelib.data.rows import load_splits
+from recipelib.encoding.cloze_rows import BlankRows, Example, word_encoder
+from recipelib.evaluation.evaluation import Asked
+from recipelib.evaluation.few_shot import CausalAsker, MaskedAsker
+from recipelib.inference.cloze_scoring import collate
+from recipelib.inference.lockstep import Lockstep, gather_results, process_group
+from recipelib.models.head import only_at
+from recipelib.prompts.schema import TEMPLATE_FOLDER, find_template, load_yaml
+from recipelib.prompts.template import PromptTemplate, Question
+from recipelib.prompts.values import class_name
+from recipelib.reporting.report import print_table, printable
+from recipelib.runtime.errors import UserError
+from recipelib.runtime.launch import is_main_process, progress_bar
+
+CANDIDATES = 100  # words per class that are tried
+SHOWN = 8  # words per class that are shown
+MOST_ROWS = 1000  # of training and of evaluation; each costs the whole vocabulary in memory
+ROWS_AT_ONCE = 8
+_ROUNDS = 10
+
+
+@dataclass
+class Found:
+    """What the search came to.
+
+    Attributes:
+        words: label -> its word.
+        train, evaluation: the accuracy with these words on the rows.
+        others: label -> the best words in its place, each with both accuracies.
+    """
+
+    words: dict[str, str]
+    train: float
+    evaluation: float
+    others: dict[str, list[tuple[str, float, float]]]
+
+
+def classes_from_rows(args, columns: Mapping[str, str], seed: int) -> PromptTemplate:
+    """The template of `args`; where it has a `label` but no `verbalizer`, each class that stands in
+    the training rows is its own word for now.
+
+    Raises:
+        UserError: rows that cannot be read, or too many different labels.
+    """
+    path = find_template(args.template)
+    fields = load_yaml(path)
+    if "label" not in fields or "verbalizer" in fields:
+        return PromptTemplate.load(args.template, columns=columns)
+    label = fields["label"]
+    # As text that is written, labels can be read before any of them is known.
+    free = {key: fields[key] for key in ("name", "dataset") if key in fields}
+    free |= {
+        "form": "generative",
+        "prompt": "label",
+        "answer": f"{{{{ {label} }}}}",
+        "columns": {**(fields.get("columns") or {}), **columns},
+    }
+    template = PromptTemplate(free, path)
+    train, _ = load_splits(template, args, seed)
+    found = sorted({class_name(row[template.column(label)]) for row in train.rows})
+    if len(found) > MOST_ROWS // 10:
+        raise UserError(f"{path}: label: {label} has {len(found)} values; name a column of classes")
+    fields |= {"columns": free["columns"], "verbalizer": {one: [one] for one in found}}
+    return PromptTemplate(fields, path)
+
+
+def search_label_words(
+    model,
+    asker: CausalAsker | MaskedAsker,
+    train: BlankRows,
+    evaluation: BlankRows,
+    seed: int = 42,
+) -> Found:
+    """A word for each class that tells the training rows apart; the evaluation rows are only
+    scored.
+
+    Args:
+        train, evaluation: as `encode_blanks` gives them; of many rows MOST_ROWS are drawn.
+        seed: of the draw.
+    Raises:
+        UserError: pairs that are asked once per word have no words of their own; a class without
+            rows, or for which no word was found.
+    """
+    if train.asked[0].questions[0].asked is not None and isinstance(asker, CausalAsker):
+        raise UserError(
+            f"{asker.encoder.template.path}: --search_label_words: a pair that is asked once per "
+            "label has no words of its own; pass --cloze true"
+        )
+    classes = list(asker.encoder.template.verbalizer)
+    draw = random.Random(seed)
+    some, held_out = (
+        draw.sample(rows.asked, min(MOST_ROWS, len(rows.asked))) for rows in (train, evaluation)
+    )
+    likely, gold = _at_blank(model, asker, some, "reading training rows")
+    words = _candidates(asker, train.asked[0].questions[0], likely, gold, len(classes))
+    tokens = [[token for _, token in some] for some in words]
+    chosen = _choose(likely, gold, tokens)
+    held, held_gold = _at_blank(model, asker, held_out, "reading evaluation rows")
+
+    def accuracies(picked: Sequence[int]) -> tuple[float, float]:
+        ids = [some[at] for some, at in zip(tokens, picked, strict=True)]
+        return tuple(
+            (rows[:, ids].argmax(-1) == labels).float().mean().item()
+            for rows, labels in ((likely, gold), (held, held_gold))
+        )
+
+    others = {}
+    for number, label in enumerate(classes):
+        tried = []
+        for at, (word, _) in enumerate(words[number]):
+            picked = [at if place == number else one for place, one in enumerate(chosen)]
+            tried.append((word, *accuracies(picked)))
+        others[label] = sorted(tried, key=lambda one: -one[1])[:SHOWN]
+    best = {label: words[number][chosen[number]][0] for number, label in enumerate(classes)}
+    return Found(best, *accuracies(chosen), others)
+
+
+@torch.no_grad()
+def _at_blank(
+    model, asker: CausalAsker | MaskedAsker, asked: Sequence[Asked], description: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[rows, vocabulary] log-probabilities of the first token in the blank, and [rows] labels."""
+    run, classes = Lockstep(model), list(asker.encoder.template.verbalizer)
+    model.eval()
+    rank, world = process_group()
+    examples: dict[int, Example] = {}
+    for number in range(rank, len(asked), world):
+        one = asked[number]
+        if isinstance(asker, CausalAsker):
+            ids = one.prompts[0].ids
+            place = len(ids) - 1
+        else:
+            ids, (place,), _ = asker.encoder.cloze(one.questions[0], 1)
+        # Any token, for all of them are read.
+        reads = {"lengths": [len(ids)], "reads": [[0, place, 0, 0, 1]]}
+        examples[number] = {"input_ids": ids, **reads, "word_labels": [0], "labels": 0}
+    own = sorted(examples, key=lambda number: examples[number]["lengths"])
+    found: dict[int, torch.Tensor] = {}
+    with run, progress_bar(description, len(own)) as bar:
+        for start in range(0, len(own), ROWS_AT_ONCE):
+            some = own[start : start + ROWS_AT_ONCE]
+            batch = collate([examples[number] for number in some])
+            ids, mask, places = (
+                batch[name].to(run.device) for name in ("input_ids", "attention_mask", "places")
+            )
+            with only_at(model, places, ids.shape[1]):
+                logits = run(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            likely = logits[0].float().log_softmax(-1).cpu()
+            # Copies, since a row that is sent to others would take its neighbors along.
+            found |= {number: row.clone() for number, row in zip(some, likely, strict=True)}
+            bar.update(len(some))
+    found = gather_results(found)
+    labels = [classes.index(one.questions[0].label) for one in asked]
+    return torch.stack([found[number] for number in range(len(asked))]), torch.tensor(labels)
+
+
+def _candidates(
+    asker: CausalAsker | MaskedAsker,
+    question: Question,
+    likely: torch.Tensor,
+    gold: torch.Tensor,
+    classes: int,
+) -> list[list[tuple[str, int]]]:
+    """For each class the whole words that its rows make likeliest, with their tokens."""
+    text, template = asker.encoder.text, asker.encoder.template
+    encode, found = word_encoder(asker, question), []
+    for label in range(classes):
+        rows, name = likely[gold == label], list(template.verbalizer)[label]
+        if not len(rows):
+            raise UserError(f"--search_label_words: no training row has the label {name!r}")
+        some: dict[str, tuple[str, int]] = {}
+        for token in rows.mean(0).argsort(descending=True).tolist():
+            word = text.tokenizer.decode([token]).strip()
+            # A word that stands in the template as it does in the text, in one letter case.
+            if word.isalpha() and len(word) > 1 and encode(word) == [token]:
+                some.setdefault(word.casefold(), (word, token))
+            if len(some) == CANDIDATES:
+                break
+        if len(some) < classes:  # each class takes another
+            raise UserError(
+                f"--search_label_words: {len(some)} words of one token can stand in the blank for "
+                f"{name!r}; put a space in front of it in {template.path.name}"
+            )
+        found.append(list(some.values()))
+    return found
+
+
+def _choose(likely: torch.Tensor, gold: torch.Tensor, tokens: list[list[int]]) -> list[int]:
+    """For each class the place of its word, so that together they tell the rows apart best; of
+    equals the words that make the right class likelier.
+    """
+    # Start at the word that most sets a class apart from the others.
+    chosen, taken = [], set()
+    for label, some in enumerate(tokens):
+        apart = likely[gold == label][:, some].mean(0) - likely[gold != label][:, some].mean(0)
+        order = apart.argsort(descending=True).tolist()
+        chosen.append(next(at for at in order if some[at] not in taken))
+        taken.add(some[chosen[-1]])
+    for _ in range(_ROUNDS):
+        before = list(chosen)
+        for label, some in enumerate(tokens):
+            picked = [words[at] for words, at in zip(tokens, chosen, strict=True)]
+            scores = likely[:, picked][:, None].repeat(1, len(some), 1)  # [rows, words, labels]
+            scores[:, :, label] = likely[:, some]
+            right = (scores.argmax(-1) == gold[:, None]).float().mean(0)
+            sure = scores.log_softmax(-1)[torch.arange(len(gold)), :, gold].mean(0)
+            others = {token for place, token in enumerate(picked) if place != label}
+            chosen[label] = max(
+                (at for at in range(len(some)) if some[at] not in others),
+                key=lambda at, right=right, sure=sure: (right[at].item(), sure[at].item()),
+            )
+        if chosen == before:
+            break
+    return chosen
+
+
+def save_label_words(found: Found, template: PromptTemplate, output_dir: str) -> Path:
+    """Write the template with the words, show them beside others, and say how to go on."""
+    path = Path(output_dir) / "template.yaml"
+    if is_main_process():
+        fields = {**template.fields, "verbalizer": {k: [word] for k, word in found.words.items()}}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if rows := fields.get("dataset", {}).get("path"):
+            beside = template.path.parent / rows
+            if beside.exists() and not (TEMPLATE_FOLDER / rows).exists():  # as seen from there
+                fields["dataset"] = {
+                    **fields["dataset"],
+                    "path": os.path.relpath(beside, output_dir),
+                }
+        PromptTemplate(fields, template.path).save(path)
+        shown = {
+            f"instead, {label}": printable(
+                ", ".join(f"{word} {train:.2f}/{held:.2f}" for word, train, held in some)
+            )
+            for label, some in found.others.items()
+        }
+        print_table(
+            "Label words (accuracy on training / evaluation rows, without training)",
+            {
+                **{label: printable(word) for label, word in found.words.items()},
+                "together": f"{found.train:.3f} / {found.evaluation:.3f}",
+                **shown,
+                "written to": f"{path}; edit it and pass it as --template",
+            },
+        )
+    return path

@@ -1,0 +1,244 @@
+"""The likelihood of answers: tokens that prompts share are computed once, what is left is packed
+without padding (see `token_tree.py`).
+
+Models that cannot do that, such as those with sliding windows, compute whole prompts in padded
+batches. Under several processes each computes a part, and every process gets all results in the
+order of the requests. Where memory runs out, batches become smaller; none is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from recipelib.inference.journal import Journal
+from recipelib.inference.lockstep import Lockstep, OutOfMemory, gather_results, own_share
+from recipelib.inference.shared_cache import KeptBeginning, can_share
+from recipelib.inference.token_tree import Pass, Tree, plan_passes
+from recipelib.runtime.errors import UserError
+from recipelib.runtime.launch import progress_bar
+
+Ids = Sequence[int]
+Request = tuple[Ids, Sequence[Ids]]  # a prompt, and its continuations
+
+# On a CPU more tokens in a pass gain nothing, and attention's cost grows with them.
+CPU_PASS_TOKENS = 512
+
+
+@torch.no_grad()  # not inference_mode: what FSDP gathers meanwhile is trained afterwards
+def log_likelihoods(
+    model,
+    requests: Sequence[Request],
+    *,
+    batch_tokens: int = 4096,
+    description: str | None = None,
+    journal: Journal | None = None,
+) -> list[list[float]]:
+    """The log-probability (nats, summed over tokens) of each continuation of each prompt.
+
+    Args:
+        requests: a prompt's ids, at least one, and the ids of its continuations. What continuations
+            share with one another is computed once, and their last tokens not at all.
+        batch_tokens: tokens in one forward pass at most.
+        description: of the progress bar; None for no bar.
+        journal: where results are kept as they come, and found again by a later run.
+    Raises:
+        UserError: a single request does not fit into memory.
+    """
+    if not requests:
+        return []
+    run = Lockstep(model)
+    if can_share(run):
+        if run.device.type == "cpu":
+            batch_tokens = min(batch_tokens, CPU_PASS_TOKENS)
+        compute = KeptScorer(run, batch_tokens).score
+        results = run_passes(
+            run, requests, _shared_plan, compute, batch_tokens, description, journal
+        )
+        return [results[index] for index in range(len(requests))]
+    parts, places = _split(requests)
+    compute = WholeScorer(run).score
+    results = run_passes(run, parts, _whole_plan, compute, batch_tokens, description, journal)
+    scores = [[0.0] * len(continuations) for _, continuations in requests]
+    for index, members in enumerate(places):
+        for (number, place), value in zip(members, results[index], strict=True):
+            scores[number][place] = value
+    return scores
+
+
+def run_passes(
+    run: Lockstep,
+    requests: Sequence,
+    plan: Callable[[Sequence, int], list[Pass]],
+    compute: Callable[[Sequence, Pass], list],
+    budget: int,
+    description: str | None,
+    journal: Journal | None,
+) -> dict[int, list]:
+    """The results of all requests by index: this process computes its part, smaller passes are
+    tried where one runs out of memory, and all processes' results come together.
+
+    Passes are planned over all requests and those that a journal knows whole are skipped, so that
+    a run that is taken up computes what an uninterrupted one does.
+    """
+    known = {} if journal is None else journal.load(requests)
+    passes = [one for one in plan(requests, budget) if not set(one.members) <= known.keys()]
+    waiting = own_share(passes, lambda one: one.tokens)[::-1]
+    total = sum(len(one.members) for one in waiting)
+    results: dict[int, list] = {}
+    with run, progress_bar(description, total) as bar:
+        while waiting:
+            one = waiting.pop()
+            some = [requests[index] for index in one.members]
+            try:
+                found = compute(some, one)
+            except OutOfMemory:
+                budget = max(1, min(budget, one.tokens) // 2)
+                rest = [*one.members, *(index for more in waiting[::-1] for index in more.members)]
+                smaller = plan([requests[index] for index in rest], budget)
+                waiting = [
+                    Pass(tuple(rest[at] for at in less.members), less.kept, less.tokens)
+                    for less in smaller[::-1]
+                ]
+                if one in waiting:
+                    raise UserError(
+                        f"out of memory with a single row of {one.tokens + one.kept:,} tokens; "
+                        "lower --max_length, or take a smaller model or more processes under FSDP"
+                    ) from None
+                continue
+            results.update(zip(one.members, found, strict=True))
+            if journal is not None:
+                journal.add(some, found)
+            bar.update(len(some))
+    return {**known, **gather_results(results)}
+
+
+def _shared_plan(requests: Sequence[Request], budget: int) -> list[Pass]:
+    extra = []
+    for _, continuations in requests:
+        tree = Tree()
+        for continuation in continuations:
+            tree.add(continuation[:-1])
+        extra.append(len(tree.ids))
+    return plan_passes([list(prompt) for prompt, _ in requests], extra, budget)
+
+
+class KeptScorer:
+    """Scores requests behind a beginning that they share."""
+
+    def __init__(self, run: Lockstep, budget: int):
+        self.kept = KeptBeginning(run, budget)
+
+    def score(self, requests: Sequence[Request], one: Pass) -> list[list[float]]:
+        """The log-likelihoods of the continuations of each request of a pass."""
+        self.kept.hold(requests[0][0][: one.kept])
+        tree, wanted = Tree(), []
+        for prompt, continuations in requests:
+            path = tree.add(list(prompt[one.kept :]))
+            for continuation in continuations:
+                places = [path[-1], *tree.add(continuation[:-1], path[-1])]
+                wanted.append(list(zip(places, continuation, strict=True)))
+        read = sorted({place for pairs in wanted for place, _ in pairs})
+        row = {place: number for number, place in enumerate(read)}
+        logits = self.kept.over(tree, read)
+        wanted = [[(row[place], token) for place, token in pairs] for pairs in wanted]
+        return _sums(logits, wanted, requests)
+
+
+def _sums(
+    logits: torch.Tensor, wanted: Sequence[list[tuple[int, int]]], requests: Sequence[Request]
+) -> list[list[float]]:
+    """Log-probabilities of (row of the logits, token), summed over each continuation's pairs."""
+    pairs = [pair for one in wanted for pair in one]
+    rows, tokens = (torch.tensor(one, device=logits.device) for one in zip(*pairs, strict=True))
+    # The normalizer of each row once, in parts: a second copy of all logits may not fit.
+    normalizers = torch.cat([part.float().logsumexp(-1) for part in logits.split(64)])
+    values = iter((logits[rows, tokens].float() - normalizers[rows]).tolist())
+    sums = iter([sum(next(values) for _ in one) for one in wanted])
+    return [[next(sums) for _ in continuations] for _, continuations in requests]
+
+
+# Whole prompts ------------------------------------------------------------------------------------
+
+
+def _split(requests: Sequence[Request]) -> tuple[list[Request], list[list[tuple[int, int]]]]:
+    """A request for each distinct beginning of continuations, and where the scores of its
+    continuations belong: (request, place among its continuations).
+    """
+    parts: list[Request] = []
+    places: list[list[tuple[int, int]]] = []
+    for number, (prompt, continuations) in enumerate(requests):
+        beginnings: dict[Ids, list[int]] = {}
+        for place, continuation in enumerate(continuations):
+            beginnings.setdefault(tuple(continuation[:-1]), []).append(place)
+        for members in beginnings.values():
+            parts.append((prompt, [continuations[place] for place in members]))
+            places.append([(number, place) for place in members])
+    return parts, places
+
+
+def _whole_plan(requests: Sequence[Request], budget: int) -> list[Pass]:
+    lengths = [len(prompt) + len(continuations[0]) - 1 for prompt, continuations in requests]
+    return plan_padded(lengths, budget)
+
+
+def plan_padded(lengths: Sequence[int], budget: int) -> list[Pass]:
+    """Batches of at most `budget` padded tokens (a row that is longer gets one of its own), longest
+    first, so that one that does not fit into memory fails at once.
+    """
+    passes: list[Pass] = []
+    for index in sorted(range(len(lengths)), key=lambda one: (-lengths[one], one)):
+        members = passes[-1].members if passes else ()
+        size = (len(members) + 1) * lengths[members[0]] if members else 0
+        if members and size <= budget:
+            passes[-1] = Pass((*members, index), 0, size)
+        else:
+            passes.append(Pass((index,), 0, lengths[index]))
+    return passes
+
+
+class WholeScorer:
+    """Scores requests, whose continuations differ in their last tokens only, in a padded batch."""
+
+    def __init__(self, run: Lockstep):
+        self.run = run
+        config = getattr(run.model, "active_peft_config", None)
+        # Soft prompts stand in front: the columns are counted from the end.
+        self._prompted = getattr(config, "is_prompt_learning", False)
+
+    def score(self, requests: Sequence[Request], one: Pass) -> list[list[float]]:
+        """The log-likelihoods of the continuations of each request of a pass."""
+        rows = [[*prompt, *continuations[0][:-1]] for prompt, continuations in requests]
+        width = max(map(len, rows))
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for number, row in enumerate(rows):
+            ids[number, : len(row)] = torch.tensor(row)
+            mask[number, : len(row)] = 1
+        places = [
+            (number, column)
+            for number, (prompt, _) in enumerate(requests)
+            for column in range(len(prompt) - 1, len(rows[number]))
+        ]
+        # Only columns from which an answer's token is predicted go through the head.
+        columns = sorted({column for _, column in places})
+        device = self.run.device
+        keep = {} if self._prompted else {"logits_to_keep": torch.tensor(columns, device=device)}
+        logits = self.run(
+            input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **keep
+        ).logits
+        if logits.shape[1] != len(columns):  # a model that does not know logits_to_keep
+            logits = logits[:, -width:][:, columns]
+        where = {column: number for number, column in enumerate(columns)}
+        logits = logits[[row for row, _ in places], [where[column] for _, column in places]]
+        picked = {place: number for number, place in enumerate(places)}
+        wanted = [
+            [
+                (picked[number, len(prompt) - 1 + step], token)
+                for step, token in enumerate(continuation)
+            ]
+            for number, (prompt, continuations) in enumerate(requests)
+            for continuation in continuations
+        ]
+        return _sums(logits, wanted, requests)

@@ -1,0 +1,392 @@
+"""PromptTemplate: one file describes a task, every method of the collection reads that file.
+
+A row of data becomes one or several `Question`s (one per entity type, one per candidate of a
+sentence pair, otherwise one). A question renders as a prompt with its answer, as a cloze with a
+mask, or as a sentence pair; what the model writes is read back by `read_answer` and `read_label`.
+Tokens are the business of `encoding.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from recipelib.prompts import values as row_values
+from recipelib.prompts.question import Question
+from recipelib.prompts.sandbox import SecurityError, compile_expression, compile_text, variables_of
+from recipelib.prompts.schema import (
+    CURE,
+    TEXTS,
+    check_fields,
+    find_template,
+    load_yaml,
+    own_variables,
+    plain,
+)
+from recipelib.prompts.values import RowError, as_list, class_name
+from recipelib.runtime.errors import UserError
+
+# What a filter or an operator raises for a value that it was not made for.
+_MISFITS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, re.error)
+
+
+def _missing(value: Any) -> str | None:
+    """What an answer is that was not given; None for one that was."""
+    if value is None:
+        return "null"
+    return "empty" if isinstance(value, str) and not value.strip() else None
+
+
+class PromptTemplate:
+    """A task, as its YAML file describes it; the fields are attributes of the same names."""
+
+    def __init__(self, fields: Mapping[str, Any], path: Path | str = "template"):
+        self.path = Path(path)
+        self.fields = dict(fields)
+        checked = check_fields(self.fields, self.path)
+        self.name: str = checked["name"]
+        self.form: str = checked["form"]
+        self.description: str = checked.get("description", "")
+        self.dataset: dict[str, str | None] = checked.get("dataset", {})
+        self.columns: dict[str, str] = checked.get("columns", {})
+        self.optional: set[str] = set(checked.get("optional", []))
+        self.prompts: list[str] = checked.get("prompts", [])
+        self.label: str | None = checked.get("label")
+        self.verbalizer: dict[str, list[str]] = checked.get("verbalizer", {})
+        self.shorten: dict[str, str] = checked["shorten"]
+        self.demonstrations: dict[str, Any] = checked["demonstrations"]
+        self.metric: str = checked["metric"]
+        self.messages: str | None = checked.get("messages")
+        self.completion: str | None = checked.get("completion")
+        self.stop: list[str] = checked.get("stop", [])
+        self.content_free: list[str] = checked.get("content_free", [])
+        self.rationale: dict[str, str] | None = checked.get("rationale")
+        self.extract: list[str] = checked.get("extract", [])
+        self.context: str | None = checked.get("context")
+        self.entity_spans: dict[str, Any] | None = checked.get("spans")
+        self.negatives: int = checked.get("negatives", 0)
+        self.texts: dict[str, str] = {key: checked[key] for key in TEXTS if key in checked}
+        self._own = own_variables(checked)
+        self._compiled = {key: compile_text(text) for key, text in self.texts.items()}
+        self._prompts = [compile_text(text) for text in self.prompts]
+        self._rationale = {key: compile_text(text) for key, text in (self.rationale or {}).items()}
+        self.expressions = {key: checked[key] for key in ("references", "start") if key in checked}
+        self._expressions = {k: compile_expression(text) for k, text in self.expressions.items()}
+
+    @classmethod
+    def load(cls, name_or_path: str, *, columns: Mapping[str, str] | None = None) -> PromptTemplate:
+        """The template in a file, or of that name in `data_templates/`.
+
+        Args:
+            columns: template variable -> column, over those of the file.
+        Raises:
+            UserError: no such file, or a mistake in it (one line: file, key, cure).
+        """
+        path = find_template(name_or_path)
+        fields = load_yaml(path)
+        own = fields.get("columns") or {}
+        if columns and isinstance(own, dict):  # else the check says what is wrong with it
+            fields["columns"] = {**own, **columns}
+        return cls(fields, path)
+
+    def save(self, path: Path | str) -> None:
+        """Write the fields, overrides included, as a template file."""
+        text = yaml.safe_dump(self.fields, sort_keys=False, allow_unicode=True, width=100)
+        Path(path).write_text(text, encoding="utf-8")
+
+    # What a row must bring
+
+    @cached_property
+    def asks_each_word(self) -> bool:
+        """Whether a sentence pair is asked once per candidate, whose word stands in `second`."""
+        return self.form == "inference" and "word" in variables_of(self.texts["second"])
+
+    @cached_property
+    def prompt_variables(self) -> set[str]:
+        """Variables that asking needs: columns by the names the template gives them."""
+        if self.messages:
+            return {self.messages, self.completion or self.messages}
+        sources = [*self.prompts, *(self.texts[key] for key in self.texts if key != "answer")]
+        needed = set().union(*map(variables_of, sources)) - self._own
+        if self.entity_spans:
+            needed = needed - {self.context} | {self.entity_spans["tokens"]}
+        elif self.context:
+            needed.add(self.context)
+        return needed
+
+    @cached_property
+    def answer_variables(self) -> set[str]:
+        """Variables that training and scoring need besides, and predicting does not."""
+        needed = set().union(
+            *map(variables_of, [self.texts.get("answer", ""), *(self.rationale or {}).values()])
+        )
+        for expression in self.expressions.values():
+            needed |= variables_of(expression, expression=True)
+        if self.label:
+            needed.add(self.label)
+        if self.entity_spans:
+            needed.add(self.entity_spans["tags"])
+        return needed - self._own - self.prompt_variables
+
+    def column(self, variable: str) -> str:
+        """The column that a variable is read from."""
+        return self.columns.get(variable, variable)
+
+    def missing_columns(self, columns: Iterable[str], *, answers: bool = True) -> list[str]:
+        """The columns that the template needs and the data lacks."""
+        needed = self.prompt_variables | (self.answer_variables if answers else set())
+        return sorted({self.column(name) for name in needed - self.optional} - set(columns))
+
+    def variables(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row's values under the template's names; nulls and absent optional columns are empty
+        text.
+        """
+        values = dict(row)
+        values.update({name: row[column] for name, column in self.columns.items() if column in row})
+        values.update({name: "" for name in self.optional if name not in values})
+        return {name: "" if value is None else value for name, value in values.items()}
+
+    def read_class(self, value: Any) -> str | None:
+        """The verbalizer's key for the value of a label column; None for no such class."""
+        label = class_name(value)
+        return label if label in self.verbalizer else None
+
+    # Rows -> questions
+
+    def questions(self, row: Mapping[str, Any], *, answers: bool = True) -> list[Question]:
+        """What the template asks about a row.
+
+        Args:
+            row: column -> value.
+            answers: whether the row has to bring its answers; False for rows to predict.
+        Raises:
+            RowError: a missing column, a label outside the verbalizer, an answer that is no span of
+                its context, text that cannot be rendered.
+        """
+        missing = self.missing_columns(row, answers=answers)
+        if missing:
+            has = ", ".join(map(repr, row)) or "none"
+            raise RowError(
+                f"no column {missing[0]!r}; the row has {has}: map the variable with columns in "
+                f"{self.path.name} or --columns"
+            )
+        values = self.variables(row)
+        answers = answers or self._has_answers(row)
+        if self.messages:
+            names = filter(None, (self.messages, self.completion))
+            turns = row_values.read_turns({self.column(one): values[one] for one in names})
+            return [Question(values, turns=turns, tools=row_values.read_tools(values.get("tools")))]
+        if answers:
+            self._refuse_missing_answers(row)
+        if self.entity_spans:
+            found = self._ask_entities(values, answers)
+        elif self.form == "extractive":
+            found = [self._ask_span(values, answers)]
+        elif self.label:
+            found = self._ask_class(values, answers)
+        else:
+            found = [Question(values)]
+            if answers:
+                answer = self._render(self._compiled["answer"], values, "answer")
+                found = [Question(values, answer=answer, references=(answer.strip(),))]
+        if answers and self.rationale:
+            parts = [self._render(self._rationale[key], values, key) for key in ("text", "join")]
+            found = [dataclasses.replace(one, rationale="".join(parts)) for one in found]
+        for one in found:  # a row that cannot be rendered must fail here, before a model is loaded
+            for phrasing in range(len(self.prompts)):
+                self.prompt(one, phrasing)
+            self.system(one)
+            self.cloze(one, "")
+            if self.form == "inference":
+                self.pair(one)
+        return found
+
+    def _has_answers(self, row: Mapping[str, Any]) -> bool:
+        columns = map(self.column, self.answer_variables - self.optional)
+        if self.label and class_name(row.get(self.column(self.label))) == "-1":
+            # GLUE's test files have it in place of a label.
+            return "-1" in self.verbalizer
+        return all(_missing(row.get(column)) is None for column in columns)
+
+    def _refuse_missing_answers(self, row: Mapping[str, Any]) -> None:
+        for name in self.answer_variables - self.optional:
+            column = self.column(name)
+            if what := _missing(row.get(column)):
+                raise RowError(f"{column} is {what}; give the answer, or leave the row out")
+
+    def _ask_class(self, values: dict, answers: bool) -> list[Question]:
+        label = None
+        if answers:
+            value = values[self.label]
+            label = self.read_class(value)
+            if label is None:
+                known = [*map(repr, list(self.verbalizer)[:8]), "..."]
+                known = ", ".join(known[: len(self.verbalizer)])
+                raise RowError(
+                    f"{self.column(self.label)}: {value!r} is not in the verbalizer ({known}); "
+                    "add it there or mend it"
+                )
+        if self.asks_each_word:
+            texts = {
+                key: (self._render(self._compiled[key], values, key),) for key in ("yes", "no")
+            }
+            return [
+                Question(
+                    {**values, "word": words[0]},
+                    answer=None if label is None else texts["yes" if label == asked else "no"][0],
+                    label=label,
+                    candidates=texts,
+                    asked=asked,
+                )
+                for asked, words in self.verbalizer.items()
+            ]
+        render = self._compiled["answer"]
+        candidates = {
+            key: tuple(self._render(render, {**values, "word": word}, "answer") for word in words)
+            for key, words in self.verbalizer.items()
+        }
+        answer = None if label is None else candidates[label][0]
+        return [Question(values, answer=answer, label=label, candidates=candidates)]
+
+    def _ask_span(self, values: dict, answers: bool) -> Question:
+        context = values[self.context] = str(values[self.context])
+        if not answers:
+            return Question(values)
+        references = [str(text) for text in as_list(self._evaluate("references", values))]
+        if not references:
+            raise RowError("no gold answer (references is empty); leave the row out")
+        starts = as_list(self._evaluate("start", values)) if "start" in self.expressions else []
+        answer = references[0]
+        try:
+            start = int(starts[0]) if starts else context.find(answer)
+        except (TypeError, ValueError):
+            problem = f"{starts[0]!r} is no character offset; give a whole number"
+            raise RowError(f"start: {problem}") from None
+        if not answer or start < 0 or context[start : start + len(answer)] != answer:
+            place = f"at character {start} of" if starts else "in"
+            raise RowError(
+                f"the answer {answer!r} does not stand {place} {self.context}; "
+                "mend the answer or its start"
+            )
+        values["reference"] = answer
+        return Question(
+            values,
+            answer=self._render(self._compiled["answer"], values, "answer"),
+            references=tuple(references),
+            spans=((start, start + len(answer)),),
+        )
+
+    def _ask_entities(self, values: dict, answers: bool) -> list[Question]:
+        spec = self.entity_spans
+        tokens = [str(token) for token in as_list(values[spec["tokens"]])]
+        values[self.context] = " ".join(tokens)
+        tags = as_list(values[spec["tags"]]) if answers else []
+        found = row_values.read_entities(tokens, tags, spec["types"]) if answers else []
+        join, questions = spec["join"], []
+        for kind, words in spec["types"].items():
+            texts = [text for type_, text, _, _ in found if type_ == kind]
+            scope = {**values, "type": words[0]}
+            answer = None
+            if answers:
+                scope["entities"] = join.join(texts) or spec["none"]
+                if self.read_spans(scope["entities"]) != texts:
+                    raise RowError(f"{texts} cannot be told apart; change spans.join or spans.none")
+                answer = self._render(self._compiled["answer"], scope, "answer")
+            spans = tuple((start, end) for type_, _, start, end in found if type_ == kind)
+            questions.append(
+                Question(scope, answer=answer, references=tuple(texts), asked=kind, spans=spans)
+            )
+        return questions
+
+    # Questions -> text
+
+    def _render(self, compiled, values: Mapping[str, Any], key: str) -> str:
+        try:
+            return compiled(values)
+        except SecurityError as error:
+            raise UserError(f"{self.path}: {key}: {error}; {CURE}") from None
+        except jinja2.UndefinedError as error:
+            raise RowError(f"{key}: {error.message}; the template needs it") from None
+        except jinja2.TemplateRuntimeError as error:  # a filter's name is looked up when it runs
+            raise UserError(f"{self.path}: {key}: {error.message} See Jinja's filters") from None
+        except _MISFITS as error:
+            problem = " ".join(str(error).split())
+            raise RowError(f"{key}: {problem}; the value does not fit the template") from None
+
+    def _evaluate(self, key: str, values: Mapping[str, Any]) -> Any:
+        value = self._render(lambda scope: self._expressions[key](scope), values, key)
+        if isinstance(value, jinja2.Undefined):
+            what = self.expressions[key]
+            raise RowError(f"{key}: {what} is not there; mend the row or the expression")
+        return value
+
+    def text(self, key: str, question: Question, **more: Any) -> str:
+        """One of the template's texts, rendered for a question; empty where it has none."""
+        scope = {**question.variables, **more}
+        if self.form == "inference":
+            for part in ("first", "second", "question"):
+                if part in self._compiled and key not in ("first", "second"):
+                    scope[part] = self._render(self._compiled[part], scope, part)
+        if key.startswith("prompt"):
+            return self._render(self._prompts[int(key[6:] or 0)], scope, "prompt")
+        return self._render(self._compiled[key], scope, key) if key in self._compiled else ""
+
+    def prompt(self, question: Question, phrasing: int = 0) -> str:
+        """The text that is asked; `phrasing` picks one of `prompts`."""
+        return self.text(f"prompt{phrasing}", question)
+
+    def system(self, question: Question) -> str:
+        """The instruction, empty where the template has none."""
+        return self.text("system", question)
+
+    def cloze(self, question: Question, mask: str) -> str:
+        """The text with `mask` where the label word belongs."""
+        return self.text("cloze", question, mask=mask)
+
+    def pair(self, question: Question) -> tuple[str, str]:
+        """The two texts of the inference form."""
+        return self.text("first", question), self.text("second", question)
+
+    # Text -> answers
+
+    def read_answer(self, generated: str) -> str | None:
+        """The answer in what a model wrote: cut at `stop`, found by `extract` (the last match of
+        the first pattern that matches), stripped. None where patterns are given and none matches.
+        """
+        for stop in self.stop:
+            generated = generated.partition(stop)[0]
+        for pattern in self.extract:
+            matches = list(re.finditer(pattern, generated))
+            if matches:
+                whole = matches[-1].group()
+                return next((part for part in matches[-1].groups() if part), whole).strip()
+        return None if self.extract else generated.strip()
+
+    def read_label(self, answer: str | None) -> str | None:
+        """The class whose word an answer is, letter case aside; None for no class's."""
+        if answer is None:
+            return None
+        said, classes = plain(answer), self.verbalizer.items()
+        return next((label for label, words in classes if said in map(plain, words)), None)
+
+    def first_word(self, generated: str) -> str | None:
+        """The label word that stands first in what a model wrote, and of those the longest."""
+        words = sorted((word for some in self.verbalizer.values() for word in some), key=len)
+        either = "|".join(re.escape(word.strip()) for word in reversed(words))
+        found = re.search(rf"(?<!\w)(?:{either})(?!\w)", generated, re.IGNORECASE)
+        return found.group() if found else None
+
+    def read_spans(self, answer: str | None) -> list[str]:
+        """The entities named in an answer of a `spans` template."""
+        spec = self.entity_spans
+        if answer is None or answer.strip() == spec["none"].strip():
+            return []
+        parts = [part.strip() for part in answer.split(spec["join"].strip() or spec["join"])]
+        return [part for part in parts if part]

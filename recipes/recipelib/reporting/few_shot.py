@@ -1,0 +1,334 @@
+"""What an evaluation with demonstrations shows and leaves in its folder."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from recipelib.encoding.prompt_encoder import Counts, PromptEncoder
+from recipelib.evaluation.calibration import probabilities
+from recipelib.evaluation.evaluation import Asked
+from recipelib.evaluation.few_shot import CausalAsker, Demonstrate, FewShotScore, MaskedAsker
+from recipelib.reporting.figures import calibration_error, plot_confusion, plot_reliability
+from recipelib.reporting.report import print_table, printable, versions, write_json, write_jsonl
+from recipelib.reporting.run import count_parameters
+from recipelib.runtime.errors import UserError
+from recipelib.runtime.launch import is_main_process, say
+from recipelib.training.memory import gib
+
+_Z = 1.96  # of a 95 % interval
+_SHOWN_CHARACTERS, _SHOWN_CLASSES = 3000, 12
+# Whose scores are log-probabilities of the labels; per token and per byte they are not.
+_SURE = {"uncalibrated": "sum", "calibrated": "calibrated"}
+
+
+def preview_prompts(
+    asker: CausalAsker | MaskedAsker, rows: Sequence[Mapping], demonstrate: Demonstrate | None
+) -> None:
+    """Show the prompts of the first rows whole, and what is compared behind them."""
+    from rich.console import Console
+
+    if not is_main_process():
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    encoder = asker.encoder
+    for number, row in enumerate(rows):
+        prompts, count = _prompts(asker, row, demonstrate, number)
+        if not prompts:
+            console.rule(f"row {number + 1}: does not fit into {encoder.max_length} tokens")
+        for ids, candidates in prompts:
+            shown = _several(count, "demonstration")
+            console.rule(f"row {number + 1}: {len(ids)} tokens, {shown}")
+            console.print(printable(encoder.text.tokenizer.decode(ids)), markup=False)
+            if candidates:
+                candidates = {label: list(texts) for label, texts in candidates.items()}
+                console.print(printable(f"candidates: {candidates}"), markup=False)
+
+
+def say_first_prompt(
+    asker: CausalAsker | MaskedAsker, row: Mapping, demonstrate: Demonstrate | None
+) -> None:
+    """Print the first row's prompt; of a long one the ends. Nothing where it does not fit."""
+    prompts, _ = _prompts(asker, row, demonstrate, 0)
+    for ids, _ in prompts[:1]:
+        text = asker.encoder.text.tokenizer.decode(ids)
+        left_out = len(text) - _SHOWN_CHARACTERS
+        if left_out > 0:
+            half = _SHOWN_CHARACTERS // 2
+            text = f"{text[:half]}\n[... {left_out:,} characters ...]\n{text[-half:]}"
+        say(f"the first prompt, {len(ids)} tokens:\n{printable(text)}\n")
+
+
+def _prompts(
+    asker, row: Mapping, demonstrate: Demonstrate | None, number: int
+) -> tuple[list[tuple[list[int], Mapping]], int]:
+    """The ids of a row's prompts, each with its candidates, and how many demonstrations they have;
+    of a conversation, which is scored as it is, the whole. No prompts where they do not fit.
+    """
+    encoder = asker.encoder
+    if encoder.template.messages:
+        (question,) = encoder.template.questions(row)
+        return [(ids, {}) for ids, _ in encoder.conversation(question, Counts())], 0
+    shown = demonstrate and (lambda _, asked: demonstrate(number, asked))
+    for one in asker.ask([row], False, shown):
+        candidates = [question.candidates for question in one.questions]
+        ids = [prompt.ids for prompt in one.prompts]
+        return list(zip(ids, candidates, strict=True)), len(one.demonstrations)
+    return [], 0
+
+
+def save_few_shot(
+    result: FewShotScore,
+    encoder: PromptEncoder,
+    training,
+    model,
+    facts: Mapping[str, Any],
+    *,
+    predict: str | None = None,
+) -> dict | None:
+    """Write predictions.jsonl, the figures, the template and, last, metrics.json; print a summary.
+
+    Args:
+        facts: what else metrics.json holds of the run: `model`, `adapter`, `shots`, `sampler`,
+            `score_by` and the `peak_memory_bytes` of this process are used here.
+        predict: the file whose rows were answered; only the predictions are written then.
+
+    Returns:
+        The content of metrics.json; None for rows without answers.
+
+    Raises:
+        UserError: no row fits.
+    """
+    folder, template = Path(training.output_dir), encoder.template
+    first, written = result.draws[0], ["predictions.jsonl"]
+    records = [record for draw in result.draws for record in draw.records]
+    if not first.rows:
+        raise UserError(
+            f"--max_length {encoder.max_length}: none of the {first.left_out} rows fits, even "
+            "without demonstrations; raise it"
+        )
+    if predict:
+        target = folder / f"predictions_{Path(predict).stem}.jsonl"
+        if is_main_process():
+            write_jsonl(target, records)
+        say(f"{first.rows} rows answered, {first.left_out} left out as too long: {target}")
+        return None
+    metrics = _metrics(result, encoder, training, model, facts)
+    curves = {
+        name: confidences(records, kind) for name, kind in _SURE.items() if kind in result.by_score
+    }
+    if template.label:
+        metrics["classes"] = class_figures(records, list(template.verbalizer))
+    if curves:
+        errors = {name: calibration_error(*curve)[0] for name, curve in curves.items()}
+        metrics["calibration_error"] = errors
+    if not is_main_process():
+        return metrics
+
+    write_jsonl(folder / "predictions.jsonl", records)
+    template.save(folder / "template.yaml")
+    heading = f"{_model(metrics)}, {_several(metrics['shots'], 'shot')}, {first.rows:,} rows"
+    if len(result.draws) > 1:
+        heading += f", {len(result.draws)} draws together"
+    names = _class_names(template.verbalizer)
+    if template.label:
+        plot_confusion(
+            [names[one["answer"]] for one in records],
+            [names.get(one["prediction"]) for one in records],
+            list(names.values()),
+            folder / "confusion.png",
+            title=f"{template.name}: gold and predicted classes",
+            subtitle=heading,
+        )
+        written.append("confusion.png")
+    if curves:
+        plot_reliability(
+            curves,
+            folder / "reliability.png",
+            title=f"{template.name}: is it as right as it is sure?",
+            subtitle=heading,
+        )
+        written.append("reliability.png")
+    write_json(folder / "metrics.json", metrics)
+    _show(metrics, names, f"{folder}/: {', '.join(['metrics.json', *written])}")
+    return metrics
+
+
+def interval(metric: str, score: float, stderr: float, rows: int) -> tuple[float, float]:
+    """A 95 % interval of a score for the choice of rows: Wilson's (1927) where a row is right or
+    wrong, otherwise 1.96 standard errors to both sides, within what the metric can be.
+    """
+    if metric in ("accuracy", "exact_match", "numeric_match"):
+        shrink = 1 + _Z**2 / rows
+        middle = (score + _Z**2 / (2 * rows)) / shrink
+        half = _Z / shrink * math.sqrt(score * (1 - score) / rows + _Z**2 / (4 * rows**2))
+    else:
+        middle, half = score, _Z * stderr
+    low, high = np.clip([middle - half, middle + half], 0, math.inf if metric == "loss" else 1)
+    return float(low), float(high)
+
+
+def class_figures(records: Sequence[Mapping], labels: Sequence[str]) -> dict[str, dict]:
+    """Precision, recall and F1 of each class over the records of all draws, 0 where there is
+    nothing to divide by, and how many rows the class has.
+    """
+    gold = Counter(one["answer"] for one in records)
+    said = Counter(one["prediction"] for one in records)
+    hits = Counter(one["answer"] for one in records if one["prediction"] == one["answer"])
+    rows = Counter(answer for _, answer in {(one["row"], one["answer"]) for one in records})
+    return {
+        label: {
+            "precision": hits[label] / max(said[label], 1),
+            "recall": hits[label] / max(gold[label], 1),
+            "f1": 2 * hits[label] / max(said[label] + gold[label], 1),
+            "rows": rows[label],
+        }
+        for label in labels
+    }
+
+
+def confidences(records: Sequence[Mapping], kind: str) -> tuple[list[float], list[bool]]:
+    """The probability of what each record predicts by a kind of score, and whether it is right."""
+    sure, right = [], []
+    for record in records:
+        said = record["predictions"][kind]
+        sure.append(probabilities(record["scores"][kind])[said])
+        right.append(said == record["answer"])
+    return sure, right
+
+
+def _metrics(result: FewShotScore, encoder, training, model, facts: Mapping) -> dict[str, Any]:
+    """What metrics.json holds of every task; the same on all processes."""
+    first, scores = result.draws[0], [draw.score for draw in result.draws]
+    score, stderr = (float(np.mean(one)) for one in (scores, [one.stderr for one in result.draws]))
+    peak = torch.tensor([facts["peak_memory_bytes"]], device=training.device)
+    if training.world_size > 1:
+        torch.distributed.all_reduce(peak, torch.distributed.ReduceOp.MAX)
+    details = {
+        name: float(np.mean([one.details[name] for one in result.draws])) for name in first.details
+    }
+    answered = first.rows * len(scores)
+    return {
+        "task": encoder.template.name,
+        "method": "in-context learning",
+        **facts,
+        "metric": first.metric,
+        "score": score,
+        "stderr": stderr,
+        "confidence_interval": list(interval(first.metric, score, stderr, first.rows)),
+        "draws": len(scores),
+        "draw_scores": scores,
+        "std_over_draws": _spread(scores),
+        **details,
+        "scores": {
+            kind: {"mean": float(np.mean(some)), "std_over_draws": _spread(some), "draws": some}
+            for kind, some in result.by_score.items()
+        },
+        "base_score": None if facts["adapter"] else score,
+        "eval_rows": first.rows,
+        "eval_rows_left_out": first.left_out,
+        **_cuts([one for some in result.asked for one in some]),
+        "train_tokens": 0,
+        "supervised_tokens": 0,
+        "padding_fraction": 0.0,
+        "tokens_per_second": 0.0,
+        "train_seconds": 0.0,
+        "eval_seconds": result.seconds,
+        "rows_per_second": answered / result.seconds if result.seconds else 0.0,
+        "trainable_parameters": 0,
+        "total_parameters": count_parameters(model)[1],
+        "peak_memory_bytes": int(peak),
+        "rendering": "chat" if encoder.chat else "text",
+        "chat_template_kwargs": encoder.text.chat_template_kwargs,
+        "max_length": encoder.max_length,
+        "world_size": training.world_size,
+        "distributed_type": training.distributed_state.distributed_type.value,
+        "seed": training.seed,
+        "versions": versions(),
+    }
+
+
+def _cuts(asked: Sequence[Asked]) -> dict[str, int | None]:
+    """What was cut away to make prompts fit, over all draws; for a loss it is not known."""
+    cuts = {
+        "prompts_shortened": sum(prompt.shortened for one in asked for prompt in one.prompts),
+        "demonstrations_dropped": sum(one.dropped for one in asked),
+        "rows_with_dropped_demonstrations": len({one.row for one in asked if one.dropped}),
+    }
+    return cuts if asked else dict.fromkeys(cuts)
+
+
+def _spread(values: Sequence[float]) -> float:
+    """The standard deviation over draws; NaN where there is one only."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def _model(metrics: Mapping[str, Any]) -> str:
+    return metrics["model"] + (f" with {metrics['adapter']}" if metrics["adapter"] else "")
+
+
+def _class_names(verbalizer: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """The classes as a reader knows them: numbers with their word."""
+    return {
+        label: f"{words[0].strip()} ({label})" if label.isdecimal() else label
+        for label, words in verbalizer.items()
+    }
+
+
+def _show(metrics: Mapping[str, Any], names: Mapping[str, str], written: str) -> None:
+    draws, (low, high) = metrics["draws"], metrics["confidence_interval"]
+
+    def over_draws(spread: float) -> str:
+        return f", ± {spread:.3f} over {draws} draws" if draws > 1 else ""
+
+    by_score = {
+        f"  by {kind}": f"{some['mean']:.3f}{over_draws(some['std_over_draws'])}"
+        + (" (counts)" if kind == metrics["score_by"] else "")
+        for kind, some in metrics["scores"].items()
+    }
+    classes = {
+        f"  {names[label]}": f"precision {one['precision']:.3f}, recall {one['recall']:.3f}, "
+        f"{one['rows']:,} rows"
+        for label, one in list(metrics.get("classes", {}).items())[:_SHOWN_CLASSES]
+    }
+    if len(names) > len(classes) > 0:
+        classes["  other classes"] = f"{len(names) - len(classes)}, in metrics.json"
+    shown = f"{metrics['shots']} per prompt"
+    if metrics["shots"]:
+        shown += f", {metrics['sampler']}"
+    if metrics["demonstrations_dropped"]:
+        shown += (
+            f"; {metrics['demonstrations_dropped']:,} dropped from prompts of "
+            f"{metrics['rows_with_dropped_demonstrations']:,} rows, which were too long"
+        )
+    rows = f"{metrics['eval_rows']:,}"
+    if metrics["prompts_shortened"] is not None:
+        rows += f"; {metrics['prompts_shortened']:,} prompts shortened"
+    if metrics["eval_rows_left_out"]:
+        rows += f", {metrics['eval_rows_left_out']:,} rows left out: too long"
+    print_table(
+        "Done",
+        {
+            "model": _model(metrics),
+            "demonstrations": shown,
+            metrics["metric"]: f"{metrics['score']:.3f} ± {metrics['stderr']:.3f} over rows"
+            + over_draws(metrics["std_over_draws"]),
+            "95 % interval": f"{low:.3f} to {high:.3f}, for the choice of rows",
+            **by_score,
+            **classes,
+            "rows": rows,
+            "speed": f"{metrics['eval_seconds']:.1f} s, {metrics['rows_per_second']:.1f} rows/s",
+            "peak memory": f"{gib(metrics['peak_memory_bytes'])} GiB",
+            "written to": written,
+        },
+    )

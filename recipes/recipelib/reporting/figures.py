@@ -1,0 +1,287 @@
+"""Figures of an evaluation: the confusion matrix, the reliability diagram, a score over shots."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from recipelib.reporting.report import BLUE, GRAY, ORANGE, RED, replacing, shortened
+
+# Sizes are in inches, of fonts in points. Texts are measured, so that none runs into another.
+_DPI, _EDGE = 160, 0.25
+_PLAIN = {"va": "center", "parse_math": False}  # a $ is a dollar
+_DASHED = {"color": "#999999", "linewidth": 1, "linestyle": (0, (4, 3))}
+_AXIS = {"fontsize": 10, "color": GRAY}
+_HEADING = {"loc": "left", "fontsize": 9.5, "color": GRAY}
+_NO_CLASS = "(no class)"
+
+
+def plot_confusion(
+    golds: Sequence[str],
+    predictions: Sequence[str | None],
+    labels: Sequence[str],
+    path: str | os.PathLike,
+    *,
+    title: str,
+    subtitle: str = "",
+) -> None:
+    """Draw which class is taken for which as a PNG: a row for each gold class, shaded by its share,
+    blue where it is right and orange where it is wrong.
+
+    Args:
+        golds, predictions: [n] labels; a prediction that is none of them, such as None, has a
+            column of its own.
+        labels: the classes in order.
+        path, title, subtitle: as in `report.plot_loss`.
+    """
+    from matplotlib.colors import to_rgb
+
+    place = {label: number for number, label in enumerate(labels)}
+    columns = [*labels, *([_NO_CLASS] if any(one not in place for one in predictions) else [])]
+    counts = np.zeros((len(labels), len(columns)), dtype=int)
+    for gold, said in zip(golds, predictions, strict=True):
+        counts[place[gold], place.get(said, len(labels))] += 1
+    shares = (counts / np.maximum(counts.sum(1, keepdims=True), 1))[..., None]
+    right = np.eye(*counts.shape, dtype=bool)[..., None]
+    colors = np.where(right, to_rgb(BLUE), to_rgb(ORANGE)) * shares
+    colors += np.array(to_rgb("#f4f4f4")) * (1 - shares)
+
+    tall = float(np.clip(5 / len(labels), 0.17, 0.75))  # a cell
+    wide = float(np.clip(6 / len(columns), tall, 2))
+    font = float(np.clip(36 * tall, 8, 11))
+    names = [_fitted(label, 3, font) for label in columns]
+    longest = max(_inches(name, font) for name in names)
+    turn = 0 if longest < wide - 0.1 else 40 if wide > 0.35 else 90
+    left = _EDGE + 0.3 + longest + 0.1
+    bottom = 0.65 + longest * np.sin(np.radians(turn))
+    width = max(left + wide * len(columns) + _EDGE, 6.4)
+    height = bottom + tall * len(labels) + 1.15
+    figure = _figure(title, subtitle, width, height)
+    axes = _axes(figure, left, bottom, wide * len(columns), tall * len(labels))
+    axes.imshow(colors, aspect="auto", interpolation="nearest")
+    align = {"rotation": turn, "ha": "right", "rotation_mode": "anchor"} if turn else {}
+    align |= {"va": "center"} if turn == 90 else {}
+    axes.set_xticks(range(len(columns)), names, fontsize=font, parse_math=False, **align)
+    axes.set_yticks(range(len(labels)), names[: len(labels)], fontsize=font, parse_math=False)
+    axes.set_xlabel("predicted", fontsize=10, color=GRAY)
+    axes.set_ylabel("gold", fontsize=10, color=GRAY)
+    axes.set_title("predictions, shaded by their share of the gold class", **_HEADING)
+    if _inches(f"{counts.max():,}", font) < 0.95 * wide:
+        dark = colors @ (0.299, 0.587, 0.114) < 0.6  # how bright they look
+        for row, column in np.argwhere(counts):
+            color = "white" if dark[row, column] else "#333333"
+            number = f"{counts[row, column]:,}"
+            axes.text(column, row, number, ha="center", va="center", fontsize=font, color=color)
+    axes.grid(False)  # but white lines between the cells
+    axes.set_xticks(np.arange(len(columns) - 1) + 0.5, minor=True)
+    axes.set_yticks(np.arange(len(labels) - 1) + 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=min(2, 4 * tall))
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    _save(figure, path)
+
+
+def calibration_error(
+    confidences: Sequence[float], right: Sequence[bool], bins: int = 10
+) -> tuple[float, list[tuple[float, float, int]]]:
+    """The expected calibration error (Guo et al. 2017, arXiv:1706.04599): the mean distance of
+    confidence and accuracy, over equally wide bins weighted by their predictions.
+
+    Args:
+        confidences: [n] from 0 to 1, at least one.
+        right: [n] whether each prediction is right.
+
+    Returns:
+        The error, and for each bin its mean confidence, its accuracy and its number of predictions;
+        zeros for an empty one.
+    """
+    confidences, right = np.asarray(confidences, dtype=float), np.asarray(right, dtype=float)
+    place = np.minimum((confidences * bins).astype(int), bins - 1)
+    counts = np.bincount(place, minlength=bins)
+    used = np.maximum(counts, 1)
+    means = np.bincount(place, confidences, bins) / used
+    shares = np.bincount(place, right, bins) / used
+    error = float(counts @ np.abs(means - shares)) / len(confidences)
+    return error, list(zip(means.tolist(), shares.tolist(), counts.tolist(), strict=True))
+
+
+def plot_reliability(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[bool]]],
+    path: str | os.PathLike,
+    *,
+    title: str,
+    subtitle: str = "",
+) -> None:
+    """Draw how often a prediction is right against how sure the model is, as a PNG.
+
+    Args:
+        curves: name -> the confidence [n] of each prediction, and whether it is right; one or two.
+        path, title, subtitle: as in `report.plot_loss`.
+    """
+    left, room = 0.75, max(_inches(name, 10) for name in curves)
+    figure = _figure(title, subtitle, left + 5.5 + 0.3 + room + _EDGE, 6.75, left)
+    axes = _axes(figure, left, 2.1, 5.5, 3.4)
+    below = _axes(figure, left, 0.65, 5.5, 1.1, sharex=axes)
+    axes.plot([0, 1], [0, 1], **_DASHED)
+    ends = []
+    for number, ((name, (confidences, right)), color) in enumerate(
+        zip(curves.items(), (BLUE, ORANGE), strict=False)
+    ):
+        error, bins = calibration_error(confidences, right)
+        used = [(mean, share) for mean, share, count in bins if count]
+        sizes = [20 + 200 * count / len(confidences) for _, _, count in bins if count]
+        x, y = zip(*used, strict=True)
+        line = {"color": color, "clip_on": False}
+        axes.plot(x, y, linewidth=2, zorder=3, **line)
+        axes.scatter(x, y, s=sizes, zorder=4, edgecolors="white", linewidths=0.8, **line)
+        ends.append((y[-1], f"{name}\nECE {error:.3f}", color))
+        wide = 0.09 / len(curves)
+        places = [0.1 * one + 0.005 + wide * (number + 0.5) for one in range(len(bins))]
+        below.bar(places, [count for _, _, count in bins], width=0.92 * wide, color=color)
+    halves = all(min(confidences) >= 0.5 for confidences, _ in curves.values())
+    axes.set(xlim=(0.5 if halves else 0, 1), ylim=(0, 1))
+    _label_ends(axes, ends, 0.12, 10)
+    heading = "accuracy; below the dashed line the model is surer than right"
+    axes.set_title(heading, pad=10, **_HEADING)
+    below.set_title("predictions", **_HEADING)
+    below.set_xlabel("confidence: the probability of the predicted class", **_AXIS)
+    axes.tick_params(labelbottom=False)
+    below.tick_params(axis="x", pad=7)
+    below.locator_params(axis="y", nbins=3, integer=True)
+    _save(figure, path)
+
+
+def plot_shots(
+    panels: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]],
+    path: str | os.PathLike,
+    *,
+    title: str,
+    subtitle: str = "",
+    chance: Mapping[str, float] | None = None,
+) -> None:
+    """Draw a score over the number of shots as a PNG: a panel per task, a line per way of scoring
+    through the means over draws, around it a band of one standard deviation, and a dot per draw.
+
+    Args:
+        panels: task -> way of scoring -> shots -> the score of each draw; at most three ways.
+        path, title, subtitle: as in `report.plot_loss`.
+        chance: task -> what answering with the most frequent class would score.
+    """
+    chance = chance or {}
+    wide, left = (2.75 if len(panels) > 1 else 6), 0.7
+    names = {"majority class", *(name for lines in panels.values() for name in lines)}
+    step = wide + 0.4 + max(_inches(name, 9.5) for name in names)
+    width = left + step * len(panels) - 0.15 + _EDGE
+    figure = _figure(title, subtitle, width, 4.8, left)
+    values, labels, first = [], [], None
+    for number, (task, lines) in enumerate(panels.items()):
+        axes = _axes(figure, left + step * number, 0.65, wide, 2.9, sharey=first)
+        first = first or axes
+        shots = sorted({one for line in lines.values() for one in line})
+        ends = []
+        for at, ((name, line), color) in enumerate(
+            zip(lines.items(), (BLUE, ORANGE, RED), strict=False)
+        ):
+            draws = [line[one] for one in sorted(line)]
+            x = np.array([shots.index(one) for one in sorted(line)])
+            means = np.array([np.mean(some) for some in draws])
+            spread = np.array([np.std(some, ddof=1) if len(some) > 1 else 0 for some in draws])
+            axes.fill_between(x, means - spread, means + spread, color=color, alpha=0.15, lw=0)
+            axes.plot(x, means, color=color, linewidth=2, marker="o", markersize=5)
+            beside = x + 0.2 * (at - (len(lines) - 1) / 2)  # clear of the line and of other dots
+            dots = zip(beside, draws, strict=True)
+            dots = [(where, one) for where, some in dots if len(some) > 1 for one in some]
+            axes.plot(*np.reshape(dots, (-1, 2)).T, ".", color=color, alpha=0.5, markersize=5)
+            ends.append((means[-1], f"{name}\n{means[-1]:.2f}", color))
+            values += [*(means - spread), *(means + spread), *(one for _, one in dots)]
+        if task in chance:
+            axes.axhline(chance[task], **_DASHED)
+            ends.append((chance[task], f"majority class\n{chance[task]:.2f}", GRAY))
+            values.append(chance[task])
+        axes.set_xlim(-0.25, len(shots) - 0.75)
+        axes.set_xticks(range(len(shots)), shots)
+        axes.set_title(_fitted(task, wide, 11), loc="left", fontsize=11, pad=10, parse_math=False)
+        axes.set_xlabel("demonstrations", **_AXIS)
+        labels.append((axes, ends))
+    pad = 0.03 * (max(values) - min(values)) or 0.05
+    ticks = first.yaxis.get_major_locator().tick_values(min(values) - pad, max(values) + pad)
+    first.set_ylim(ticks[0], ticks[-1])
+    for axes, ends in labels:
+        axes.tick_params(labelleft=axes is first)
+        _label_ends(axes, ends, 0.13, 9.5)
+    _save(figure, path)
+
+
+def _figure(title: str, subtitle: str, width: float, height: float, left: float = _EDGE):
+    """An empty figure with its title and its subtitle at the left."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
+    x, room = left / width, width - left - _EDGE
+    bold = _fitted(title, room, 14, "bold")
+    figure.text(x, 1 - 0.33 / height, bold, fontsize=14, weight="bold", **_PLAIN)
+    gray = _fitted(subtitle, room, 10)
+    figure.text(x, 1 - 0.63 / height, gray, fontsize=10, color=GRAY, **_PLAIN)
+    return figure
+
+
+def _axes(figure, left: float, bottom: float, wide: float, tall: float, **shared):
+    width, height = figure.get_size_inches()
+    place = (left / width, bottom / height, wide / width, tall / height)
+    axes = figure.add_axes(place, **shared)
+    axes.grid(axis="y", color="#e8e8e8", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color("#bbbbbb")
+    axes.tick_params(length=0, labelsize=10, colors=GRAY)
+    return axes
+
+
+def _save(figure, path: str | os.PathLike) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _inches(text: str, size: float, weight: str = "normal") -> float:
+    """How wide a line of text is drawn."""
+    from matplotlib.backends.backend_agg import RendererAgg
+    from matplotlib.font_manager import FontProperties
+
+    font = FontProperties(size=size, weight=weight)
+    renderer = RendererAgg(1, 1, _DPI)
+    return renderer.get_text_width_height_descent(text, font, ismath=False)[0] / _DPI
+
+
+def _fitted(text: str, room: float, size: float, weight: str = "normal") -> str:
+    """The text as one line, shortened to be at most `room` wide."""
+    tried = (shortened(text, length) for length in range(int(30 * room), 0, -1))
+    return next((one for one in tried if _inches(one, size, weight) <= room), "")
+
+
+def _label_ends(axes, ends: Iterable[tuple[float, str, str]], gap: float, size: float) -> None:
+    """Write (height, text, color) of each line at the right of the axes, `gap` of its height apart
+    where lines end closer together.
+    """
+    ends = sorted(ends)
+    low, high = axes.get_ylim()
+    heights = _apart([(end - low) / (high - low) for end, _, _ in ends], gap)
+    for height, (_, text, color) in zip(heights, ends, strict=True):
+        where = {"x": 1.035, "y": height, "transform": axes.transAxes}
+        axes.text(**where, s=text, color=color, fontsize=size, **_PLAIN)
+
+
+def _apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Rising heights within 0 and 1, moved as little as needed (least squares) to lie `gap` apart.
+
+    Less `gap` per place they only have to rise: pool adjacent violators (Ayer et al. 1955).
+    """
+    pools: list[list[float]] = []
+    for place, height in enumerate(heights):
+        pools.append([height - place * gap])
+        while len(pools) > 1 and np.mean(pools[-2]) > np.mean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    flat = [float(np.mean(pool)) for pool in pools for _ in pool]
+    top = 1 - (len(heights) - 1) * gap
+    return [min(max(one, 0.0), top) + place * gap for place, one in enumerate(flat)]

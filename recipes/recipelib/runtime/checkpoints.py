@@ -1,0 +1,167 @@
+"""Finding the checkpoint to go on from."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from recipelib.runtime.errors import UserError
+from recipelib.runtime.launch import fsdp_option, is_main_process, say, uses_fsdp
+
+# Of an adapter's settings: where it comes from, and what does not change its weights.
+_NOT_COMPARED = {
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
+    *("task_type", "lora_dropout", "adapter_dropout", "runtime_config", "loftq_config"),
+}
+
+
+def is_whole(folder: Path) -> bool:
+    """The trainer writes a checkpoint in place, `trainer_state.json` last: without it, or with half
+    of it, the rest may be half-written too.
+    """
+    try:
+        json.loads((folder / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def checkpoint_kind(folder: Path) -> str:
+    """How a checkpoint's training state is kept: "plain" (one process, or data parallel), "full"
+    (FSDP, gathered) or "sharded" (FSDP, a part from each process).
+    """
+    if (folder / "pytorch_model_fsdp_0").is_dir():
+        return "sharded"
+    return "full" if (folder / "pytorch_model_fsdp.bin").is_file() else "plain"
+
+
+def _check_kind(folder: Path) -> None:
+    """Refuse a checkpoint that the trainer could not read under this launch's config."""
+    configs = {
+        "plain": "without FSDP",
+        "full": "under FSDP with full state dicts (accelerate_configs/fsdp2.yaml)",
+        "sharded": "under FSDP with sharded state dicts (accelerate_configs/fsdp2_sharded.yaml)",
+    }
+    asked = "plain"
+    if uses_fsdp():
+        asked = "sharded" if fsdp_option("STATE_DICT_TYPE") == "sharded_state_dict" else "full"
+    if (found := checkpoint_kind(folder)) != asked:
+        raise UserError(
+            f"--resume_from_checkpoint {folder}: was written {configs[found]}, and this run is "
+            f"{configs[asked]}; launch as it was (the number of processes may differ)"
+        )
+
+
+def find_checkpoint(
+    output_dir: str, which: str | None, check: Callable[[Path], None] | None = None
+) -> str | None:
+    """The checkpoint to resume from.
+
+    Args:
+        output_dir: the run's folder.
+        which: None for a fresh start, "last" for the newest whole checkpoint in `output_dir`, or
+            a folder.
+        check: called with the checkpoint; raises an error if it is not this run's.
+
+    Nothing is changed yet (see `clear_way`): what is wrong with the rest of the command line shows
+    before a finished run is given up for it. The main process alone looks for another run.
+
+    Raises:
+        UserError: nothing to resume from, a checkpoint of another kind of launch, or a fresh start
+            beside another run's checkpoints.
+    """
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {output_dir}: is a file; name a folder")
+    found = _checkpoints(folder)
+    if which is None:
+        if found and is_main_process() and not (folder / "metrics.json").exists():
+            raise UserError(
+                f"--output_dir {folder}: holds {found[-1][1].name} of an unfinished run; pass "
+                "--resume_from_checkpoint last to go on, another --output_dir, or delete it"
+            )
+        return None
+    whole = [one for _, one in found if is_whole(one)]
+    if which == "last" and not whole:
+        raise UserError(
+            f"--resume_from_checkpoint last: no whole checkpoint in {output_dir}; start without it"
+        )
+    checkpoint = whole[-1] if which == "last" else Path(which)
+    if not is_whole(checkpoint):
+        raise UserError(
+            f"--resume_from_checkpoint {which}: no whole checkpoint (its trainer_state.json is "
+            "missing or cut short); pass another, or 'last'"
+        )
+    _check_kind(checkpoint)
+    if check:
+        check(checkpoint)
+    return str(checkpoint)
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    return sorted(
+        (int(one.name.split("-")[1]), one)
+        for one in folder.glob("checkpoint-*")
+        if re.fullmatch("checkpoint-[0-9]+", one.name) and one.is_dir()
+    )
+
+
+def check_adapter(checkpoint: str | None, model) -> None:
+    """Refuse a checkpoint whose adapter is not the model's, before its weights are put into it.
+
+    Raises:
+        UserError: other settings of the adapter, another kind, or a whole model on one side.
+    """
+    if checkpoint is None:
+        return
+    file, own = Path(checkpoint, "adapter_config.json"), getattr(model, "active_peft_config", None)
+    said = f"--resume_from_checkpoint {checkpoint}: "
+    if own is None:
+        if file.exists():
+            raise UserError(f"{said}holds an adapter, and this run trains all parameters")
+        return
+    if not file.exists():  # sharded ones have none
+        if Path(checkpoint, "model.safetensors").exists():
+            raise UserError(f"{said}holds a whole model, and this run trains an adapter")
+        return
+    held = json.loads(file.read_text(encoding="utf-8"))
+    # As it is written: sets become lists.
+    own = json.loads(json.dumps(own.to_dict(), default=lambda one: sorted(map(str, one))))
+    for name in sorted(held.keys() & own.keys() - _NOT_COMPARED):
+        theirs, ours = (
+            sorted(map(str, one)) if isinstance(one, list) else one
+            for one in (held[name], own[name])
+        )
+        if theirs != ours:
+            raise UserError(
+                f"{said}its adapter has {name} {held[name]}, and this run's {own[name]}; go on "
+                "with the same"
+            )
+
+
+def clear_way(output_dir: str, checkpoint: str | None) -> None:
+    """Make `output_dir` the folder of the run that begins to train now.
+
+    A fresh start clears the checkpoints and metrics.json of a finished run, and any samples. One
+    that goes on is unfinished again, and checkpoints behind the one that it goes on from are given
+    up: they are of another course. The main process alone clears.
+    """
+    folder = Path(output_dir)
+    if not is_main_process():
+        return
+    if checkpoint is not None:
+        (folder / "metrics.json").unlink(missing_ok=True)
+        places = {one.resolve(): number for number, one in _checkpoints(folder)}
+        from_here = places.get(Path(checkpoint).resolve())
+        for place, number in places.items():
+            if from_here is not None and number > from_here:
+                say(f"{place.name} is given up, for the run goes on from checkpoint-{from_here}")
+                shutil.rmtree(place)
+        return
+    (folder / "samples.jsonl").unlink(missing_ok=True)  # to which a run adds
+    if (folder / "metrics.json").exists():
+        say(f"{output_dir}: the finished run there is replaced")
+        for _, one in _checkpoints(folder):
+            shutil.rmtree(one)
+        (folder / "metrics.json").unlink()  # last: an interrupted clearing is taken up again

@@ -1,0 +1,181 @@
+"""What a recipe asks of the processes it runs in, FSDP on a CPU included."""
+
+import inspect
+import os
+from collections.abc import Callable, Iterable
+
+from tqdm.auto import tqdm
+
+from recipelib.runtime.errors import UserError
+
+# What of accelerate the rehearsal leans on: `PartialState._prepare_backend` with these parameters.
+_PREPARE_BACKEND = ["self", "cpu", "sagemaker_dp", "backend"]
+
+
+def is_main_process() -> bool:
+    """Whether this process prints and writes: rank 0 of a launcher, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(text: str) -> None:
+    """Print a line once, not once per process."""
+    if is_main_process():
+        print(text, flush=True)
+
+
+def progress(description: str, unit: str = "row") -> Callable[[Iterable], Iterable]:
+    """A progress bar to wrap around an iterable; shown by the main process only."""
+
+    def bar(items: Iterable) -> Iterable:
+        return tqdm(
+            items, desc=description, unit=unit, disable=not is_main_process(), dynamic_ncols=True
+        )
+
+    return bar
+
+
+def progress_bar(description: str | None, total: int) -> tqdm:
+    """A progress bar over rows, to be updated by hand; shown by the main process only, and only
+    with a description.
+    """
+    return tqdm(
+        total=total,
+        desc=description,
+        unit="row",
+        disable=description is None or not is_main_process(),
+        dynamic_ncols=True,
+    )
+
+
+def use_all_cores() -> None:
+    """Give this process its share of the machine's cores where the launcher left it with one.
+
+    `accelerate launch` sets OMP_NUM_THREADS=1 for processes on a CPU unless told otherwise, which
+    halves the speed on two cores. Another number is somebody's choice and stays.
+    """
+    import torch
+
+    if os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def uses_fsdp() -> bool:
+    """Whether the accelerate config that launched this process asks for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def fsdp_option(name: str) -> str:
+    """The value of a key of the accelerate config's `fsdp_config`, in lower case, "" if unset.
+
+    Args:
+        name: without the prefix, in capitals, as accelerate puts it into the environment after
+            `FSDP_`: `VERSION`, `STATE_DICT_TYPE`, `OFFLOAD_PARAMS`, ...
+    """
+    return os.environ.get(f"FSDP_{name}", "").lower()
+
+
+def processes_started() -> int:
+    """How many processes the launcher (torch's, else MPI's or Slurm's) says it started, over all
+    machines.
+    """
+    launchers = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+    return next((int(os.environ[name]) for name in launchers if os.environ.get(name)), 1)
+
+
+def join_on_cpu(use_cpu: bool) -> bool:
+    """Let the processes of a launch find each other on a machine without a GPU, over gloo.
+
+    accelerate reaches its FSDP branch only from the type of a GPU, and without one would train
+    unrelated models, one in each process. Told that gloo is the backend of such a type, it shards
+    on CPUs too. To be called before accelerate's state is made.
+
+    Args:
+        use_cpu: whether the user asked for the CPU.
+
+    Returns:
+        Whether the trainer has to be told to use the CPU (data parallel training). Under FSDP it
+        must not be: that would turn FSDP off.
+    Raises:
+        UserError: a config that cannot run without a GPU, or an accelerate of another shape.
+    """
+    launched = "LOCAL_RANK" in os.environ
+    if not launched or (_has_accelerator() and not use_cpu):
+        return use_cpu
+    if not uses_fsdp():
+        if not use_cpu and processes_started() > 1:
+            say(f"no GPU: a rehearsal, data parallel over {processes_started()} gloo processes")
+        return use_cpu or processes_started() > 1
+    if _has_accelerator():
+        raise UserError(
+            "--use_cpu: would turn off the FSDP of the accelerate config; to rehearse it on this "
+            "machine's CPUs leave --use_cpu out and set CUDA_VISIBLE_DEVICES= (empty)"
+        )
+    if fsdp_option("VERSION") != "2":
+        raise UserError(
+            "FSDP1 cannot be rehearsed on CPUs (it cannot save an adapter there); rehearse with "
+            "accelerate_configs/fsdp2.yaml"
+        )
+    if fsdp_option("OFFLOAD_PARAMS") == "true":
+        raise UserError(
+            "fsdp_offload_params: needs a GPU to offload from; rehearse with "
+            "accelerate_configs/fsdp2.yaml"
+        )
+    from accelerate import __version__
+    from accelerate.state import DistributedType, PartialState
+
+    prepare = getattr(PartialState, "_prepare_backend", None)
+    if prepare is None or list(inspect.signature(prepare).parameters) != _PREPARE_BACKEND:
+        raise UserError(
+            f"accelerate {__version__}: its PartialState._prepare_backend has another shape than "
+            "FSDP on CPUs leans on; install the version of requirements.txt, or use GPUs"
+        )
+
+    def over_gloo(self, cpu=False, sagemaker_dp=False, backend=None):
+        return "gloo", DistributedType.MULTI_GPU
+
+    PartialState._prepare_backend = over_gloo
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    say(f"no GPU: a rehearsal, FSDP2 over {processes_started()} gloo processes")
+    return False
+
+
+def _has_accelerator() -> bool:
+    """Whether there is a device over which accelerate distributes; it does not over Apple's."""
+    import torch
+
+    return (
+        torch.accelerator.is_available() and torch.accelerator.current_accelerator().type != "mps"
+    )
+
+
+def check_joined(world_size: int) -> None:
+    """Refuse processes that would train models that have nothing to do with each other.
+
+    Args:
+        world_size: how many processes the trainer knows of.
+    Raises:
+        UserError: it is not as many as were started, or as torch's process group has.
+    """
+    import torch
+
+    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+    joined = min(world_size, torch.distributed.get_world_size()) if grouped else 1
+    if joined != processes_started():
+        raise UserError(
+            f"{processes_started()} processes were started, but this one knows of {joined}: each "
+            "would train a model of its own; launch with 'accelerate launch --config_file "
+            "accelerate_configs/ddp.yaml' (or fsdp2.yaml) and the versions of requirements.txt"
+        )
+
+
+def end_process_group() -> None:
+    """End what the processes of a launch spoke through, at the end of a run that went well.
+
+    Left open it is torn down with the interpreter: gloo's threads then let go of their last
+    tensors while Python ends, which once in many runs aborts a process whose work is done.
+    """
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,298 @@
+"""Training through the blank of a text: the loss over labels, and saving what PEFT has no way to
+save: soft prompts that are sharded, networks in front of them, label embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from peft import PeftModel, PromptEmbedding
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+from recipelib.encoding.cloze_rows import Example
+from recipelib.evaluation.cloze_evaluation import BASE, SOFT_VERBALIZER
+from recipelib.inference.cloze_scoring import collate, word_scores
+from recipelib.models.head import bare_model, only_at
+from recipelib.models.sharding import reshard
+from recipelib.prompts.verbalizer import combine_words
+from recipelib.runtime.errors import UserError
+from recipelib.training.batches import micro_batches
+from recipelib.training.fake_step import MicroBatch
+from recipelib.training.trainer import RecipeTrainer
+
+TRAINED = "trained.safetensors"  # of a checkpoint: everything that is trained, by its name
+
+
+class BlankTrainer(RecipeTrainer):
+    """`RecipeTrainer` whose loss is the cross-entropy of the right label among the labels.
+
+    Args:
+        examples: as `blank_rows.encode_blanks` makes them.
+        combine: how words make a label's score.
+        held_out: examples of which the loss is computed while training.
+        trained: what is trained, as a checkpoint keeps it for `check_trained`.
+    """
+
+    def __init__(
+        self,
+        model,
+        training,
+        examples: Sequence[Example],
+        combine: str,
+        held_out: Sequence[Example] = (),
+        trained: Mapping[str, str] | None = None,
+        **options,
+    ):
+        training.remove_unused_columns = False
+        super().__init__(
+            model,
+            training,
+            train_dataset=Dataset.from_list(list(examples)),
+            eval_dataset=Dataset.from_list(list(held_out)) if held_out else None,
+            data_collator=collate,
+            **options,
+        )
+        self.combine, self.trained = combine, dict(trained or {})
+        # A step's loss is a mean over its rows. Masked models' own loss ignores how many there
+        # are, and comes out scaled by the accumulation steps.
+        self._loss_shifts_labels = False
+        self.model_accepts_loss_kwargs = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Cross-entropy over the labels summed over the rows, divided by their number in the whole
+        step over all processes and accumulation steps.
+        """
+        words = word_scores(self.model, inputs, run=model)
+        scores = combine_words(words, inputs["word_labels"], self.combine)
+        loss = F.cross_entropy(
+            scores,
+            inputs["labels"],
+            reduction="sum",
+            label_smoothing=self.args.label_smoothing_factor,
+        )
+        if num_items_in_batch is None:
+            loss = loss / len(scores)
+        else:
+            loss = loss / num_items_in_batch
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes  # the gradients will be averaged
+        if model.training:
+            self.slots_seen += inputs["input_ids"].numel()
+            self.tokens_seen += int(inputs["attention_mask"].sum())
+        return (loss, {"scores": scores}) if return_outputs else loss
+
+    def optimizer_at(self, rates: Mapping[str, float]) -> torch.optim.Optimizer:
+        """The optimizer that the arguments ask for, with learning rates of their own for parameters
+        with these parts in their names.
+
+        Raises:
+            UserError: --optim names one that groups parameters itself.
+        """
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        if options.keys() & {"params", "model", "optimizer_dict"}:
+            raise UserError(f"--optim {self.args.optim}: groups parameters itself; try adamw_torch")
+        decayed = {*self.get_decay_parameter_names(self.model)}
+        groups: dict[tuple[float, float], list] = {}
+        for name, one in self.model.named_parameters():
+            if one.requires_grad:
+                own = (rate for part, rate in rates.items() if part in name)
+                decay = self.args.weight_decay if name in decayed else 0.0
+                rate = next(own, self.args.learning_rate)
+                groups.setdefault((rate, decay), []).append(one)
+        return kind(
+            [
+                {"params": some, "lr": rate, "weight_decay": decay}
+                for (rate, decay), some in groups.items()
+            ],
+            **options,
+        )
+
+    def trained_weights(self) -> dict[str, torch.Tensor]:
+        """Everything that is trained, whole, by its name; on other processes than the main one, of
+        a sharded model, nothing.
+        """
+        trained = {name for name, one in self.model.named_parameters() if one.requires_grad}
+        if not self.is_fsdp_enabled:
+            found = {name: one.detach().cpu() for name, one in self.model.named_parameters()}
+        else:
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            found = get_model_state_dict(self.model, options=options)
+        return {name: one.contiguous() for name, one in found.items() if name in trained}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """Save what was trained; called by all processes. A soft prompt or prefix is saved as
+        PEFT's, a tuned model as transformers', label embeddings beside them.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        weights = self.trained_weights()
+        if not self.args.should_save:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if _internal_call:  # a checkpoint on the way
+            save_file(weights, folder / TRAINED, self.trained)
+            return
+        soft = {name: one for name, one in weights.items() if ".soft_verbalizer." in f".{name}"}
+        if soft:
+            parts = {name.rpartition(".")[2]: one for name, one in soft.items()}
+            save_file(parts, folder / SOFT_VERBALIZER, {"format": "pt"})
+        rest = {name: one for name, one in weights.items() if name not in soft}
+        if not isinstance(self.model, PeftModel):
+            self._save_whole(folder, rest)
+            return
+        prompts = {name for name in rest if name.startswith("prompt_encoder.")}
+        if rest.keys() - prompts:  # the model was tuned, too
+            prefix = "base_model."
+            base = {name.removeprefix(prefix): rest[name] for name in rest.keys() - prompts}
+            self._save_whole(folder / BASE, base)
+        tuned = str(folder / BASE) if rest.keys() - prompts else None
+        self._save_prompt(folder, {name: rest[name] for name in prompts}, tuned)
+
+    def _save_whole(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        """A model of which every parameter was trained; of tied ones each comes once."""
+        bare = bare_model(self.model)
+        whole = dict(weights)
+        for name, one in bare.named_parameters(remove_duplicate=False):
+            if name not in whole and not name.startswith("soft_verbalizer."):
+                twin = next(other for other, it in bare.named_parameters() if it is one)
+                whole[name] = whole[twin]
+        if (doubled := getattr(bare, "head_bias", None)) is not None:  # see `prepare_for_fsdp2`
+            head = bare.get_output_embeddings()
+            name = next(name for name, one in bare.named_modules() if one is head)
+            whole[doubled] = whole.pop(f"{name}.bias")  # from which the other is tied
+        for name, one in bare.named_buffers():
+            if name in bare.state_dict():
+                whole[name] = one
+        bare.save_pretrained(folder, state_dict=whole)
+        self.processing_class.save_pretrained(folder)
+
+    def _save_prompt(
+        self, folder: Path, weights: dict[str, torch.Tensor], base: str | None
+    ) -> None:
+        """The soft prompt as PEFT saves it: the embeddings that come out of its network; for the
+        model that it was trained with, or the tuned one in `base`.
+        """
+        config = self.model.peft_config["default"]
+        kind = type(self.model.prompt_encoder["default"])  # a new one: the model's may be sharded
+        encoder = kind(config, None) if kind is PromptEmbedding else kind(config)
+        encoder.load_state_dict(
+            {name.removeprefix("prompt_encoder.default."): one for name, one in weights.items()}
+        )
+        with torch.no_grad():
+            count = config.num_virtual_tokens * config.num_transformer_submodules
+            embeddings = encoder(torch.arange(count)[None])[0].clone()
+        save_file({"prompt_embeddings": embeddings}, folder / "adapter_model.safetensors")
+        kept = config.inference_mode, config.base_model_name_or_path
+        config.inference_mode = True
+        config.base_model_name_or_path = base or config.base_model_name_or_path
+        config.save_pretrained(folder)
+        config.inference_mode, config.base_model_name_or_path = kept
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        weights = load_file(Path(resume_from_checkpoint) / TRAINED)
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_model_state_dict(self.model, weights, options=options)
+
+
+def check_trained(checkpoint: Path, trained: Mapping[str, str]) -> None:
+    """See that a checkpoint holds what a run trains, before it is gone on from.
+
+    Args:
+        trained: argument -> value, of all that decide what is trained.
+    Raises:
+        UserError: another recipe's, or other arguments.
+    """
+    try:
+        with safe_open(checkpoint / TRAINED, "pt") as file:
+            held = file.metadata() or {}
+    except (OSError, SafetensorError):
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: has no {TRAINED} of prompt_tuning.py; pass "
+            "a checkpoint of a run of this recipe"
+        ) from None
+    for name, value in trained.items():
+        if held.get(name) != value:
+            raise UserError(
+                f"--resume_from_checkpoint {checkpoint}: was trained with --{name} "
+                f"{held.get(name)}, and this run has {value}; go on with the same"
+            )
+
+
+class KeepBest(TrainerCallback):
+    """Scores validation rows after every pass, and ends with the weights of the best pass.
+
+    The trainer's own `load_best_model_at_end` would load a checkpoint through PEFT, which knows
+    only the embeddings that a network in front of them has made.
+
+    Args:
+        score: of the validation rows as the model is now, higher is better; a tuple, so that what
+            comes second decides between equals.
+    """
+
+    def __init__(self, model, score: Callable[[], tuple[float, ...]]):
+        self.model, self.score = model, score
+        self.best: tuple[float, ...] | None = None
+        self.scores: list[tuple[float, ...]] = []
+        self._weights: list[torch.Tensor] = []
+
+    def _parts(self) -> list[torch.Tensor]:
+        trained = (one for one in self.model.parameters() if one.requires_grad)
+        return [one.to_local() if isinstance(one, DTensor) else one for one in trained]
+
+    @torch.no_grad()
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """Score, and keep the weights if they are the best so far."""
+        value = self.score()
+        reshard(self.model)
+        self.scores.append(value)
+        if self.best is None or value > self.best:
+            self.best = value
+            self._weights = [one.detach().to("cpu", copy=True) for one in self._parts()]
+
+    @torch.no_grad()
+    def on_train_end(self, args, state, control, **kwargs):
+        """Go back to the best weights."""
+        for one, best in zip(self._parts(), self._weights, strict=True):
+            one.copy_(best)
+
+
+def heaviest_blanks(examples: Sequence[Example], training) -> MicroBatch:
+    """The largest of the forward passes that training will make, for `memory.estimate_memory`."""
+
+    def shape(batch: Sequence[int]) -> MicroBatch:
+        lengths = [length for index in batch for length in examples[index]["lengths"]]
+        read = [
+            len({(sequence, column) for sequence, column, *_ in examples[index]["reads"]})
+            for index in batch
+        ]
+        return MicroBatch(len(lengths), max(lengths), sum(read), len({*lengths}) > 1)
+
+    batches = micro_batches([len(example["input_ids"]) for example in examples], training)
+    return max(map(shape, batches), key=lambda one: one.rows * one.width)
+
+
+def rehearsed_loss(model, training, batch: MicroBatch) -> torch.Tensor:
+    """The loss of `BlankTrainer` for the shapes of a batch, see `rehearsal.rehearse`."""
+    tokens = torch.zeros(batch.rows, batch.width, dtype=torch.long, device=training.device)
+    places = torch.zeros(batch.supervised, 2, dtype=torch.long, device=training.device)
+    halved = training.bf16 or training.fp16
+    dtype = torch.float16 if training.fp16 else torch.bfloat16
+    with (
+        torch.autocast(training.device.type, dtype, enabled=halved),
+        only_at(model, places, batch.width),
+    ):
+        logits = model(
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False
+        ).logits
+    return logits.float().log_softmax(-1)[0, :, 0].sum()

@@ -1,0 +1,307 @@
+"""A training step without values: what is alive at the same time, before anything is trained."""
+
+from __future__ import annotations
+
+import copy
+import heapq
+import math
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import masking_utils
+
+from recipelib.encoding.prompt_encoder import IGNORED
+from recipelib.models.head import only_at
+from recipelib.runtime.launch import fsdp_option
+from recipelib.training.batches import micro_batches
+from recipelib.training.packing import RowsApart
+
+_LOOKED_AT = 16  # micro-batches whose labels are read; to read all would take long
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The shape of one forward pass.
+
+    Attributes:
+        rows: examples; with packing the one line that they stand in.
+        width: tokens of each, padding included.
+        supervised: tokens that have a loss, and are projected onto the vocabulary.
+        padded: whether there is padding.
+        lengths: tokens of each example in the line; empty without packing.
+    """
+
+    rows: int
+    width: int
+    supervised: int
+    padded: bool
+    lengths: tuple[int, ...] = ()
+
+
+Loss = Callable[[nn.Module, Any, MicroBatch], torch.Tensor]
+
+
+def heaviest_batch(examples: Sequence[dict], training) -> MicroBatch:
+    """The largest of the forward passes that training will make.
+
+    Args:
+        examples: `input_ids` and `labels` of each.
+        training: the trainer's arguments.
+    """
+    lengths = [len(one["input_ids"]) for one in examples]
+    batches = micro_batches(lengths, training)
+    if training.max_steps > 0:
+        groups = training.gradient_accumulation_steps * training.world_size
+        batches = batches[: training.max_steps * groups]
+
+    def shape(batch: list[int]) -> tuple[int, int]:
+        if training.packing:
+            return 1, sum(lengths[index] for index in batch)
+        return len(batch), max(lengths[index] for index in batch)
+
+    widest = heapq.nlargest(_LOOKED_AT, batches, key=lambda batch: math.prod(shape(batch)))
+    most = max(
+        sum(label != IGNORED for index in batch for label in examples[index]["labels"][1:])
+        for batch in widest
+    )
+    rows, width = shape(widest[0])
+    together = tuple(lengths[index] for index in widest[0])
+    return MicroBatch(
+        rows=rows,
+        width=width,
+        supervised=most,
+        padded=len({*together}) > 1 and not training.packing,
+        lengths=together if training.packing else (),
+    )
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """What FSDP shards one by one and activation checkpointing recomputes."""
+    names = getattr(model, "_no_split_modules", None) or ()
+    return [one for one in model.modules() if type(one).__name__ in names]
+
+
+def rehearse(
+    model: nn.Module,
+    training,
+    batch: MicroBatch,
+    weights: Mapping[int, float],
+    loss: Loss | None = None,
+) -> list[Counter]:
+    """The highest sums of what is alive in a training step besides parameters and optimizer.
+
+    A copy of the model, of whose tensors there are only shapes (torch's FakeTensorMode), makes the
+    forward and backward pass of `RecipeTrainer`. What is alive counts from the operator that makes
+    it to the moment when nothing refers to it any more, as in `torch.cuda.max_memory_allocated`.
+    Where the decoder layers are all alike, two and three of them are rehearsed and the sums
+    continued to all of them, which is exact.
+
+    Args:
+        model: whole, on any device.
+        training: the trainer's arguments.
+        batch: the shape of the forward pass.
+        weights: by a trained parameter's id, the part of its gradient that counts once it is
+            computed: 1 where it stays in this process.
+        loss: of a model, the trainer's arguments and a batch; by default `RecipeTrainer`'s.
+
+    Returns:
+        Bytes of `activations`, `logits` and `gradients` at two moments: when the backward pass
+        is in the head or the last layer, and when it is in the first. In between each layer gives
+        the same activations for the same gradients, so nothing is higher. Where the layers differ,
+        only the one highest sum.
+    """
+    alike = _list_of_equals(model)
+    if alike is None:
+        return _step(model, None, training, batch, weights, loss)
+    two, three = (_step(model, (alike, depth), training, batch, weights, loss) for depth in (2, 3))
+    more = len(alike) - 2
+    return [
+        Counter({kind: a[kind] + more * (b[kind] - a[kind]) for kind in {*a, *b}})
+        for a, b in zip(two, three, strict=True)
+    ]
+
+
+def _list_of_equals(model: nn.Module) -> nn.ModuleList | None:
+    """The list of the decoder layers, if there is one such list of more than three, all alike."""
+    layers = decoder_layers(model)
+    lists = [one for one in model.modules() if isinstance(one, nn.ModuleList) and [*one] == layers]
+    weights = {
+        tuple((name, one.shape, one.dtype, one.requires_grad) for name, one in layer_weights)
+        for layer_weights in (layer.named_parameters() for layer in layers)
+    }
+    attention = {*(getattr(model.config, "layer_types", None) or ())}
+    same = len(layers) > 3 and len(weights) == 1 and len(attention) <= 1
+    return lists[0] if lists and same else None
+
+
+class _Recorder(TorchDispatchMode):
+    """Adds up what is alive, by kind, and keeps the highest sum of each phase."""
+
+    def __init__(self, vocabulary: torch.Size, padded: bool):
+        super().__init__()
+        self.vocabulary, self.padded = vocabulary, padded
+        self.phase = 0  # 1 and 2 once the backward pass has left the last layer, the second
+        self.peaks = [Counter(), Counter(), Counter()]
+        self.alive: Counter = Counter()
+        self.storages: dict[int, list] = {}  # what keeps or watches it, its kind, its bytes
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return not self.padded  # what a model asks of values: is every token a real one?
+        out = func(*args, **(kwargs or {}))
+        for one in tree_leaves(out) if func.namespace == "aten" else ():
+            if isinstance(one, torch.Tensor):
+                self._add(one)
+        return out
+
+    def ignore(self, tensor: torch.Tensor) -> None:
+        """Do not count it: a parameter or buffer."""
+        storage = tensor.untyped_storage()
+        self.storages[storage._cdata] = [storage, "parameters", 0]
+
+    def finished(self, gradient: torch.Tensor, weight: float) -> None:
+        """From now on count what stays of this gradient."""
+        storage = gradient.untyped_storage()
+        entry = self.storages[storage._cdata]
+        self.alive[entry[1]] -= entry[2]
+        entry[1:] = "gradients", storage.nbytes() * weight
+        self.alive["gradients"] += entry[2]
+
+    def _add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.storages:
+            return
+        kind = "logits" if tensor.shape[-1:] == self.vocabulary[:1] else "activations"
+        if tensor.shape == self.vocabulary:  # the gradient of the head's weights
+            kind = "gradients"
+        self.storages[key] = [weakref.ref(storage, lambda _: self._drop(key)), kind, size]
+        self.alive[kind] += size
+        if self.alive.total() > self.peaks[self.phase].total():
+            self.peaks[self.phase] = self.alive.copy()
+
+    def _drop(self, key: int) -> None:
+        _, kind, size = self.storages.pop(key)
+        self.alive[kind] -= size
+
+
+def _step(
+    model: nn.Module,
+    shortened: tuple[nn.ModuleList, int] | None,
+    training,
+    batch: MicroBatch,
+    weights: Mapping[int, float],
+    loss: Loss | None,
+) -> list[Counter]:
+    """The peaks of one step; `shortened` is a list of layers and how many of them to keep."""
+    head = model.get_output_embeddings()
+    recorder = _Recorder(torch.Size() if head is None else head.weight.shape, batch.padded)
+    fake, hollow = (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        {},
+    )  # hollow: what stands for what in the copy, by its id
+
+    def watch(parameter: nn.Parameter, weight: float) -> None:
+        def finish(one: nn.Parameter) -> None:
+            recorder.finished(one.grad, weight)
+
+        parameter.register_post_accumulate_grad_hook(finish)
+
+    with fake:
+        for one in [*model.parameters(), *model.buffers()]:
+            shape = torch.empty(one.shape, dtype=one.dtype, device=training.device)
+            recorder.ignore(shape)
+            if isinstance(one, nn.Parameter):
+                shape = nn.Parameter(shape, requires_grad=one.requires_grad)
+            if one.requires_grad:
+                watch(shape, weights[id(one)])
+            hollow[id(one)] = shape
+    for module in model.modules():
+        if (state := getattr(module, "quant_state", None)) is not None:
+            hollow[id(module)] = _Unpacking(state.shape, state.dtype)
+    if shortened is not None:
+        whole, depth = shortened
+        layers = nn.ModuleList(copy.deepcopy(one, hollow) for one in whole[:depth])
+        layers[-1].register_forward_pre_hook(_on_gradient(recorder, 1), with_kwargs=True)
+        layers[1].register_forward_pre_hook(_on_gradient(recorder, 2), with_kwargs=True)
+        hollow[id(whole)] = layers
+    copied = copy.deepcopy(model, hollow).train()
+    for module in copied.modules():
+        module.__dict__.pop("forward", None)  # TRL's fused head would run the model that it holds
+    recomputed = fsdp_option("ACTIVATION_CHECKPOINTING") == "true"
+    if training.activation_checkpointing or recomputed:
+        copied.activation_checkpointing_enable(training.activation_checkpointing_kwargs)
+    # The functions that make masks ask a fake tensor nothing, and would never leave a mask out.
+    asking = mock.patch.object(masking_utils, "is_tracing", return_value=False)
+    with asking, RowsApart(batch.lengths) if batch.lengths else nullcontext(), fake, recorder:
+        (loss or _loss)(copied, training, batch).backward()
+    return recorder.peaks[:1] if shortened is None else recorder.peaks[::2]
+
+
+def _on_gradient(recorder: _Recorder, phase: int):
+    """A hook that begins a phase when the gradient of a layer's input is there."""
+
+    def begin(gradient: torch.Tensor) -> None:
+        recorder.phase = phase
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        inputs = [one for one in [*args, *kwargs.values()] if isinstance(one, torch.Tensor)]
+        next(one for one in inputs if one.requires_grad).register_hook(begin)
+
+    return hook
+
+
+def _loss(model: nn.Module, training, batch: MicroBatch) -> torch.Tensor:
+    """`RecipeTrainer.compute_loss` for shapes: where its masks pick as many elements as their
+    values say, indices pick as many as the batch says.
+    """
+    device, halved = training.device, training.bf16 or training.fp16
+    tokens = torch.zeros(batch.rows, batch.width, dtype=torch.long, device=device)
+    picked = torch.zeros(batch.supervised, dtype=torch.long, device=device)
+    dtype = torch.float16 if training.fp16 else torch.bfloat16
+    with (
+        torch.autocast(device.type, dtype, enabled=halved),
+        only_at(model, torch.stack([picked, picked], 1), batch.width),
+    ):
+        logits = model(
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False
+        ).logits
+    if halved:
+        logits = logits.float()  # as accelerate does with what comes out of autocast
+    return F.cross_entropy(logits[0].float(), picked, reduction="sum")
+
+
+class _Unpacked(torch.autograd.Function):
+    """A product with frozen weights [out, in] that are there only while it is computed."""
+
+    @staticmethod
+    def forward(ctx, inputs, shape, dtype):
+        ctx.shape, ctx.dtype = shape, dtype
+        return inputs @ torch.empty(shape, dtype=dtype, device=inputs.device).t()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        weight = torch.empty(ctx.shape, dtype=ctx.dtype, device=gradient.device)
+        return gradient @ weight, None, None
+
+
+class _Unpacking(nn.Module):
+    """Stands for bitsandbytes' 4-bit layer, whose kernels need values."""
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype):
+        super().__init__()
+        self.shape, self.dtype = shape, dtype
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return _Unpacked.apply(inputs.to(self.dtype), self.shape, self.dtype)

@@ -1,0 +1,185 @@
+"""A data set that comes without a template is recognized by its columns, and what it was taken for
+is said; columns that say nothing end in one line.
+"""
+
+import json
+
+import datasets
+import pytest
+from datasets import Dataset
+from encoding_cases import refusal
+from row_files import write
+
+from recipelib.data.formats import guess_template, template_for
+from recipelib.prompts.template import PromptTemplate
+
+HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+SHARED = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+ALPACA = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
+DOLLY = {"instruction": "Add.", "context": "1 and 2", "response": "3", "category": "sums"}
+
+
+@pytest.mark.parametrize(
+    ("row", "guess"),
+    [
+        ({"messages": HI, "id": 1}, "OpenAI's messages (messages); not used: id"),
+        ({"prompt": "Hi", "messages": HI}, "OpenAI's messages (messages); not used: prompt"),
+        ({"conversations": SHARED}, "ShareGPT's conversations (conversations)"),
+        ({"conversations": HI, "tools": "[]"}, "OpenAI's messages (conversations, tools)"),
+        (
+            {"prompt": HI[:1], "completion": HI[1:]},
+            "TRL's conversational prompts and completions (prompt, completion)",
+        ),
+    ],
+)
+def test_conversations_are_recognized(row, guess):
+    template, taken_for = guess_template(row, "rows.jsonl")
+    (question,) = template.questions(row)
+    assert taken_for == f"taken for {guess}"
+    assert list(question.turns) == HI
+    assert template.metric == "loss"
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "answer", "guess"),
+    [
+        (ALPACA, "Add.\n\n1 and 2", "\n\n3", "Alpaca's instructions (instruction, input, output)"),
+        ({**ALPACA, "input": ""}, "Add.", "\n\n3", None),
+        ({**ALPACA, "input": None}, "Add.", "\n\n3", None),
+        (
+            {"instruction": "Go.", "output": "Gone."},
+            "Go.",
+            "\n\nGone.",
+            "Alpaca's instructions (instruction, output)",
+        ),
+        (
+            DOLLY,
+            "Add.\n\n1 and 2",
+            "\n\n3",
+            "Dolly's instructions (instruction, context, response); not used: category",
+        ),
+        (
+            {"prompt": "1, 2, ", "completion": "3"},
+            "1, 2, ",
+            "3",
+            "prompts and completions (prompt, completion)",
+        ),
+        (
+            {"prompt": "{{ 7*7 }}", "response": "49"},
+            "{{ 7*7 }}",
+            "\n\n49",
+            "prompts and responses (prompt, response)",
+        ),
+    ],
+)
+def test_instructions_are_recognized(row, prompt, answer, guess):
+    template, taken_for = guess_template(row, "rows.jsonl")
+    (question,) = template.questions(row)
+    assert (template.prompt(question), question.answer) == (prompt, answer)
+    assert guess is None or taken_for == f"taken for {guess}"
+    assert template.metric == "loss"
+
+
+def test_an_input_that_only_later_rows_have_is_asked_with():
+    template, _ = guess_template({"instruction": "Go.", "output": "Gone."}, "rows.jsonl")
+    assert template.prompt(template.questions(ALPACA)[0]) == "Add.\n\n1 and 2"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {},
+        {"text": "Hi"},
+        {"messages": "Hi"},
+        {"messages": []},
+        {"messages": [{"speaker": "Ada"}], "id": 1},
+        {**ALPACA, "response": "3"},
+        {**ALPACA, "context": "here"},
+        {"prompt": HI, "completion": "Hello"},
+        {"prompt": "Hi", "completion": "Hello", "response": "Hello"},
+        {"prompt": "Hi", "response": ["Hello", "Hey"]},
+    ],
+    ids=", ".join,
+)
+def test_columns_that_tell_nothing_end_in_one_line(row):
+    message = refusal(lambda: guess_template(row, "rows.jsonl"))
+    columns = ", ".join(map(repr, row)) or "none"
+    assert message.startswith(f"rows.jsonl: the columns {columns} do not tell what is asked")
+    assert "pass --template, or name them messages, conversations, instruction with " in message
+
+
+@pytest.mark.parametrize("row", [ALPACA, DOLLY, {"prompt": HI[:1], "completion": HI[1:]}])
+def test_the_template_is_saved_like_any_other(row, tmp_path):
+    template, taken_for = guess_template(row, "rows.jsonl", "mine")
+    template.save(tmp_path / "template.yaml")
+    saved = PromptTemplate.load(str(tmp_path / "template.yaml"))
+    assert saved.questions(row) == template.questions(row)
+    assert (saved.name, saved.description, saved.metric) == ("mine", taken_for, "loss")
+
+
+# Where the rows are
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
+def test_the_first_row_of_a_file_decides(suffix, tmp_path):
+    template, taken_for = template_for(str(write(tmp_path / f"tasks{suffix}", [ALPACA, ALPACA])))
+    assert template.name == "tasks"
+    assert taken_for == "taken for Alpaca's instructions (instruction, input, output)"
+    assert template.questions(ALPACA)[0].answer == "\n\n3"
+
+
+def test_conversations_in_parquet_are_recognized(tmp_path):
+    template, _ = template_for(str(write(tmp_path / "chats.parquet", [{"messages": HI}])))
+    assert template.messages == "messages"
+
+
+def test_a_folder_is_known_by_the_split_that_is_asked_for(tmp_path):
+    write(tmp_path / "train.jsonl", [ALPACA])
+    write(tmp_path / "other.jsonl", [{"conversations": SHARED}])
+    assert template_for(str(tmp_path))[0].name == tmp_path.name
+    assert template_for(str(tmp_path))[0].messages is None
+    assert template_for(str(tmp_path), "other")[0].messages == "conversations"
+    assert "no file for the split 'test'" in refusal(lambda: template_for(str(tmp_path), "test"))
+
+
+def test_a_first_line_that_is_broken_is_passed_over_and_later_ones_are_not_read(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("{\n" + json.dumps(ALPACA) + "\n{\n", encoding="utf-8")
+    assert template_for(str(file))[0].name == "rows"
+
+
+def test_a_data_set_of_the_hub_is_known_by_its_first_row(monkeypatch):
+    asked = []
+
+    def load_dataset(*args, **options):
+        asked.append((args, options["split"]))
+        return Dataset.from_list([{"conversations": SHARED, "id": 1}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    template, taken_for = template_for("somebody/chats:small", "first")
+    assert asked == [(("somebody/chats", "small"), "first")]
+    assert template.name == "chats"
+    assert taken_for == "taken for ShareGPT's conversations (conversations); not used: id"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("empty.jsonl", b"", "holds no rows"),
+        ("empty.csv", b"a,b\n", "holds no rows"),
+        ("bad.jsonl", b"{\n{\n", ":2: no JSON at column"),
+        ("bad.parquet", b"no", ": no Parquet file ("),
+        ("rows.txt", b"Hi", ": not one of .jsonl, .json"),
+    ],
+)
+def test_a_file_without_a_row_says_so(name, content, problem, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    message = refusal(lambda: template_for(str(tmp_path / name)))
+    assert message.startswith(str(tmp_path / name))
+    assert problem in message
+
+
+def test_an_empty_parquet_file_says_so(tmp_path):
+    file = tmp_path / "rows.parquet"
+    Dataset.from_list([ALPACA]).select([]).to_parquet(file)
+    assert "holds no rows" in refusal(lambda: template_for(str(file)))

@@ -1,0 +1,172 @@
+"""What is asked for several draws, and what is made of the answers."""
+
+import pytest
+from scoring_process import TOKENIZER, encoder_for, outspoken_llama
+from template_cases import CASES
+from template_fields import ASK
+
+from recipelib.data.demonstrations import Demonstrations
+from recipelib.encoding.prompt_encoder import PromptEncoder
+from recipelib.evaluation import few_shot
+from recipelib.evaluation.evaluation import vote
+from recipelib.evaluation.few_shot import CausalAsker, score_answers, score_labels, score_losses
+from recipelib.inference.generation import Written
+from recipelib.prompts.template import PromptTemplate
+
+MODEL = outspoken_llama()
+
+
+def said(*pairs):
+    return [text for text, _ in pairs], [Written(text or "", value) for text, value in pairs]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "metric", "expected"),
+    [
+        ([("a", -9.0), ("b", -1.0), ("a", -8.0)], "exact_match", "a"),
+        ([("a", -2.0), ("b", -1.0)], "exact_match", "b"),  # a tie: the likelier
+        ([("a", -2.0), ("b", -5.0), ("b", -4.0), ("a", -9.0)], "exact_match", "a"),
+        ([("18", -9.0), ("$18.00", -8.0), ("7", -1.0)], "numeric_match", "$18.00"),
+        ([("The Rhine", -9.0), ("rhine.", -8.0), ("Spree", -1.0)], "squad", "rhine."),
+        ([(None, -0.1), (None, -0.1), ("a", -9.0)], "exact_match", "a"),
+        ([(None, -0.1), (None, -0.2)], "exact_match", None),
+    ],
+)
+def test_the_majority_counts_and_of_equals_the_likeliest_sample(pairs, metric, expected):
+    template = PromptTemplate({**ASK, "metric": metric})
+    assert vote(*said(*pairs), template) == expected
+
+
+def test_votes_are_for_classes_however_their_words_are_written():
+    template = PromptTemplate.load("esnli")
+    said = ["yes", "Yes", "YES", "no", "no"]
+    written = [Written(text, -1.0) for text in said]
+    assert template.read_label(vote(said, written, template)) == "entailment"
+    unclear = ["unclear", "unclear", "yes"]
+    assert vote(unclear, written[:3], template) == "yes"
+    assert vote(unclear[:2], written[:2], template) is None
+
+
+def draws_for(name: str, count: int, shots: int = 1):
+    template, rows = PromptTemplate.load(name), CASES[name].rows
+    pool = [{**row, "text": f"{row.get('text')} {n}"} for n in range(4) for row in rows]
+    if name == "movie_reviews":
+        pool = [{**row, "sentence": f"{row['sentence']} {n}"} for n in range(4) for row in rows]
+    return [Demonstrations(template, pool, shots, "random", draw=draw) for draw in range(count)]
+
+
+def test_what_draws_and_rows_have_in_common_is_asked_once(monkeypatch):
+    encoder = PromptEncoder(PromptTemplate.load("movie_reviews"), TOKENIZER, 1000)
+    asker = CausalAsker(encoder)
+    asked = []
+
+    def likelihoods(model, requests, **options):
+        asked.extend(requests)
+        return [[-1.0] * len(continuations) for _, continuations in requests]
+
+    monkeypatch.setattr(asker, "likelihoods", likelihoods)
+    rows = [{"sentence": f"a fine film {number}", "label": "positive"} for number in range(3)]
+    result = score_labels(MODEL, asker, rows, draws_for("movie_reviews", 2, shots=3))
+    # For each draw three rows and two inputs without content; once the input without anything.
+    assert len(asked) == 2 * (3 + 2) + 1
+    assert len({str(one) for one in asked}) == len(asked)
+    assert [len(one.records) for one in result.draws] == [3, 3]
+    assert [one["draw"] for draw in result.draws for one in draw.records] == [0] * 3 + [1] * 3
+
+
+def test_every_way_of_scoring_is_measured_for_every_draw():
+    encoder = encoder_for("movie_reviews")
+    result = score_labels(
+        MODEL, CausalAsker(encoder), CASES["movie_reviews"].rows, draws_for("movie_reviews", 2)
+    )
+    for kind, scores in result.by_score.items():
+        for score, draw in zip(scores, result.draws, strict=True):
+            right = [one["predictions"][kind] == one["answer"] for one in draw.records]
+            assert score == pytest.approx(sum(right) / 3)
+    assert set(result.by_score) == {"sum", "mean", "bytes", "pmi", "calibrated"}
+
+
+def test_a_pair_that_is_asked_per_word_is_won_by_the_surest_yes():
+    encoder = encoder_for("next_sentence")
+    rows = CASES["next_sentence"].rows
+    result = score_labels(MODEL, CausalAsker(encoder), rows, [None])
+    for one in result.draws[0].records:
+        assert len(one["prompt"]) == len(encoder.template.verbalizer)
+        assert set(one["scores"]["calibrated"]) == set(encoder.template.verbalizer)
+
+
+def written_by(monkeypatch, *answers: list[list[str]]):
+    """Has answers written, call by call, instead of what the model would; gives the prompts."""
+    calls, waiting = [], list(answers)
+
+    def generate(model, tokenizer, prompts, **options):
+        calls.append([tokenizer.decode(ids) for ids in prompts])
+        texts = waiting.pop(0)
+        assert len(texts) == len(prompts)
+        return [[Written(text, -float(at)) for at, text in enumerate(some)] for some in texts]
+
+    monkeypatch.setattr(few_shot, "generate", generate)
+    return calls
+
+
+def test_reasoning_that_a_trigger_began_is_led_to_an_answer(monkeypatch):
+    encoder = encoder_for("gsm8k")
+    (row, *_) = CASES["gsm8k"].rows
+    gold = encoder.template.questions(row)[0].references[0]
+    calls = written_by(monkeypatch, [[" First, count.\nQuestion: more?"]], [[f" {gold}."]])
+    result = score_answers(MODEL, encoder, [row], [None], trigger="Step by step:")
+    assert calls[0][0].endswith("Answer: Step by step:")
+    assert calls[1][0] == f"{calls[0][0]} First, count.\nThe answer is"
+    (record,) = result.draws[0].records
+    assert record["generated"] == f" First, count.\nThe answer is {gold}."
+    assert record["score"] == 1
+
+
+def test_without_patterns_the_answer_is_what_comes_behind_the_lead(monkeypatch):
+    encoder = encoder_for("movie_reviews")
+    row = CASES["movie_reviews"].rows[0]
+    calls = written_by(monkeypatch, [[" It is warm."]], [[" Positive."]])
+    result = score_answers(MODEL, encoder, [row], [None], trigger="Hm:")
+    assert calls[1][0].endswith(" Hm: It is warm.\nTherefore, the answer is")
+    assert result.draws[0].records[0]["prediction"] == "positive"
+
+
+@pytest.mark.parametrize(
+    ("said", "prediction"),
+    [
+        (" positive. I would watch it again.\n\nThe movie", "positive"),
+        (" surely NEGATIVE, not positive", "negative"),
+        (" that it is unpositively so", None),
+        (" open", None),
+    ],
+)
+def test_behind_reasoning_the_first_label_word_is_the_answer(monkeypatch, said, prediction):
+    encoder = encoder_for("movie_reviews")
+    written_by(monkeypatch, [[" It is warm."]], [[said]])
+    result = score_answers(MODEL, encoder, CASES["movie_reviews"].rows[:1], [None], trigger="Hm:")
+    assert result.draws[0].records[0]["prediction"] == prediction
+
+
+def test_samples_vote_and_are_all_kept(monkeypatch):
+    encoder = encoder_for("gsm8k")
+    row = CASES["gsm8k"].rows[0]
+    gold = encoder.template.questions(row)[0].references[0]
+    texts = [f" The answer is {gold}", " The answer is 5", f" The answer is {gold}.0"]
+    written_by(monkeypatch, [texts])
+    (record,) = score_answers(MODEL, encoder, [row], [None], samples=3).draws[0].records
+    assert record["generated"] == texts
+    assert record["score"] == 1
+
+
+def test_losses_are_taken_behind_demonstrations():
+    encoder = encoder_for("alpaca")
+    rows = CASES["alpaca"].rows
+
+    def shown(number, row):
+        return [("### Instruction:\nname a color\n\n### Response:", "\nred")]
+
+    plain, behind = score_losses(MODEL, encoder, rows, [None, shown]).draws
+    assert plain.score != pytest.approx(behind.score, abs=1e-3)
+    for one, other in zip(plain.records, behind.records, strict=True):
+        assert one["answer"] == other["answer"]
+        assert "name a color" in other["prompt"]

@@ -1,0 +1,314 @@
+"""What stands in a row besides text is read in every form in which data sets have it, and what
+cannot be used says where it is wrong.
+"""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from template_fields import make, one_line
+
+from recipelib.prompts.values import RowError, read_entities, read_tools, read_turns
+
+TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
+
+
+def naive_entities(tokens, tags):
+    """The same, read entity by entity: each start is followed to its end."""
+    found = []
+    for i, tag in enumerate(tags):
+        kind = tag[2:]
+        before = tags[i - 1][2:] if i else ""
+        if tag == "O" or (tag[0] == "I" and before == kind):
+            continue
+        j = i + 1
+        while j < len(tags) and tags[j] == f"I-{kind}":
+            j += 1
+        start = sum(len(token) + 1 for token in tokens[:i])
+        text = " ".join(tokens[i:j])
+        found.append((kind, text, start, start + len(text)))
+    return found
+
+
+@given(st.lists(st.tuples(st.text(max_size=4), st.sampled_from(TAGS)), max_size=12))
+@settings(max_examples=300, deadline=None)
+def test_bio_tags_read_as_the_naive_reading_does(pairs):
+    tokens, tags = [token for token, _ in pairs], [tag for _, tag in pairs]
+    found = read_entities(tokens, tags, {"PER": [], "LOC": []})
+    assert found == naive_entities(tokens, tags)
+    sentence = " ".join(tokens)
+    assert all(sentence[start:end] == text for _, text, start, end in found)
+
+
+# Conversations
+
+ROLES = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+SHARED = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
+HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+def read(turns):
+    return list(read_turns({"chat": turns}))
+
+
+def refused(turns):
+    with pytest.raises(RowError) as error:
+        read(turns)
+    return one_line(error)
+
+
+def conversation(letters):
+    return [{"role": ROLES[one], "content": f"text {n}"} for n, one in enumerate(letters)]
+
+
+def in_order(letters):
+    return re.fullmatch("(?!.*(uu|aa|ut|.s))s?u[uat]*", letters)
+
+
+@given(st.text("suat", min_size=1, max_size=7))
+@settings(max_examples=500)
+def test_turns_are_read_as_they_stand_and_out_of_order_named_by_their_number(letters):
+    turns = conversation(letters)
+    good = [letters[:end] for end in range(len(letters) + 1) if in_order(letters[:end])]
+    if in_order(letters) and "a" in letters:
+        assert read(turns) == turns
+    elif in_order(letters) or letters == "s":
+        assert refused(turns) == "chat: no assistant turn, so nothing to learn; leave the row out"
+    else:
+        first_bad = len(good[-1]) + 1 if good else 1 + (letters[0] == "s")
+        assert refused(turns).startswith(f"chat: turn {first_bad} is ")
+
+
+@given(
+    st.lists(st.text(min_size=1).filter(str.strip), min_size=6, max_size=6),
+    st.sampled_from(["suatau", "uaua", "uatta", "sua"]),
+    st.sampled_from(["ShareGPT", "ShareGPT's roles", "parts", "array", "nulls"]),
+)
+def test_every_way_of_writing_a_conversation_reads_the_same(texts, letters, way):
+    turns = [{"role": ROLES[a], "content": b} for a, b in zip(letters, texts, strict=False)]
+    write = {
+        "ShareGPT": lambda one: {"from": SHARED[one["role"]], "value": one["content"]},
+        "ShareGPT's roles": lambda one: {**one, "role": SHARED[one["role"]]},
+        "parts": lambda one: {
+            "role": one["role"],
+            "content": [
+                {"type": "text", "text": one["content"][:2]},
+                {"type": "text", "text": one["content"][2:]},
+            ],
+        },
+        "array": lambda one: one,
+        "nulls": lambda one: {**one, "from": None, "tool_calls": None, "weight": None},
+    }[way]
+    written = [write(one) for one in turns]
+    assert read(np.array(written) if way == "array" else written) == turns
+
+
+@pytest.mark.parametrize(
+    ("turns", "problem"),
+    [
+        ("hello", "turn 1 is no {role, content} or {from, value}; convert the conversation"),
+        ([{"role": "bot", "content": "x"}], "turn 1 has the role 'bot'; use system, user"),
+        ([{"role": ["user"], "content": "x"}], "turn 1 has the role ['user']; use system, user"),
+        ([HI[0], {"role": "assistant", "content": " "}], "turn 2 is empty"),
+        ([{"role": "user", "content": None}], "turn 1 is empty"),
+        ([{"from": "human", "value": []}], "turn 1 is empty"),
+        ([{"role": "user", "content": "x"}], "no assistant turn, so nothing to learn"),
+        ([], "no assistant turn, so nothing to learn"),
+        ([HI[0], {**HI[1], "weight": 0}], "no assistant turn, so nothing to learn"),
+        (
+            [{"role": "system", "content": "x"}, HI[1]],
+            "turn 2 is the assistant's, who speaks first; begin with the user's turn",
+        ),
+        ([*HI, {"role": "system", "content": "x"}], "turn 3 is a system turn; move it"),
+        ([HI[0], HI[0], HI[1]], "turn 2 is the user's like the one before; join the two"),
+        ([HI[0], {"role": "tool", "content": "x"}], "turn 2 is a tool's but follows no assistant"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+            "turn 1 holds a part that is no text (image_url); only text is learned",
+        ),
+        (
+            [{**HI[0], "reasoning_content": "It is a greeting."}, HI[1]],
+            "turn 1 has reasoning_content as user; only the assistant's is learned, remove it",
+        ),
+    ],
+)
+def test_a_conversation_that_cannot_be_learned_says_why(turns, problem):
+    template = make({"name": "task", "form": "generative", "messages": "chat"})
+    with pytest.raises(RowError, match=re.escape(problem)) as error:
+        template.questions({"chat": turns})
+    assert one_line(error).startswith("chat: ")
+
+
+def test_a_system_turn_without_text_is_none():
+    assert read([{"from": "system", "value": ""}, *HI]) == HI
+    assert refused([{"from": "system", "value": ""}, HI[1]]).startswith("chat: turn 2 is the ")
+
+
+def test_a_turn_that_is_not_to_be_learned_keeps_its_weight():
+    turns = [HI[0], {**HI[1], "weight": 0}, HI[0], {**HI[1], "weight": 1}]
+    assert [one.get("weight") for one in read(turns)] == [None, 0, None, None]
+
+
+def test_of_a_prompt_and_its_completion_only_the_completion_is_learned():
+    template = make(
+        {"name": "task", "form": "generative", "messages": "ask", "completion": "answer"},
+        columns={"ask": "prompt"},
+    )
+    row = {"prompt": [*HI, HI[0]], "answer": [HI[1], HI[0], HI[1]]}
+    (question,) = template.questions(row)
+    assert list(question.turns) == [HI[0], {**HI[1], "weight": 0}, HI[0], HI[1], HI[0], HI[1]]
+    assert template.missing_columns(["answer"]) == ["prompt"]
+    with pytest.raises(RowError, match="answer: turn 1 is the user's like the one before"):
+        template.questions({**row, "answer": [HI[0]]})
+
+
+# Calls of tools
+
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "ü", "n": [1]}}}
+CALLING = [HI[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+CALL_TEXT = '{"name": "look", "arguments": {"at": "ü", "n": [1]}}'
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "assistant", "tool_calls": np.array([CALL])},
+        {"role": "assistant", "content": "", "tool_calls": [CALL["function"]]},
+        {"role": "assistant", "content": [], "function_call": CALL["function"]},
+        {"from": "function_call", "value": CALL_TEXT},
+        {"from": "function_call", "value": f"[{CALL_TEXT}]"},
+        {
+            "role": "assistant",
+            "tool_calls": [{"function": {"name": "look", "arguments": '{"at": "ü", "n": [1]}'}}],
+        },
+        {  # as Parquet has it
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [
+                {
+                    "id": None,
+                    "function": {
+                        "name": "look",
+                        "arguments": {"at": "ü", "n": np.array([1]), "other": None},
+                    },
+                }
+            ],
+        },
+    ],
+)
+def test_every_way_of_writing_a_call_reads_the_same(turn):
+    assert read([HI[0], turn]) == CALLING
+
+
+def test_a_result_keeps_its_name_or_has_that_of_the_call_that_it_answers():
+    first = {**CALL, "id": "call_1"}
+    second = {"type": "function", "function": {"name": "ask", "arguments": {}}}
+    turns = [
+        HI[0],
+        {"role": "assistant", "content": "I look.", "tool_calls": [first, second]},
+        {"role": "function", "content": "there"},
+        {"role": "tool", "content": "nothing"},
+        {"role": "tool", "content": "again", "tool_call_id": "call_1"},
+        {"role": "tool", "content": "and", "name": "mine", "tool_call_id": "call_2"},
+        {"role": "tool", "content": "so on"},
+        HI[1],
+        {"role": "tool", "content": "uncalled"},
+    ]
+    named = [
+        {"name": "look", "tool_call_id": "call_1"},
+        {"name": "ask"},
+        {"name": "look", "tool_call_id": "call_1"},
+        *({}, {}, {}, {}),
+    ]
+    expected = [*turns[:2], *({**a, **b} for a, b in zip(turns[2:], named, strict=True))]
+    expected[2]["role"] = "tool"
+    assert read([{**one, "other": 1} for one in turns]) == expected
+
+
+@pytest.mark.parametrize(
+    ("turn", "problem"),
+    [
+        (
+            {"from": "function_call", "value": "look(1)"},
+            "has no JSON for the call (Expecting value",
+        ),
+        ({"role": "assistant", "tool_calls": [{"id": "x"}]}, "calls a tool without {name, arg"),
+        ({"role": "assistant", "tool_calls": ["look"]}, "calls a tool without {name, arguments}"),
+        (
+            {"role": "assistant", "tool_calls": [{"name": "look", "arguments": "{"}]},
+            "has no JSON for the arguments of look (",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"name": "look", "arguments": '"\\ud800"'}]},
+            "has no JSON for the arguments of look ('utf-8' codec can't encode",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"name": "look", "arguments": [1]}]},
+            "calls look with arguments that are no {name: value}; mend the call",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"name": "look", "arguments": '{"a":' * 9999}]},
+            "has no JSON for the arguments of look (",
+        ),
+        (
+            {
+                "role": "assistant",
+                "tool_calls": [{"name": "look", "arguments": '{"a":' * 60 + "1" + "}" * 60}],
+            },
+            "nests the arguments of look more than 50 levels deep",
+        ),
+        ({"role": "user", "content": "x", "tool_calls": [CALL]}, "calls a tool as user; only"),
+    ],
+)
+def test_a_call_that_cannot_be_read_says_why(turn, problem):
+    assert refused([HI[0], HI[1], turn]).startswith(f"chat: turn 3 {problem}")
+
+
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [TOOL],
+        np.array([TOOL]),
+        [TOOL["function"]],
+        json.dumps([TOOL]),
+        json.dumps(TOOL["function"]),
+        [{"type": "function", "function": {**TOOL["function"], "strict": None}, "x": None}],
+    ],
+)
+def test_every_way_of_describing_tools_reads_the_same(value):
+    assert read_tools(value) == (TOOL,)
+
+
+@pytest.mark.parametrize("value", [None, "", " ", [], "[]"])
+def test_no_tools_are_none(value):
+    assert read_tools(value) == ()
+
+
+def test_tools_stand_in_a_column_of_their_own():
+    template = make({"name": "task", "form": "generative", "messages": "chat"})
+    assert template.questions({"chat": HI, "tools": [TOOL]})[0].tools == (TOOL,)
+    assert template.questions({"chat": HI, "tools": None})[0].tools == ()
+    named = make({"name": "t", "form": "generative", "messages": "chat"}, columns={"tools": "api"})
+    assert named.questions({"chat": HI, "api": json.dumps([TOOL])})[0].tools == (TOOL,)
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (["hammer"], "tool 1 is no {name, description, parameters}; mend it, or rename a column"),
+        ([TOOL, {"type": "function"}], "tool 2 is no {name, description, parameters}"),
+        ("hammer", "has no JSON for the list (Expecting value"),
+        ([{"name": "x", "parameters": json.loads('{"a":' * 60 + "1" + "}" * 60)}], "nests tool 1"),
+    ],
+)
+def test_tools_that_are_none_say_why(value, problem):
+    with pytest.raises(RowError) as error:
+        read_tools(value)
+    assert one_line(error).startswith(f"tools: {problem}")

@@ -1,0 +1,411 @@
+"""What training will take, term by term; and the meter that says what it took."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_llama import tiny_backend
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from recipelib.training import memory
+from recipelib.training.memory import MemoryEstimate, MemoryMeter, estimate_memory, gib
+
+MIB = 2**20
+ROOT = Path(__file__).resolve().parents[3]
+ROWS = [{"input_ids": [5] * 24, "labels": [-100] * 16 + [5] * 8}] * 8
+
+
+@pytest.fixture(autouse=True)
+def no_fsdp(monkeypatch):
+    for name in [name for name in os.environ if "FSDP" in name]:
+        monkeypatch.delenv(name)
+
+
+def fsdp(monkeypatch, **options):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for name, value in options.items():
+        monkeypatch.setenv(f"FSDP_{name}", value)
+
+
+def settings(**changes) -> SimpleNamespace:
+    """The trainer's arguments that an estimate reads."""
+    defaults = {
+        "device": torch.device("cpu"),
+        "bf16": False,
+        "fp16": False,
+        "activation_checkpointing": False,
+        "activation_checkpointing_kwargs": None,
+        "optim": SimpleNamespace(value="adamw_torch_fused"),
+        "optim_args": None,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "world_size": 1,
+        "max_steps": -1,
+        "seed": 0,
+        "data_seed": None,
+        "train_sampling_strategy": "random",
+        "dataloader_drop_last": False,
+        "packing": False,
+    }
+    return SimpleNamespace(**{**defaults, **changes})
+
+
+def llama(**changes) -> LlamaForCausalLM:
+    sizes = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 80,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+    }
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**{**sizes, **changes}))
+
+
+def lora(model):
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+
+
+def size(parameters) -> int:
+    return sum(4 * one.numel() for one in parameters)
+
+
+def buffers(model) -> int:
+    return sum(4 * one.numel() for one in model.buffers())
+
+
+def trained(model) -> int:
+    return size(one for one in model.parameters() if one.requires_grad)
+
+
+def layer_parts(model) -> tuple[int, int]:
+    """Bytes of one decoder layer, and of everything outside the layers."""
+    layer = size(model.model.layers[0].parameters())
+    return layer, size(model.parameters()) - 5 * layer
+
+
+# One process -------------------------------------------------------------------------------------
+
+
+def test_full_tuning_holds_weights_their_gradients_and_two_states():
+    model = llama()
+    found = estimate_memory(model, settings(gradient_accumulation_steps=2), ROWS)
+    whole = size(model.parameters())
+    assert found.parameters == whole + buffers(model)
+    assert found.optimizer == 2 * whole
+    # all of them from the micro-batch before, and in the head's place the new ones
+    assert whole <= found.gradients <= whole + 2 * 4 * 300 * 32
+    assert found.note == ""
+
+
+def test_lora_holds_gradients_and_states_of_the_adapter_only():
+    model = lora(llama())
+    found = estimate_memory(model, settings(gradient_accumulation_steps=2), ROWS)
+    assert found.parameters == size(model.parameters()) + buffers(model)
+    assert found.gradients == trained(model) < size(model.parameters()) / 5
+    assert found.optimizer == 2 * trained(model)
+
+
+def test_without_accumulation_no_gradient_exists_when_the_activations_do():
+    assert estimate_memory(lora(llama()), settings(), ROWS).gradients == 0
+
+
+def test_where_activations_are_few_the_optimizers_step_is_the_peak():
+    model = llama()
+    row = [{"input_ids": [5, 5], "labels": [-100, 5]}]
+    found = estimate_memory(model, settings(per_device_train_batch_size=1), row)
+    whole = size(model.parameters())
+    assert (found.gradients, found.optimizer) == (whole, 2 * whole)
+    assert found.total == pytest.approx(4 * whole, rel=0.01)
+
+
+def test_the_sum_is_what_a_step_allocates_beside_the_rest():
+    # tests/common/test_rehearsal.py holds the rehearsed part to real steps
+    model = lora(llama())
+    few, many = (
+        estimate_memory(model, settings(per_device_train_batch_size=rows), ROWS) for rows in (2, 4)
+    )
+    assert many.activations == pytest.approx(2 * few.activations, rel=0.1)
+    assert many.logits == pytest.approx(2 * few.logits, rel=0.01)
+    assert (many.parameters, many.optimizer) == (few.parameters, few.optimizer)
+    recomputed = estimate_memory(model, settings(activation_checkpointing=True), ROWS)
+    assert recomputed.activations < 0.6 * few.activations
+
+
+def test_bfloat16_weights_count_half():
+    whole = estimate_memory(lora(llama()), settings(), ROWS)
+    half = estimate_memory(lora(llama().to(torch.bfloat16)), settings(bf16=True), ROWS)
+    assert 0.5 < half.parameters / whole.parameters < 0.6  # the adapter stays in float32
+    assert half.optimizer == whole.optimizer
+    assert half.activations < 0.8 * whole.activations
+
+
+# Optimizers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "per_parameter"),
+    [
+        ("adamw_torch_fused", 8),
+        ("adamw_torch", 8),
+        ("paged_adamw_32bit", 8),
+        ("lion_32bit", 4),
+        ("adagrad", 4),
+        ("sgd", 0),
+    ],
+)
+def test_an_optimizers_states(name, per_parameter):
+    model = llama()
+    found = estimate_memory(model, settings(optim=SimpleNamespace(value=name)), ROWS)
+    assert found.optimizer == per_parameter * sum(one.numel() for one in model.parameters())
+    assert found.note == ""
+
+
+def test_sgd_with_momentum_has_a_state():
+    momentum = settings(optim=SimpleNamespace(value="sgd"), optim_args="momentum=0.9")
+    model = llama()
+    assert estimate_memory(model, momentum, ROWS).optimizer == size(model.parameters())
+
+
+@pytest.mark.parametrize("name", ["adamw_bnb_8bit", "paged_adamw_8bit"])
+def test_eight_bit_states_take_a_byte_and_a_scale_but_for_small_parameters(name):
+    model = llama()
+    found = estimate_memory(model, settings(optim=SimpleNamespace(value=name)), ROWS)
+    counts = [one.numel() for one in model.parameters()]
+    small = sum(count for count in counts if count < 4096)
+    assert found.optimizer == round(2 * (4 * small + (1 + 4 / 256) * (sum(counts) - small)))
+    assert small > 0
+
+
+def test_adafactor_keeps_a_row_and_a_column():
+    model = llama()
+    found = estimate_memory(model, settings(optim=SimpleNamespace(value="adafactor")), ROWS)
+    states = (sum(one.shape) for one in model.parameters())
+    assert found.optimizer == 4 * sum(states)
+
+
+def test_an_unknown_optimizer_counts_as_adamw_and_the_estimate_says_so():
+    known = estimate_memory(llama(), settings(), ROWS)
+    found = estimate_memory(llama(), settings(optim="galore_adamw"), ROWS)
+    assert found.optimizer == known.optimizer
+    assert found.note == "galore_adamw counted as AdamW"
+    assert "(estimate; galore_adamw counted as AdamW)" in str(found)
+
+
+# Several processes -------------------------------------------------------------------------------
+
+
+def test_fsdp_divides_what_it_shards_and_gathers_a_few_layers(monkeypatch):
+    model = llama()
+    alone = estimate_memory(model, settings(), ROWS)
+    fsdp(monkeypatch)
+    found = estimate_memory(model, settings(world_size=2), ROWS)
+    layer, outside = layer_parts(model)
+    share = size(model.parameters()) / 2
+    assert found.parameters == share + outside + 3 * layer + buffers(model)
+    assert found.optimizer == alone.optimizer / 2
+    assert found.activations == pytest.approx(alone.activations, rel=0.2)
+
+
+def test_fsdp_with_more_processes_holds_less(monkeypatch):
+    fsdp(monkeypatch)
+    model = lora(llama())
+    two, eight = (estimate_memory(model, settings(world_size=n), ROWS) for n in (2, 8))
+    assert two.parameters - eight.parameters == size(model.parameters()) * (1 / 2 - 1 / 8)
+    assert eight.optimizer == two.optimizer / 4
+
+
+def test_fsdp_that_does_not_reshard_holds_everything_gathered(monkeypatch):
+    fsdp(monkeypatch, RESHARD_AFTER_FORWARD="false")
+    model = llama()
+    found = estimate_memory(model, settings(world_size=2), ROWS)
+    assert found.parameters == 1.5 * size(model.parameters()) + buffers(model)
+
+
+def test_fsdp_keeps_trained_weights_in_float32(monkeypatch):
+    fsdp(monkeypatch)
+    model = llama().to(torch.bfloat16)
+    found = estimate_memory(model, settings(bf16=True, world_size=2), ROWS)
+    assert found.optimizer == size(model.parameters())  # two of four bytes, over two processes
+    layer, outside = layer_parts(model)
+    gathered = (outside + 3 * layer) / 2  # in bfloat16
+    buffered = sum(one.numel() * one.element_size() for one in model.buffers())
+    assert found.parameters == size(model.parameters()) / 2 + gathered + buffered
+
+
+def test_offloaded_shards_are_in_the_cpus_memory(monkeypatch):
+    fsdp(monkeypatch, OFFLOAD_PARAMS="true")
+    model = llama()
+    found = estimate_memory(model, settings(world_size=2), ROWS)
+    layer, outside = layer_parts(model)
+    assert found.optimizer == 0
+    assert found.parameters == outside + 3 * layer + buffers(model)
+    assert found.note.endswith("GiB more in the CPU's memory")
+
+
+def test_data_parallel_training_copies_the_gradients_and_nothing_is_shared():
+    model = lora(llama())
+    alone = estimate_memory(model, settings(gradient_accumulation_steps=2), ROWS)
+    two = estimate_memory(model, settings(gradient_accumulation_steps=2, world_size=2), ROWS)
+    assert two.gradients == 2 * alone.gradients
+    assert two.total - alone.total == alone.gradients
+
+
+# What is shown -----------------------------------------------------------------------------------
+
+
+def test_the_estimate_is_shown_as_a_sum_of_what_is_there():
+    found = MemoryEstimate(
+        parameters=3 * 2**29, gradients=0, optimizer=2**28, activations=2**30, logits=2**19
+    )
+    assert str(found) == "2.75 GiB = 1.50 parameters + 0.25 optimizer + 1.00 activations (estimate)"
+    assert gib(found.total) == "2.75"
+
+
+def test_a_model_that_cannot_be_rehearsed_is_counted_without_activations(capfd):
+    # torch's grouped products in float32 need values
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=300, num_attention_heads=4, **sizes))
+    found = estimate_memory(model, settings(), ROWS)
+    assert found.parameters == size(model.parameters()) + buffers(model)
+    assert found.activations == 0
+    assert found.note.startswith("without activations, for the rehearsal failed: ")
+    assert "\n" not in found.note
+    assert capfd.readouterr().err == ""
+
+
+# The meter ---------------------------------------------------------------------------------------
+
+
+PEAK = """
+import time
+import numpy as np
+from recipelib.training.memory import MemoryMeter
+before = np.ones(200 * 2**20, dtype=np.uint8)
+meter = MemoryMeter()
+during = np.ones(150 * 2**20, dtype=np.uint8)
+time.sleep(0.5)
+del during
+print(meter.stop(), meter.resident, len(before))
+"""
+
+
+def test_memory_counts_the_peak_after_the_start_though_it_was_freed():
+    # In a process of its own: what others allocated before may be given back meanwhile.
+    path = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    peak, resident, _ = map(int, done.stdout.split())
+    assert 140 * MIB < peak < 200 * MIB
+    assert 140 * MIB < resident < 200 * MIB
+
+
+def test_memory_from_before_the_start_does_not_count_and_the_thread_ends():
+    np.ones(200 * MIB, dtype=np.uint8).sum()
+    threads = set(threading.enumerate())
+    meter = MemoryMeter()
+    (started,) = set(threading.enumerate()) - threads
+    assert started.daemon
+    time.sleep(0.1)
+    assert 0 <= meter.stop() < 100 * MIB
+    started.join(timeout=2)
+    assert not started.is_alive()
+
+
+def test_after_a_restart_only_the_later_peak_counts_above_the_first_start():
+    meter = MemoryMeter()
+    kept = np.ones(60 * MIB, dtype=np.uint8)
+    early = np.ones(150 * MIB, dtype=np.uint8)
+    time.sleep(0.5)
+    del early
+    meter.restart()
+    assert 50 * MIB < meter.stop() < 110 * MIB
+    assert len(kept) == 60 * MIB
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's heap")
+def test_holes_in_the_heap_are_resident_but_not_in_use():
+    script = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "recipes")!r})
+import ctypes, torch
+ctypes.CDLL(None).mallopt(-3, 2**30)  # all blocks in the heap
+from recipelib.training.memory import MemoryMeter
+meter = MemoryMeter()
+blocks = [torch.ones(2**18) for _ in range(400)]  # a MiB each
+for index in range(0, 399):
+    if index % 4:
+        blocks[index] = None  # the kept ones stand between the holes
+meter.restart()
+print(meter.stop(), meter.resident)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    used, resident = map(int, done.stdout.split())
+    assert 390 * MIB < resident < 440 * MIB
+    assert 95 * MIB < used < 140 * MIB
+
+
+def test_without_glibc_the_resident_memory_counts(monkeypatch):
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
+    meter = MemoryMeter()
+    block = np.ones(150 * MIB, dtype=np.uint8)
+    assert 140 * MIB < meter.stop() < 200 * MIB
+    assert len(block) == 150 * MIB
+
+
+# Estimated and measured --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def medium_model(tmp_path_factory) -> Path:
+    """60 million parameters with random values: what it takes is far above the libraries' share."""
+    folder = tmp_path_factory.mktemp("medium")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tiny_backend(), unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+    sizes = {"hidden_size": 640, "intermediate_size": 1600, "num_hidden_layers": 8}
+    heads = {"num_attention_heads": 10, "num_key_value_heads": 5}
+    config = LlamaConfig(vocab_size=32_000, tie_word_embeddings=True, **sizes, **heads)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def measured(model: Path, *options: str) -> dict:
+    script = ROOT / "benchmarks" / "memory_estimate.py"
+    command = [sys.executable, str(script), "--model_name_or_path", str(model), "--steps", "2"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "processes"), [("full", 1), ("lora", 2)])
+def test_the_estimate_is_within_a_fifth_of_what_training_took(method, processes, medium_model):
+    options = ["--methods", method, "--batch", "2", "--length", "160"]
+    found = measured(medium_model, *options, "--processes", str(processes))
+    (case,) = found["cases"]
+    assert (case["processes"], case["method"]) == (processes, method)
+    assert found["largest_error"] == abs(case["error"]) < 0.2
+    assert 250 * MIB < case["measured"] <= case["resident"]

@@ -1,0 +1,428 @@
+"""The trainer's loss is the model's own however rows are batched; its arguments fit the machine."""
+
+import copy
+import json
+from functools import cached_property
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tiny_llama import tiny_llama
+from tokenizers_for_tests import tokenizer_for
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers.trainer_pt_utils import LabelSmoother
+from trl import SFTConfig
+
+from recipelib.cli import RecipeArguments, parse_arguments
+from recipelib.encoding.examples import encode_rows
+from recipelib.encoding.prompt_encoder import PromptEncoder
+from recipelib.evaluation.evaluation import evaluate_task
+from recipelib.prompts.template import PromptTemplate
+from recipelib.runtime.errors import UserError
+from recipelib.training.trainer import RecipeConfig, RecipeTrainer
+
+TOKENIZER = tokenizer_for("gpt2")
+VOCABULARY = len(TOKENIZER)
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    sizes = {"n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes, **no_dropout))
+
+
+MODELS = {"llama": lambda: tiny_llama(VOCABULARY), "gpt2": tiny_gpt2}
+
+
+def examples(count: int, *, seed: int = 0) -> list[dict]:
+    """Random rows of 4 to 20 tokens, their last one to five supervised, one also in its middle."""
+    draw = torch.Generator().manual_seed(seed)
+    rows = []
+    for number in range(count):
+        length, answer = (
+            int(torch.randint(low, high, (1,), generator=draw)) for low, high in ((4, 21), (1, 6))
+        )
+        ids = torch.randint(VOCABULARY, (length,), generator=draw).tolist()
+        labels = [-100] * length
+        start = max(1, length - answer)
+        labels[start:] = ids[start:]
+        if number == 1:
+            labels[2] = ids[2]
+        rows.append({"input_ids": ids, "labels": labels})
+    return rows
+
+
+ROWS = examples(16)
+SUPERVISED = [sum(label != -100 for label in row["labels"]) for row in ROWS]
+
+
+def trainer_for(tmp_path, model=None, rows=ROWS, **options) -> RecipeTrainer:
+    defaults = {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return RecipeTrainer(
+        model or tiny_llama(VOCABULARY),
+        RecipeConfig(**{**defaults, **options}),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows),
+        processing_class=copy.deepcopy(TOKENIZER),
+    )
+
+
+def own_loss(model, rows) -> torch.Tensor:
+    """Summed over the rows one by one, without padding, by the model's own loss; over their
+    supervised tokens.
+    """
+    total, count = 0.0, 0
+    for row in rows:
+        batch = {key: torch.tensor([row[key]]) for key in ("input_ids", "labels")}
+        supervised = sum(label != -100 for label in row["labels"])
+        total, count = total + model(**batch).loss * supervised, count + supervised
+    return total / count
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: weight.grad.clone() for name, weight in model.named_parameters()}
+
+
+# The loss ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("count", [1, 5, 16])
+def test_loss_and_gradients_are_those_of_the_model_on_rows_without_padding(name, count, tmp_path):
+    model = MODELS[name]()
+    with torch.no_grad():  # weights so large that attention has gradients to speak of
+        for weight in model.parameters():
+            weight *= 4 if weight.dim() > 1 else 1
+    trainer = trainer_for(tmp_path, model)
+    batch = trainer.data_collator(ROWS[:count])
+    assert count == 1 or (batch["attention_mask"] == 0).any()
+
+    for expected in (own_loss(model, ROWS[:count]), model(**batch).loss):
+        model.zero_grad()
+        expected.backward()
+        wanted = gradients(model)
+        model.zero_grad()
+        loss = trainer.compute_loss(model, batch)
+        loss.backward()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        found = gradients(model)
+        assert found.keys() == wanted.keys()
+        for weight, gradient in wanted.items():
+            torch.testing.assert_close(found[weight], gradient, atol=5e-6, rtol=1e-5)
+            if not weight.endswith("c_attn.bias"):  # the keys' part has no gradient but rounding
+                assert gradient.norm() > 1e-3
+
+
+def test_the_sum_is_divided_by_the_number_of_answer_tokens_in_the_whole_step(tmp_path):
+    model = tiny_llama(VOCABULARY)
+    trainer = trainer_for(tmp_path, model)
+    batch = trainer.data_collator(ROWS[:5])
+    mean = own_loss(model, ROWS[:5]).item()
+    for total in (1, torch.tensor(100)):
+        loss = trainer.compute_loss(model, batch, num_items_in_batch=total)
+        assert loss.item() == pytest.approx(mean * sum(SUPERVISED[:5]) / float(total), rel=1e-5)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_rows_first_token_has_no_prediction_and_is_not_counted(name, packing, tmp_path):
+    rows = [{**row, "labels": list(row["input_ids"])} for row in ROWS[:8]]
+    model = MODELS[name]()
+    count = sum(len(row["input_ids"]) - 1 for row in rows)
+    wanted = sum(own_loss(model, [row]).item() * (len(row["input_ids"]) - 1) for row in rows)
+    trainer = trainer_for(tmp_path, model, rows, packing=packing, learning_rate=0.0, max_steps=1)
+    trainer.train()
+    (loss,) = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert loss == pytest.approx(wanted / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("devices", [True, False])
+def test_the_mean_over_processes_that_ddp_takes_is_undone_where_tokens_count_over_all(
+    devices, tmp_path, monkeypatch
+):
+    trainer = trainer_for(tmp_path, average_tokens_across_devices=devices)
+    batch = trainer.data_collator(ROWS[:5])
+    alone = trainer.compute_loss(trainer.model, batch, num_items_in_batch=50)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", property(lambda self: 3))
+    shared = trainer.compute_loss(trainer.model, batch, num_items_in_batch=50)
+    assert shared.item() == pytest.approx(alone.item() * (3 if devices else 1))
+    mean = trainer.compute_loss(trainer.model, batch)
+    assert mean.item() == pytest.approx(own_loss(trainer.model, ROWS[:5]).item(), rel=1e-5)
+
+
+def test_label_smoothing_is_transformers_own(tmp_path):
+    model = tiny_llama(VOCABULARY)
+    with pytest.warns(FutureWarning, match="label_smoothing_factor"):
+        trainer = trainer_for(tmp_path, model, label_smoothing_factor=0.2)
+    batch = trainer.data_collator(ROWS[:5])
+    smoother = LabelSmoother(epsilon=0.2)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    expected = smoother({"logits": logits}, batch["labels"].clone(), shift_labels=True)
+    assert trainer.compute_loss(model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_mixture_of_experts_is_also_trained_to_spread_its_tokens(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    config = MixtralConfig(vocab_size=VOCABULARY, router_aux_loss_coef=0.5, **sizes, **heads)
+    model = MixtralForCausalLM(config)
+    plain = own_loss(model, ROWS[:5]).item()
+    trainer = trainer_for(tmp_path, model)
+    batch = trainer.data_collator(ROWS[:5])
+    expected = model(**batch).loss.item()  # the model's own holds it too
+    assert trainer.compute_loss(model, batch).item() == pytest.approx(expected, rel=1e-5)
+    assert expected - plain > 0.5
+    trainer.current_gradient_accumulation_steps = 4
+    quarter = trainer.compute_loss(model, batch, num_items_in_batch=4 * sum(SUPERVISED[:5])).item()
+    assert quarter == pytest.approx(expected / 4, rel=1e-5)
+
+
+# Training ----------------------------------------------------------------------------------------
+
+
+def train(tmp_path, model, rows=ROWS, **options):
+    """The trainer afterwards, the logged losses, and by how much each weight changed."""
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    trainer = trainer_for(tmp_path, model, rows, **options)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    change = {name: weight.detach() - before[name] for name, weight in model.named_parameters()}
+    return trainer, losses, change
+
+
+@pytest.mark.parametrize("name", [*MODELS, "lora"])
+def test_single_rows_accumulated_train_as_one_batch_of_them_does(name, tmp_path):
+    def model():
+        if name != "lora":
+            return MODELS[name]()
+        lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        torch.manual_seed(0)
+        return get_peft_model(tiny_llama(VOCABULARY), lora)
+
+    options = {"num_train_epochs": 2}
+    _, losses, change = train(tmp_path / "batch", model(), **options)
+    _, single, changed = train(
+        tmp_path / "single",
+        model(),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=8,
+        **options,
+    )
+    assert len(losses) == 4
+    assert single == pytest.approx(losses, abs=1e-4)
+    assert losses[0] - losses[-1] > 1e-2  # it learns
+    for weight, difference in change.items():
+        # A key's bias has no gradient but rounding: it moves every score of a softmax alike.
+        kept = slice(None)
+        if weight.endswith("c_attn.bias"):
+            kept = [*range(32), *range(64, 96)]
+        error = (changed[weight] - difference)[kept].norm()
+        assert error <= 1e-3 * difference[kept].norm(), weight
+
+
+def test_the_logged_loss_is_the_mean_over_the_tokens_of_each_step(tmp_path):
+    model = tiny_llama(VOCABULARY)
+    expected = own_loss(model, ROWS).item()
+    trainer, losses, _ = train(
+        tmp_path,
+        model,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=4,
+        learning_rate=0.0,
+        num_train_epochs=3,
+    )
+    assert losses == pytest.approx([expected] * 3, abs=1e-5)
+    trainer.save_state()
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert [entry["loss"] for entry in state["log_history"] if "loss" in entry] == losses
+
+
+def test_tokens_are_counted_with_and_without_padding(tmp_path):
+    lengths = [len(row["input_ids"]) for row in ROWS]
+    trainer, _, _ = train(
+        tmp_path / "all", tiny_llama(VOCABULARY), per_device_train_batch_size=16, num_train_epochs=2
+    )
+    assert trainer.tokens_seen == 2 * sum(lengths)
+    assert trainer.slots_seen == 2 * 16 * max(lengths)
+    trainer, _, _ = train(
+        tmp_path / "single",
+        tiny_llama(VOCABULARY),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+        num_train_epochs=1,
+    )
+    assert trainer.tokens_seen == trainer.slots_seen == sum(lengths)
+
+
+def test_evaluating_gives_the_loss_and_counts_no_tokens_before_and_after_training(tmp_path):
+    trainer = trainer_for(tmp_path, per_device_eval_batch_size=16, num_train_epochs=1)
+    losses = []
+    for seen in (0, sum(len(row["input_ids"]) for row in ROWS)):
+        losses.append(trainer.evaluate()["eval_loss"])
+        assert trainer.tokens_seen == seen
+        with torch.no_grad():
+            assert losses[-1] == pytest.approx(own_loss(trainer.model, ROWS).item(), abs=1e-5)
+        trainer.train()
+    assert losses[1] < losses[0]
+
+
+def test_a_tasks_loss_is_the_trainers_on_the_same_rows(tmp_path):
+    template = PromptTemplate(
+        {
+            "name": "questions",
+            "form": "generative",
+            "prompt": "Question: {{ question }}\nAnswer:",
+            "answer": " {{ answer }}",
+            "metric": "loss",
+        }
+    )
+    rows = [
+        {"question": "who wrote the book?", "answer": "the teacher"},
+        {"question": "is it good?", "answer": "yes"},
+        {"question": "what is the story of the best film of the year?", "answer": "a river"},
+    ]
+    encoder = PromptEncoder(template, TOKENIZER, 100)
+    encoded = encode_rows(encoder, rows)
+    trainer = trainer_for(tmp_path, rows=encoded.examples)
+    expected = trainer.evaluate()["eval_loss"]
+    assert evaluate_task(trainer.model, encoder, rows).score == pytest.approx(expected, abs=1e-5)
+
+
+def test_one_bar_shows_the_steps_and_the_latest_loss(tmp_path, capfd):
+    trainer = trainer_for(tmp_path, disable_tqdm=False, num_train_epochs=1)
+    trainer.train()
+    captured = capfd.readouterr()
+    last = captured.err.rsplit("training:", 1)[1]
+    assert "2/2" in last
+    assert f"loss={trainer.state.log_history[-2]['loss']:.3f}" in last
+    assert "'loss'" not in captured.out
+    trainer_for(tmp_path, disable_tqdm=True, num_train_epochs=1).train()
+    captured = capfd.readouterr()
+    assert "training" not in captured.err
+    assert "'loss'" not in captured.out
+
+
+# Arguments ---------------------------------------------------------------------------------------
+
+
+def parse(*argv: str) -> RecipeConfig:
+    defaults = {"output_dir": "runs/nowhere"}
+    return parse_arguments(RecipeArguments, "A recipe.", defaults, list(argv))[1]
+
+
+def test_a_cpu_computes_in_float32_without_being_told(monkeypatch):
+    for gpu in (False, True):
+        monkeypatch.setattr("recipelib.training.trainer.fast_bf16", lambda gpu=gpu: gpu)
+        config = parse("--use_cpu", "true")
+        assert config.bf16 is False
+        assert config.fp16 is False
+        assert config.dataloader_pin_memory is False
+        assert config.model_dtype[0] == torch.float32
+        assert "CPU" in config.model_dtype[1]
+        assert config.activation_checkpointing is False
+        assert config.report_to == []
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_activations_are_recomputed_when_asked_and_change_nothing(lora, tmp_path):
+    config = parse("--activation_checkpointing", "true", "--use_cpu", "true")
+    assert config.activation_checkpointing is True
+    results = []
+    for recompute in (False, True):
+        model = tiny_llama(VOCABULARY)
+        if lora:
+            torch.manual_seed(0)
+            model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+        calls = []
+        layer = model.get_submodule(next(n for n, _ in model.named_modules() if n.endswith("s.0")))
+        layer.input_layernorm.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        _, losses, change = train(
+            tmp_path / str(recompute), model, max_steps=2, activation_checkpointing=recompute
+        )
+        assert len(calls) == (4 if recompute else 2)
+        results.append((losses, change))
+    (losses, change), (recomputed, changed) = results
+    assert recomputed == pytest.approx(losses, rel=1e-5)
+    assert sum(difference.norm() > 0 for difference in change.values()) >= 4
+    for name, difference in change.items():
+        torch.testing.assert_close(changed[name], difference, atol=5e-6, rtol=1e-5)
+
+
+def test_pushing_to_the_hub_is_left_to_the_recipe():
+    config = parse("--push_to_hub", "true", "--use_cpu", "true")
+    assert (config.publish, config.push_to_hub) == (True, False)
+    assert parse("--use_cpu", "true").publish is False
+
+
+def test_several_gpus_in_one_process_are_one(monkeypatch, capsys):
+    def set_up(self):
+        self._n_gpu = 2
+        self.distributed_state = None
+        return torch.device("cpu")
+
+    devices = cached_property(set_up)
+    devices.__set_name__(SFTConfig, "_setup_devices")
+    monkeypatch.setattr(SFTConfig, "_setup_devices", devices)
+    config = RecipeConfig(output_dir="runs/nowhere", use_cpu=True)
+    assert config.n_gpu == 1
+    assert config.train_batch_size == config.per_device_train_batch_size
+    assert "using one of 2 GPUs; accelerate_configs/ddp.yaml uses all" in capsys.readouterr().out
+
+
+REFUSED = {
+    "--report_to foo": "--report_to: foo is not supported, only .*wandb",
+    "--report_to wandb": "--report_to: .*pip install wandb",
+    "--optim adamw_bnb_8bit": "--optim: .*pip install -U bitsandbytes",
+    "--optim foo": "optim: invalid choice: 'foo' .*adamw_torch",
+    "--lr_scheduler_type foo": "lr_scheduler_type.*: invalid choice: 'foo' .*cosine",
+    "--lr_scheduler_type cosine_with_min_lr": "--lr_scheduler_type: .*min_lr",
+    "--fp16 true": "--fp16: needs a GPU",
+    "--padding_free true": "--padding_free: --packing true lays whole rows",
+    "--packing_strategy wrapped": "--packing_strategy: --packing true lays whole rows",
+    "--packing true --eval_packing false": "--eval_packing: --packing true lays whole rows",
+    "--neftune_noise_alpha -1": "--neftune_noise_alpha -1.0: must be 0 or more",
+    "--loss_type dft": "--loss_type: the template decides",
+    "--assistant_only_loss true": "--assistant_only_loss: the template decides",
+    "--completion_only_loss false": "--completion_only_loss: the template decides",
+    "--chat_template_path some.jinja": "--chat_template_path: the template decides",
+    "--eos_token </s>": "--eos_token: the template decides",
+}
+
+
+@pytest.mark.parametrize("command", REFUSED)
+def test_what_would_fail_after_minutes_is_refused_at_once_in_one_line(command, monkeypatch):
+    # As where nothing is installed.
+    for check in ("integrations.integration_utils.is_wandb", "trainer_optimizer.is_bitsandbytes"):
+        monkeypatch.setattr(f"transformers.{check}_available", lambda: False)
+    with pytest.raises(UserError, match=REFUSED[command]) as refused:
+        parse("--use_cpu", "true", *command.split())
+    assert "\n" not in str(refused.value)
+
+
+def test_what_works_is_taken():
+    stable = '--lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs {"num_decay_steps":5}'
+    for command in (
+        "--optim sgd",
+        "--optim adafactor",
+        "--report_to none",
+        "--packing true",
+        stable,
+    ):
+        assert parse("--use_cpu", "true", *command.split()).output_dir == "runs/nowhere"
+
+
+def test_processes_that_do_not_know_of_each_other_do_not_train(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes were started, but this one knows of 1"):
+        RecipeConfig(output_dir=str(tmp_path))
