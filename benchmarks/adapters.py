@@ -33,8 +33,10 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
 from recipelib.models.loading import describe_model
-from recipelib.reporting.report import printable, versions, write_json
+from recipelib.runtime.console import printable
 from recipelib.runtime.errors import UserError
+from recipelib.runtime.files import write_json
+from recipelib.runtime.versions import versions
 
 ROWS_PER_STEP = 8
 STEPS, QUICK_STEPS, ROUNDS, WARM_UP = 25, 4, 3, 1
@@ -116,8 +118,9 @@ def measure(args: argparse.Namespace) -> None:
     from transformers import TrainerCallback, set_seed
 
     from recipelib.models.loading import load_model
+    from recipelib.training.config import RecipeConfig
     from recipelib.training.memory import MemoryMeter
-    from recipelib.training.trainer import RecipeConfig, RecipeTrainer
+    from recipelib.training.trainer import RecipeTrainer
 
     class Stopwatch(TrainerCallback):
         """Notes time and tokens where the warm-up ends and where the last step does."""

@@ -30,8 +30,10 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
 from recipelib.models.loading import describe_model
-from recipelib.reporting.report import printable, versions, write_json
+from recipelib.runtime.console import printable
 from recipelib.runtime.errors import UserError
+from recipelib.runtime.files import write_json
+from recipelib.runtime.versions import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "icl_eval.py"

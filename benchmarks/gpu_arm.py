@@ -98,7 +98,8 @@ def train_ours(spec: dict, watch: Stopwatch) -> None:
     from trl import SFTTrainer
 
     from recipelib.adapters.bottleneck import BottleneckConfig
-    from recipelib.training.trainer import RecipeConfig, RecipeTrainer
+    from recipelib.training.config import RecipeConfig
+    from recipelib.training.trainer import RecipeTrainer
 
     class FusedLossTrainer(RecipeTrainer):
         compute_loss = SFTTrainer.compute_loss

@@ -40,8 +40,9 @@ from word_problems import generate_problems, read_gsm8k
 
 from recipelib.models.bundled import bundled_folder
 from recipelib.models.loading import describe_model, resolve_model
-from recipelib.reporting.report import printable, versions
+from recipelib.runtime.console import printable
 from recipelib.runtime.errors import UserError
+from recipelib.runtime.versions import versions
 
 HERE = Path(__file__).resolve().parent
 REQUIREMENTS = HERE / "requirements-lm-eval.txt"

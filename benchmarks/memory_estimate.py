@@ -33,9 +33,10 @@ def measure(args: argparse.Namespace) -> None:
     from peft import LoraConfig, get_peft_model
 
     from recipelib.models.loading import load_model, load_tokenizer
-    from recipelib.runtime.launch import say
+    from recipelib.runtime.console import say
+    from recipelib.training.config import RecipeConfig
     from recipelib.training.memory import MemoryMeter, estimate_memory
-    from recipelib.training.trainer import RecipeConfig, RecipeTrainer
+    from recipelib.training.trainer import RecipeTrainer
 
     training = RecipeConfig(
         output_dir=args.output_dir,

@@ -36,8 +36,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
 from recipelib.models.loading import describe_model
-from recipelib.reporting.report import printable, versions, write_json, write_jsonl
+from recipelib.runtime.console import printable
 from recipelib.runtime.errors import UserError
+from recipelib.runtime.files import write_json, write_jsonl
+from recipelib.runtime.versions import versions
 
 ROWS_PER_STEP = 8
 STEPS, QUICK_STEPS, ROUNDS = 20, 6, 2
@@ -86,8 +88,9 @@ def measure(args: argparse.Namespace) -> None:
     from recipelib.encoding.prompt_encoder import PromptEncoder
     from recipelib.models.loading import load_model, load_tokenizer
     from recipelib.prompts.template import PromptTemplate
+    from recipelib.training.config import RecipeConfig
     from recipelib.training.memory import MemoryMeter, estimate_memory
-    from recipelib.training.trainer import RecipeConfig, RecipeTrainer
+    from recipelib.training.trainer import RecipeTrainer
 
     class Stopwatch(TrainerCallback):
         """Takes time and tokens where the first step ends and where the last one does."""

@@ -27,12 +27,14 @@ from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
+from recipelib.data.drawing import few_shot_rows
 from recipelib.data.rows import load_rows, parse_columns
-from recipelib.encoding.cloze_rows import few_shot_rows
 from recipelib.models.loading import describe_model
 from recipelib.prompts.template import PromptTemplate
-from recipelib.reporting.report import printable, versions, write_json, write_jsonl
+from recipelib.runtime.console import printable
 from recipelib.runtime.errors import UserError
+from recipelib.runtime.files import write_json, write_jsonl
+from recipelib.runtime.versions import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = "movie_reviews"

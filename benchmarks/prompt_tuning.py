@@ -27,8 +27,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
 from recipelib.models.loading import describe_model
-from recipelib.reporting.report import printable, versions, write_json
+from recipelib.runtime.console import printable
 from recipelib.runtime.errors import UserError
+from recipelib.runtime.files import write_json
+from recipelib.runtime.versions import versions
 
 ROWS_PER_STEP, VIRTUAL_TOKENS = 8, 16
 STEPS, QUICK_STEPS, ROUNDS, WARM_UP = 30, 12, 3, 2
@@ -52,15 +54,15 @@ def measure(args: argparse.Namespace) -> None:
 
     from recipelib.adapters.soft_prompts import compute_prompt_once
     from recipelib.data.rows import load_rows, parse_columns
-    from recipelib.encoding.cloze_rows import encode_blanks
+    from recipelib.encoding.asking import asker_of
+    from recipelib.encoding.cloze_rows import encode_cloze_rows
     from recipelib.encoding.prompt_encoder import PromptEncoder
-    from recipelib.evaluation.cloze_evaluation import asker_of
     from recipelib.inference.cloze_scoring import score_examples
     from recipelib.models.loading import load_model, load_tokenizer
     from recipelib.prompts.template import PromptTemplate
-    from recipelib.training.cloze_trainer import BlankTrainer
+    from recipelib.training.cloze_trainer import ClozeTrainer
+    from recipelib.training.config import RecipeConfig
     from recipelib.training.memory import MemoryMeter
-    from recipelib.training.trainer import RecipeConfig
 
     class Stopwatch(TrainerCallback):
         """Takes the time where the warm-up ends and where the last step does."""
@@ -88,7 +90,7 @@ def measure(args: argparse.Namespace) -> None:
     rows = load_rows(template, args.dataset, "train", max_samples=min(needed, args.rows)).rows
     tokenizer = load_tokenizer(args.model_name_or_path)
     asker = asker_of(PromptEncoder(template, tokenizer, 512), False, False)
-    blanks = encode_blanks(asker, rows)
+    blanks = encode_cloze_rows(asker, rows)
     memory = MemoryMeter()
     model = load_model(args.model_name_or_path, dtype=torch.float32)
     set_seed(training.seed)
@@ -102,7 +104,7 @@ def measure(args: argparse.Namespace) -> None:
     watch = Stopwatch()
     if args.measure == "ours":
         compute_prompt_once(model)
-        trainer = BlankTrainer(
+        trainer = ClozeTrainer(
             model,
             training,
             blanks.encoded.examples,

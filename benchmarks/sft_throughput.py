@@ -42,8 +42,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 from word_problems import generate_problems, read_gsm8k
 
 from recipelib.models.loading import describe_model, resolve_model
-from recipelib.reporting.report import printable, versions, write_jsonl
+from recipelib.runtime.console import printable
 from recipelib.runtime.errors import UserError
+from recipelib.runtime.files import write_jsonl
+from recipelib.runtime.versions import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, ROWS_PER_STEP = 400, 8

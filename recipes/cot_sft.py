@@ -19,8 +19,8 @@ a glance, the rationale only costs time: each answer is many times longer.
 import time
 from dataclasses import dataclass
 
-from recipelib.cli import RecipeArguments, option, require_at_least, run_recipe
-from recipelib.runtime.errors import UserError
+from recipelib.cli import RecipeArguments, option, run_recipe
+from recipelib.runtime.errors import UserError, require_at_least
 
 DEFAULTS = {
     "output_dir": "runs/cot_sft",
@@ -107,12 +107,15 @@ def main(args: CotArguments, training) -> dict | None:
     from recipelib.evaluation.evaluation import evaluate_task
     from recipelib.models.loading import describe_model, load_model, load_tokenizer
     from recipelib.prompts.template import PromptTemplate
+    from recipelib.reporting.card import publish
     from recipelib.reporting.predicting import answer_file
-    from recipelib.reporting.report import write_jsonl
-    from recipelib.reporting.run import preview, publish, save_run, say_wrong, show_plan
+    from recipelib.reporting.preview import preview
+    from recipelib.reporting.run import save_run, say_wrong
     from recipelib.runtime.checkpoints import check_adapter, find_checkpoint
-    from recipelib.runtime.launch import is_main_process, progress, say
+    from recipelib.runtime.console import is_main_process, progress, say
+    from recipelib.runtime.files import write_jsonl
     from recipelib.training.memory import MemoryMeter, estimate_memory
+    from recipelib.training.plan import show_plan
     from recipelib.training.trainer import RecipeTrainer
 
     if args.predict:

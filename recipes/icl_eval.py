@@ -17,8 +17,8 @@ to score any trained result; not when prompts have to be short: each pays for it
 
 from dataclasses import dataclass
 
-from recipelib.cli import RecipeArguments, option, require_at_least, run_recipe
-from recipelib.runtime.errors import UserError
+from recipelib.cli import RecipeArguments, option, run_recipe
+from recipelib.runtime.errors import UserError, require_at_least
 
 DEFAULTS = {"output_dir": "runs/icl_eval", "max_length": 4096}
 
@@ -78,16 +78,14 @@ def main(args: IclArguments, training) -> dict | None:
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForMaskedLM
 
+    from recipelib.adapters.saved import resolve_adapter
     from recipelib.data.demonstrations import Demonstrations, bm25, rank, row_text
     from recipelib.data.rows import load_asked, parse_columns, row_key
+    from recipelib.encoding.asking import CausalAsker, MaskedAsker
     from recipelib.encoding.prompt_encoder import PromptEncoder
-    from recipelib.evaluation.few_shot import (
-        CausalAsker,
-        MaskedAsker,
-        score_answers,
-        score_labels,
-        score_losses,
-    )
+    from recipelib.evaluation.answers import score_answers
+    from recipelib.evaluation.labels import score_labels
+    from recipelib.evaluation.losses import score_losses
     from recipelib.inference.embeddings import embed_texts
     from recipelib.inference.journal import Journal
     from recipelib.models.loading import (
@@ -96,15 +94,15 @@ def main(args: IclArguments, training) -> dict | None:
         load_model,
         load_tokenizer,
         most_positions,
-        resolve_adapter,
         stored_config,
         weights_identity,
     )
     from recipelib.models.sharding import place_model
     from recipelib.prompts.template import PromptTemplate
-    from recipelib.reporting.few_shot import preview_prompts, save_few_shot, say_first_prompt
-    from recipelib.reporting.report import read_metrics
-    from recipelib.runtime.launch import progress, say
+    from recipelib.reporting.few_shot import save_few_shot
+    from recipelib.reporting.preview import preview_prompts, say_first_prompt
+    from recipelib.runtime.console import progress, say
+    from recipelib.runtime.files import read_metrics
     from recipelib.training.memory import MemoryMeter
 
     template = PromptTemplate.load(args.template, columns=parse_columns(args.columns))

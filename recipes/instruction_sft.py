@@ -21,8 +21,8 @@ a fraction of that.
 import time
 from dataclasses import dataclass, replace
 
-from recipelib.cli import RecipeArguments, option, require_at_least, run_recipe
-from recipelib.runtime.errors import UserError
+from recipelib.cli import RecipeArguments, option, run_recipe
+from recipelib.runtime.errors import UserError, require_at_least
 
 DEFAULTS = {
     "output_dir": "runs/instruction_sft",
@@ -118,14 +118,18 @@ def main(args: InstructionArguments, training) -> dict | None:
     from recipelib.encoding.chat_template import ensure_chat_template
     from recipelib.encoding.examples import EncodedRows, encode_rows
     from recipelib.encoding.prompt_encoder import PromptEncoder
-    from recipelib.evaluation.evaluation import evaluate_task, mean_score
+    from recipelib.evaluation.evaluation import evaluate_task
+    from recipelib.evaluation.scores import mean_score
     from recipelib.models.loading import describe_model, load_model, load_tokenizer
+    from recipelib.reporting.card import publish
     from recipelib.reporting.predicting import answer_file
-    from recipelib.reporting.run import preview, publish, save_run, show_plan
+    from recipelib.reporting.preview import preview
+    from recipelib.reporting.run import save_run
     from recipelib.runtime.checkpoints import check_adapter, find_checkpoint
-    from recipelib.runtime.launch import say
+    from recipelib.runtime.console import say
     from recipelib.training.callbacks import SampleWriter, stop_early
     from recipelib.training.memory import MemoryMeter, estimate_memory
+    from recipelib.training.plan import show_plan
     from recipelib.training.trainer import RecipeTrainer
 
     if args.predict:
@@ -260,7 +264,7 @@ def load_tasks(args: InstructionArguments, seed: int) -> list[Task]:
     from recipelib.data.formats import template_for
     from recipelib.data.rows import load_splits, overlap, parse_columns
     from recipelib.prompts.template import PromptTemplate
-    from recipelib.runtime.launch import progress, say
+    from recipelib.runtime.console import progress, say
 
     named = args.template or ([f"auto={args.dataset}"] if args.dataset else BUNDLED)
     items = [(one, True) for one in named] + [(one, False) for one in args.heldout_template]

@@ -17,8 +17,8 @@ import shutil
 import time
 from dataclasses import dataclass
 
-from recipelib.cli import RecipeArguments, option, require_at_least, run_recipe
-from recipelib.runtime.errors import UserError
+from recipelib.cli import RecipeArguments, option, run_recipe
+from recipelib.runtime.errors import UserError, require_at_least
 
 DEFAULTS = {
     "output_dir": "runs/lora_sft",
@@ -98,11 +98,14 @@ def main(args: LoraArguments, training) -> dict | None:
     from recipelib.models.loading import describe_model, load_model, load_tokenizer, require_modules
     from recipelib.models.quantization import four_bit_loading, require_unquantized
     from recipelib.prompts.template import PromptTemplate
+    from recipelib.reporting.card import publish
     from recipelib.reporting.predicting import answer_file
-    from recipelib.reporting.run import preview, publish, save_run, show_plan
+    from recipelib.reporting.preview import preview
+    from recipelib.reporting.run import save_run
     from recipelib.runtime.checkpoints import check_adapter, find_checkpoint
-    from recipelib.runtime.launch import is_main_process, progress, say
+    from recipelib.runtime.console import is_main_process, progress, say
     from recipelib.training.memory import MemoryMeter, estimate_memory
+    from recipelib.training.plan import show_plan
     from recipelib.training.trainer import RecipeTrainer
 
     if args.predict:

@@ -20,9 +20,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipelib.cli import RecipeArguments, option, require_at_least, run_recipe
+from recipelib.cli import RecipeArguments, option, run_recipe
 from recipelib.prompts.verbalizer import COMBINE
-from recipelib.runtime.errors import UserError
+from recipelib.runtime.errors import UserError, require_at_least
 
 DEFAULTS = {
     "output_dir": "runs/prompt_tuning",
@@ -104,25 +104,20 @@ def main(args: PromptArguments, training) -> dict | None:
     from transformers import AutoModelForMaskedLM, set_seed
 
     from recipelib.adapters.soft_prompts import compute_prompt_once, require_cache, start_ids
+    from recipelib.adapters.soft_verbalizer import SoftVerbalizer
+    from recipelib.data.drawing import few_shot_rows
     from recipelib.data.rows import load_splits, overlap, parse_columns
-    from recipelib.encoding.cloze_rows import (
-        before_blank,
-        encode_blanks,
-        few_shot_rows,
-        label_word_ids,
-    )
+    from recipelib.encoding.asking import asker_of
+    from recipelib.encoding.cloze_rows import encode_cloze_rows
     from recipelib.encoding.prompt_encoder import PromptEncoder
-    from recipelib.evaluation.cloze_evaluation import (
-        answer_blank_file,
-        asker_of,
-        evaluate_blanks,
-    )
+    from recipelib.encoding.words import before_cloze, check_words, label_word_ids
+    from recipelib.evaluation.cloze_evaluation import answer_cloze_file
     from recipelib.evaluation.label_search import (
         classes_from_rows,
         save_label_words,
         search_label_words,
     )
-    from recipelib.inference.cloze_scoring import SoftVerbalizer
+    from recipelib.evaluation.labels import score_cloze
     from recipelib.models.loading import (
         describe_model,
         is_masked,
@@ -132,23 +127,26 @@ def main(args: PromptArguments, training) -> dict | None:
     )
     from recipelib.models.sharding import place_model
     from recipelib.prompts.template import PromptTemplate
-    from recipelib.prompts.verbalizer import check_words
-    from recipelib.reporting.cloze import load_snippet, preview_blanks, save_draws, save_score
-    from recipelib.reporting.report import read_metrics
-    from recipelib.reporting.run import publish, save_run, show_plan
+    from recipelib.reporting.card import publish
+    from recipelib.reporting.cloze import load_snippet, save_draws, save_score
+    from recipelib.reporting.preview import preview_cloze
+    from recipelib.reporting.run import save_run
     from recipelib.runtime.checkpoints import find_checkpoint
-    from recipelib.runtime.launch import fsdp_option, is_main_process, progress, say
+    from recipelib.runtime.console import is_main_process, progress, say
+    from recipelib.runtime.files import read_metrics
+    from recipelib.runtime.launch import fsdp_option
     from recipelib.training.cloze_trainer import (
-        BlankTrainer,
+        ClozeTrainer,
         KeepBest,
         check_trained,
-        heaviest_blanks,
+        heaviest_cloze_batch,
         rehearsed_loss,
     )
     from recipelib.training.memory import MemoryMeter, estimate_memory
+    from recipelib.training.plan import show_plan
 
     if args.predict:
-        return answer_blank_file(args, training)
+        return answer_cloze_file(args, training)
     if args.per_class and training.resume_from_checkpoint:
         raise UserError("--resume_from_checkpoint: few-shot runs are short; leave it out")
     if training.packing:
@@ -195,12 +193,12 @@ def main(args: PromptArguments, training) -> dict | None:
     asker = asker_of(encoder, masked, args.cloze)
     question = template.questions(train.rows[0])[0]
     words = label_word_ids(asker, question)
-    before = before_blank(asker, question, next(iter(template.verbalizer.values()))[0])
+    before = before_cloze(asker, question, next(iter(template.verbalizer.values()))[0])
     for note in check_words(template, encoder.text, words, before):
         say(note)
-    scored = encode_blanks(asker, evaluation.rows, soft=args.soft_verbalizer)
+    scored = encode_cloze_rows(asker, evaluation.rows, soft=args.soft_verbalizer)
     if args.preview:
-        return preview_blanks(scored, asker, args.preview)
+        return preview_cloze(scored, asker, args.preview)
     method = {
         "masked": masked,
         "cloze": masked or args.cloze,
@@ -249,12 +247,16 @@ def main(args: PromptArguments, training) -> dict | None:
         require_cache(model)
     model = place_model(model, training)
     if args.search_label_words:
-        asked = encode_blanks(asker, train.rows)
+        asked = encode_cloze_rows(asker, train.rows)
         found = search_label_words(model, asker, asked, scored, training.seed)
         save_label_words(found, template, training.output_dir)
         return None
-    base = evaluate_blanks(
-        model, asker, encode_blanks(asker, evaluation.rows), description="scoring base", **evaluate
+    base = score_cloze(
+        model,
+        asker,
+        encode_cloze_rows(asker, evaluation.rows),
+        description="scoring base",
+        **evaluate,
     )
     say(f"untouched model: {base}")
     if args.tune == "none":
@@ -269,8 +271,8 @@ def main(args: PromptArguments, training) -> dict | None:
         run.accelerator_config = copy.deepcopy(training.accelerator_config)  # trainers write to it
         run.seed, run.output_dir = training.seed + draw, folders[draw]
         if chosen:
-            validation = encode_blanks(asker, chosen, soft=args.soft_verbalizer)
-        blanks = encode_blanks(
+            validation = encode_cloze_rows(asker, chosen, soft=args.soft_verbalizer)
+        blanks = encode_cloze_rows(
             asker, rows, soft=args.soft_verbalizer, progress=progress("encoding")
         )
         memory = MemoryMeter()
@@ -286,7 +288,7 @@ def main(args: PromptArguments, training) -> dict | None:
             SoftVerbalizer.at_words(model, words).into(model)
         if prompted:
             compute_prompt_once(model)
-        trainer = BlankTrainer(
+        trainer = ClozeTrainer(
             model,
             run,
             blanks.encoded.examples,
@@ -300,7 +302,7 @@ def main(args: PromptArguments, training) -> dict | None:
             rates["prompt_encoder"] = RATES["soft_prompt"]
         trainer.optimizer = trainer.optimizer_at(rates)
         estimated = estimate_memory(
-            model, run, heaviest_blanks(blanks.encoded.examples, run), rehearsed_loss
+            model, run, heaviest_cloze_batch(blanks.encoded.examples, run), rehearsed_loss
         )
         model = trainer.shard()
         sources = {"train": train.source, "eval": evaluation.source}
@@ -309,7 +311,7 @@ def main(args: PromptArguments, training) -> dict | None:
         if validation:
 
             def score(model=model, validation=validation):
-                found = evaluate_blanks(model, asker, validation, description=None, **evaluate)
+                found = score_cloze(model, asker, validation, description=None, **evaluate)
                 right = [one["log_likelihoods"][one["answer"]] for one in found.records]
                 return found.score, sum(right) / len(right)
 
@@ -320,7 +322,7 @@ def main(args: PromptArguments, training) -> dict | None:
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - start
         peak = memory.stop()
-        tuned = evaluate_blanks(model, asker, scored, description="scoring tuned", **evaluate)
+        tuned = score_cloze(model, asker, scored, description="scoring tuned", **evaluate)
         trainer.save_model(run.output_dir)
         runs.append(
             save_run(

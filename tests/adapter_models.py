@@ -9,10 +9,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
 )
 
-from recipelib.adapters.bottleneck import (
-    BottleneckConfig,
-    BottleneckLayer,
-)
+from recipelib.adapters.bottleneck import BottleneckConfig, BottleneckLayer
 
 LLAMA = {
     "hidden_size": 16,

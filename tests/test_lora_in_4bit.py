@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 import recipelib.models.loading
 from recipelib.cli import parse_arguments, run_recipe
 from recipelib.models import quantization
+from recipelib.models.quantization import count_parameters
 from recipelib.reporting.predicting import answer_file
-from recipelib.reporting.run import count_parameters
 from recipelib.runtime.errors import UserError
 
 ROWS = [

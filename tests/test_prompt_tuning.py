@@ -19,15 +19,17 @@ from transformers import (
     AutoModelForSeq2SeqLM,
 )
 
+from recipelib.adapters.saved import load_tuned
 from recipelib.cli import parse_arguments
 from recipelib.data.rows import load_rows
-from recipelib.encoding.cloze_rows import encode_blanks
+from recipelib.encoding.asking import asker_of
+from recipelib.encoding.cloze_rows import encode_cloze_rows
 from recipelib.encoding.prompt_encoder import PromptEncoder
-from recipelib.evaluation.cloze_evaluation import asker_of, evaluate_blanks, load_tuned
+from recipelib.evaluation.labels import score_cloze
 from recipelib.models.loading import load_tokenizer
 from recipelib.prompts.template import PromptTemplate
 from recipelib.runtime.errors import UserError
-from recipelib.training.cloze_trainer import BlankTrainer
+from recipelib.training.cloze_trainer import ClozeTrainer
 
 ROWS = [
     {"sentence": f"{'so ' * (number % 5)}{word} film, number {number}", "label": label}
@@ -88,8 +90,8 @@ def scores(folder: Path, model=None) -> list[float]:
     ask = asker_of(PromptEncoder(template, tokenizer, 95), metrics["masked"], metrics["cloze"])
     source = json.loads((folder / "rows.json").read_text())
     rows = load_rows(template, source, "validation").rows
-    rows = encode_blanks(ask, rows, soft=metrics["verbalizer"] == "soft")
-    found = evaluate_blanks(model, ask, rows, combine=metrics["combine"])
+    rows = encode_cloze_rows(ask, rows, soft=metrics["verbalizer"] == "soft")
+    found = score_cloze(model, ask, rows, combine=metrics["combine"])
     return flat(found.records)
 
 
@@ -143,14 +145,14 @@ def test_what_was_trained_is_saved_and_loads_with_peft_and_transformers_alone(
 @pytest.mark.parametrize("tune", ["soft_prompt", "p_tuning", "prefix", "model", "both"])
 def test_only_what_tune_names_changes(kind, tune, run, models, monkeypatch):
     seen = {}
-    optimizer_at = BlankTrainer.optimizer_at
+    optimizer_at = ClozeTrainer.optimizer_at
 
     def watch(self, rates):
         seen["model"] = self.model
         seen["before"] = {name: one.detach().clone() for name, one in self.model.named_parameters()}
         return optimizer_at(self, rates)
 
-    monkeypatch.setattr(BlankTrainer, "optimizer_at", watch)
+    monkeypatch.setattr(ClozeTrainer, "optimizer_at", watch)
     run(kind, "--tune", tune, "--learning_rate", "0.01")
     changed = {
         name
@@ -209,14 +211,14 @@ def test_a_prefix_starts_as_the_text_in_front_of_the_prompt(run, models):
 
 def test_no_arguments_but_the_template_choose_rates_that_fit_what_is_tuned(run, monkeypatch):
     rates, made = {}, []
-    optimizer_at = BlankTrainer.optimizer_at
+    optimizer_at = ClozeTrainer.optimizer_at
 
     def watch(self, rates_of_parts):
         made.append(optimizer_at(self, rates_of_parts))
         rates[Path(self.args.output_dir).name] = [group["lr"] for group in made[-1].param_groups]
         return made[-1]
 
-    monkeypatch.setattr(BlankTrainer, "optimizer_at", watch)
+    monkeypatch.setattr(ClozeTrainer, "optimizer_at", watch)
     for tune in ("soft_prompt", "model", "both"):
         run("causal", "--tune", tune, "--max_steps", "1", output=tune)
     assert {name: [*dict.fromkeys(some)] for name, some in rates.items()} == {

@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from recipelib.prompts.schema import load_yaml
-from recipelib.runtime.errors import UserError
+from recipelib.runtime.errors import UserError, require_at_least
+from recipelib.runtime.files import load_yaml
 from recipelib.runtime.launch import end_process_group
 
 USAGE = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]"
@@ -27,18 +27,6 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
-
-
-def require_at_least(arguments: Any, **least: float) -> None:
-    """Refuse numbers that would fail late or mean nothing; None is left alone.
-
-    Raises:
-        UserError: the first argument that is smaller than the number given under its name.
-    """
-    for name, limit in least.items():
-        value = getattr(arguments, name)
-        if value is not None and not value >= limit:
-            raise UserError(f"--{name} {value}: must be {limit} or more")
 
 
 @dataclass
@@ -193,7 +181,7 @@ def parse_arguments(
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from trl import TrlParser
 
-    from recipelib.training.trainer import RecipeConfig
+    from recipelib.training.config import RecipeConfig
 
     class Parser(TrlParser):
         def error(self, message: str):

@@ -14,7 +14,7 @@ from recipelib.evaluation.evaluation import evaluate_task
 from recipelib.models.loading import load_model, load_tokenizer
 from recipelib.prompts.template import PromptTemplate
 from recipelib.runtime.checkpoints import find_checkpoint
-from recipelib.runtime.launch import say
+from recipelib.runtime.console import say
 from recipelib.training.trainer import RecipeTrainer
 
 

@@ -16,7 +16,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from recipelib import cli as arguments
-from recipelib.runtime.launch import end_process_group, say
+from recipelib.runtime.console import say
+from recipelib.runtime.launch import end_process_group
 
 MARK = "=====run:"
 

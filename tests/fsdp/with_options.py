@@ -19,11 +19,12 @@ from torch.distributed.tensor import DTensor
 from recipelib.encoding.examples import encode_rows
 from recipelib.encoding.prompt_encoder import PromptEncoder
 from recipelib.evaluation.evaluation import evaluate_task
+from recipelib.models.quantization import count_parameters
 from recipelib.prompts.template import PromptTemplate
-from recipelib.reporting.run import count_parameters
-from recipelib.runtime.launch import is_main_process
+from recipelib.runtime.console import is_main_process
 from recipelib.training.callbacks import SampleWriter, stop_early
-from recipelib.training.trainer import RecipeConfig, RecipeTrainer
+from recipelib.training.config import RecipeConfig
+from recipelib.training.trainer import RecipeTrainer
 
 TEMPLATE = PromptTemplate(
     {

@@ -106,7 +106,7 @@ def test_help_answers_at_once_and_lists_every_argument_with_its_default(recipe):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda one: one.stem)
 def test_no_argument_of_a_recipe_is_the_trainers_too(recipe):
-    from recipelib.training.trainer import RecipeConfig
+    from recipelib.training.config import RecipeConfig
 
     names = {one.name for one in dataclasses.fields(arguments_of(recipe))}
     assert names >= COMMON

@@ -17,7 +17,7 @@ from peft import PeftModel, PeftType
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from recipelib.evaluation.few_shot import CausalAsker, MaskedAsker
+from recipelib.encoding.asking import CausalAsker, MaskedAsker
 from recipelib.prompts.template import Question
 from recipelib.prompts.values import RowError
 from recipelib.runtime.errors import UserError

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from recipelib.data.rows import row_key
-from recipelib.encoding.prompt_encoder import Demonstration
-from recipelib.prompts.template import PromptTemplate, Question
+from recipelib.prompts.template import Demonstration, PromptTemplate, Question
 from recipelib.prompts.values import as_list
 from recipelib.runtime.errors import UserError
 

@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from recipelib.prompts.template import PromptTemplate
 from recipelib.runtime.errors import UserError
 
 
@@ -55,3 +56,30 @@ def draw_rows(rows: Sequence[Mapping[str, Any]], count: int, seed: int) -> list[
         places = sorted(range(len(rows)), key=keys.__getitem__)[: count - len(drawn)]
         drawn += [rows[place] for place in sorted(places)]
     return drawn
+
+
+def few_shot_rows(
+    template: PromptTemplate, rows: Sequence[Mapping], per_class: int, seed: int
+) -> tuple[list[Mapping], list[Mapping]]:
+    """A draw of so many rows of each class to train on, and as many others to choose by, both in
+    random order (as LM-BFF, Gao et al. 2021, section 3.1).
+
+    Raises:
+        UserError: a class has too few rows.
+    """
+    draw = random.Random(seed)
+    train, validation = [], []
+    by_label: dict[str, list[Mapping]] = {label: [] for label in template.verbalizer}
+    for row in rows:
+        by_label[template.questions(row)[0].label].append(row)
+    for label, some in by_label.items():
+        if len(some) < 2 * per_class:
+            raise UserError(
+                f"--per_class {per_class}: takes {2 * per_class} rows of each class, half of them "
+                f"to choose by, and {label!r} has {len(some)}; ask for fewer"
+            )
+        drawn = draw.sample(some, 2 * per_class)
+        train += drawn[:per_class]
+        validation += drawn[per_class:]
+    draw.shuffle(train)
+    return train, validation

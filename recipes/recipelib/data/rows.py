@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipelib.data.sources import Entry, Hub, Source, has_split, locate, one_line, open_source
+from recipelib.data.sources import Entry, Hub, Source, has_split, locate, open_source
 from recipelib.prompts.template import PromptTemplate
 from recipelib.prompts.values import RowError
-from recipelib.runtime.errors import UserError
-from recipelib.runtime.launch import say
+from recipelib.runtime.console import say
+from recipelib.runtime.errors import UserError, one_line
 
 _SHOWN_BAD_ROWS = 20
 _MOST_HELD_OUT = 1000

@@ -15,7 +15,7 @@ from recipelib.data.text_rows import read_text_rows
 from recipelib.prompts.schema import TEMPLATE_FOLDER
 from recipelib.prompts.template import PromptTemplate
 from recipelib.prompts.values import RowError
-from recipelib.runtime.errors import UserError
+from recipelib.runtime.errors import UserError, one_line
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
@@ -363,9 +363,3 @@ def _class_reader(
         return row
 
     return read
-
-
-def one_line(text: Any) -> str:
-    """Row values and other libraries' messages can hold whole documents."""
-    line = " ".join(str(text).split())
-    return line if len(line) <= 400 else f"{line[:250]} ... {line[-140:]}"

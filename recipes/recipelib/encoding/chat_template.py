@@ -12,7 +12,7 @@ from itertools import takewhile
 
 import jinja2
 
-from recipelib.prompts.values import Turn
+from recipelib.prompts.conversations import Turn
 from recipelib.runtime.errors import UserError
 
 # Turns are told apart by their headers only: no new tokens, so no embeddings to train. A header

@@ -8,46 +8,15 @@ wherever they begin another word, too.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
+import torch
+
+from recipelib.encoding.asking import Asked, CausalAsker, Cloze, ClozeAsker, MaskedAsker
 from recipelib.encoding.examples import EncodedRows
-from recipelib.encoding.prompt_encoder import EncodedPrompt
-from recipelib.evaluation.evaluation import Asked, ask
-from recipelib.evaluation.few_shot import CausalAsker, MaskedAsker
-from recipelib.inference.masked import Cloze
-from recipelib.prompts.template import PromptTemplate, Question
 from recipelib.runtime.errors import UserError
-
-
-class ClozeAsker(CausalAsker):
-    """Asks a causal model to fill the template's cloze, wherever its mask stands: the likelihood of
-    the whole text with each label word in place. What stands before the mask is the same for all.
-    """
-
-    def ask(self, rows: Sequence[Mapping], answers: bool, demonstrate=None) -> list[Asked]:
-        """The rows whose cloze fits; a pair that is asked once per word is one cloze, too."""
-        asked = ask(self.encoder, rows, lambda one: 0, answers, None, self._encode)
-        for one in asked:
-            one.questions, one.prompts = one.questions[:1], one.prompts[:1]
-        return asked
-
-    def _encode(self, question: Question, reserve: int, shown: Sequence) -> EncodedPrompt:
-        return self.encoder.causal_cloze(question)[0]
-
-    def prompt(self, question: Question, shown: Sequence = ()) -> EncodedPrompt:
-        """What stands before the mask of one question."""
-        return self._encode(question, 0, ())
-
-    def requests(self, question: Question, prompt: EncodedPrompt, shown: Sequence = ()) -> list:
-        """As `CausalAsker`'s; a continuation is a word with the text behind the mask."""
-        _, follow = self.encoder.causal_cloze(prompt.question)
-        words = [(label, len(ids), 0) for label, some in follow.items() for ids in some]
-        return [((prompt.ids, [ids for some in follow.values() for ids in some]), words)]
-
 
 Example = dict[str, Any]
 
@@ -137,86 +106,22 @@ def soft_requests(requests: Sequence[tuple], classes: Sequence[str]) -> list[tup
     return [(request, [(label,) for label in classes])]
 
 
-def label_word_ids(
-    asker: CausalAsker | MaskedAsker, question: Question
-) -> dict[str, list[list[int]]]:
-    """For each label the ids of its words as they stand in the blank of a question."""
-    encode = word_encoder(asker, question)
-    verbalizer = asker.encoder.template.verbalizer
-    return {label: [encode(word) for word in words] for label, words in verbalizer.items()}
-
-
-def word_encoder(
-    asker: CausalAsker | MaskedAsker, question: Question
-) -> Callable[[str], list[int]]:
-    """Gives the ids of a word as it stands in the blank of a question."""
-    encoder, template = asker.encoder, asker.encoder.template
-    if isinstance(asker, CausalAsker) and not isinstance(asker, ClozeAsker):
-        if question.asked is not None:
-            return lambda word: encoder.answer(f" {word}")
-        return lambda word: encoder.answer(template.text("answer", question, word=word))
-    before, _ = encoder.cloze_parts(question)
-    if isinstance(asker, MaskedAsker):
-        return partial(encoder.text.word, before=before)
-    space = before[len(before.rstrip()) :]
-    return lambda word: encoder.text.continuation(space + word)
-
-
-def before_blank(asker: CausalAsker | MaskedAsker, question: Question, word: str) -> str:
-    """The character in front of a word in the blank of a question; "" in a chat, whose template
-    decides on it.
-    """
-    if isinstance(asker, MaskedAsker):
-        return asker.encoder.cloze_parts(question)[0][-1:]
-    if asker.encoder.chat:
-        return ""
-    ids = [*asker.prompt(question, ()).ids, *word_encoder(asker, question)(word)]
-    return asker.encoder.text.tokenizer.decode(ids).removesuffix(word)[-1:]
-
-
-def few_shot_rows(
-    template: PromptTemplate, rows: Sequence[Mapping], per_class: int, seed: int
-) -> tuple[list[Mapping], list[Mapping]]:
-    """A draw of so many rows of each class to train on, and as many others to choose by, both in
-    random order (as LM-BFF, Gao et al. 2021, section 3.1).
-
-    Raises:
-        UserError: a class has too few rows.
-    """
-    draw = random.Random(seed)
-    train, validation = [], []
-    by_label: dict[str, list[Mapping]] = {label: [] for label in template.verbalizer}
-    for row in rows:
-        by_label[template.questions(row)[0].label].append(row)
-    for label, some in by_label.items():
-        if len(some) < 2 * per_class:
-            raise UserError(
-                f"--per_class {per_class}: takes {2 * per_class} rows of each class, half of them "
-                f"to choose by, and {label!r} has {len(some)}; ask for fewer"
-            )
-        drawn = draw.sample(some, 2 * per_class)
-        train += drawn[:per_class]
-        validation += drawn[per_class:]
-    draw.shuffle(train)
-    return train, validation
-
-
 @dataclass
-class BlankRows:
+class ClozeRows:
     """Rows as they are computed (`encoded.examples`), and as they were asked."""
 
     encoded: EncodedRows = field(default_factory=EncodedRows)
     asked: list[Asked] = field(default_factory=list)
 
 
-def encode_blanks(
+def encode_cloze_rows(
     asker: CausalAsker | MaskedAsker,
     rows: Sequence[Mapping],
     *,
     soft: bool = False,
     answers: bool = True,
     progress: Callable[[Iterable], Iterable] = iter,
-) -> BlankRows:
+) -> ClozeRows:
     """Rows that `data.load_rows` has checked, each as `example_of` describes.
 
     Args:
@@ -225,7 +130,7 @@ def encode_blanks(
     Raises:
         UserError: no row fits.
     """
-    classes, found = list(asker.encoder.template.verbalizer), BlankRows()
+    classes, found = list(asker.encoder.template.verbalizer), ClozeRows()
     counts = found.encoded.counts
     for number, row in enumerate(progress(rows)):
         counts.rows += 1
@@ -258,3 +163,34 @@ def encode_blanks(
     if not found.asked:
         raise UserError(f"--max_length {asker.encoder.max_length}: no row fits; raise it")
     return found
+
+
+def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    """A batch: the sequences of all rows, padded on the right so that nothing comes between a soft
+    prompt and the text; the places that are read; and the right label of each row.
+
+    Returns:
+        `input_ids` and `attention_mask`, [sequences, width]; `places`, [places, 2] sequence and
+        column of each place; `reads`, [n, 5] row, place, token, word, sign; `word_labels`, [words],
+        which are the same for all rows; `labels`, [rows].
+    """
+    sequences: list[torch.Tensor] = []
+    places: dict[tuple[int, int], int] = {}
+    reads = []
+    for row, example in enumerate(examples):
+        for sequence, column, token, word, sign in example["reads"]:
+            place = (len(sequences) + sequence, column)
+            reads.append((row, places.setdefault(place, len(places)), token, word, sign))
+        start = 0
+        for length in example["lengths"]:
+            sequences.append(torch.tensor(example["input_ids"][start : start + length]))
+            start += length
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {
+        "input_ids": pad(sequences, batch_first=True),
+        "attention_mask": pad([torch.ones_like(one) for one in sequences], batch_first=True),
+        "places": torch.tensor(list(places)),
+        "reads": torch.tensor(reads),
+        "word_labels": torch.tensor(examples[0]["word_labels"]),
+        "labels": torch.tensor([example["labels"] for example in examples]),
+    }

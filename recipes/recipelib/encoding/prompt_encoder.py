@@ -15,14 +15,13 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from recipelib.encoding.tokens import TextEncoder
-from recipelib.prompts.template import PromptTemplate, Question, RowError
-from recipelib.prompts.values import Turn
+from recipelib.prompts.conversations import Turn
+from recipelib.prompts.template import Demonstration, PromptTemplate, Question
+from recipelib.prompts.values import RowError
 from recipelib.runtime.errors import UserError
 
 IGNORED = -100  # the label that the loss skips
 RENDERINGS = ("text", "chat")
-
-Demonstration = tuple[str, str]  # a prompt and its answer, as text
 
 
 class DoesNotFit(RowError):

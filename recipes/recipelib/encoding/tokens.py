@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from recipelib.encoding.chat_template import ChatTemplate
-from recipelib.prompts.values import Turn
+from recipelib.prompts.conversations import Turn
 from recipelib.runtime.errors import UserError
 
 # Two noncharacters, which Unicode keeps out of interchanged text; should they come all the same,

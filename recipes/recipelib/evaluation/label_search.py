@@ -17,18 +17,17 @@ from pathlib import Path
 import torch
 
 from recipelib.data.rows import load_splits
-from recipelib.encoding.cloze_rows import BlankRows, Example, word_encoder
-from recipelib.evaluation.evaluation import Asked
-from recipelib.evaluation.few_shot import CausalAsker, MaskedAsker
-from recipelib.inference.cloze_scoring import collate
+from recipelib.encoding.asking import Asked, CausalAsker, MaskedAsker
+from recipelib.encoding.cloze_rows import ClozeRows, Example, collate
+from recipelib.encoding.words import word_encoder
 from recipelib.inference.lockstep import Lockstep, gather_results, process_group
-from recipelib.models.head import only_at
-from recipelib.prompts.schema import TEMPLATE_FOLDER, find_template, load_yaml
+from recipelib.models.head import logits_at
+from recipelib.prompts.schema import TEMPLATE_FOLDER, find_template
 from recipelib.prompts.template import PromptTemplate, Question
 from recipelib.prompts.values import class_name
-from recipelib.reporting.report import print_table, printable
+from recipelib.runtime.console import is_main_process, print_table, printable, progress_bar
 from recipelib.runtime.errors import UserError
-from recipelib.runtime.launch import is_main_process, progress_bar
+from recipelib.runtime.files import load_yaml
 
 CANDIDATES = 100  # words per class that are tried
 SHOWN = 8  # words per class that are shown
@@ -85,15 +84,15 @@ def classes_from_rows(args, columns: Mapping[str, str], seed: int) -> PromptTemp
 def search_label_words(
     model,
     asker: CausalAsker | MaskedAsker,
-    train: BlankRows,
-    evaluation: BlankRows,
+    train: ClozeRows,
+    evaluation: ClozeRows,
     seed: int = 42,
 ) -> Found:
     """A word for each class that tells the training rows apart; the evaluation rows are only
     scored.
 
     Args:
-        train, evaluation: as `encode_blanks` gives them; of many rows MOST_ROWS are drawn.
+        train, evaluation: as `encode_cloze_rows` gives them; of many rows MOST_ROWS are drawn.
         seed: of the draw.
     Raises:
         UserError: pairs that are asked once per word have no words of their own; a class without
@@ -109,11 +108,11 @@ def search_label_words(
     some, held_out = (
         draw.sample(rows.asked, min(MOST_ROWS, len(rows.asked))) for rows in (train, evaluation)
     )
-    likely, gold = _at_blank(model, asker, some, "reading training rows")
+    likely, gold = _at_cloze(model, asker, some, "reading training rows")
     words = _candidates(asker, train.asked[0].questions[0], likely, gold, len(classes))
     tokens = [[token for _, token in some] for some in words]
     chosen = _choose(likely, gold, tokens)
-    held, held_gold = _at_blank(model, asker, held_out, "reading evaluation rows")
+    held, held_gold = _at_cloze(model, asker, held_out, "reading evaluation rows")
 
     def accuracies(picked: Sequence[int]) -> tuple[float, float]:
         ids = [some[at] for some, at in zip(tokens, picked, strict=True)]
@@ -134,7 +133,7 @@ def search_label_words(
 
 
 @torch.no_grad()
-def _at_blank(
+def _at_cloze(
     model, asker: CausalAsker | MaskedAsker, asked: Sequence[Asked], description: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[rows, vocabulary] log-probabilities of the first token in the blank, and [rows] labels."""
@@ -161,7 +160,7 @@ def _at_blank(
             ids, mask, places = (
                 batch[name].to(run.device) for name in ("input_ids", "attention_mask", "places")
             )
-            with only_at(model, places, ids.shape[1]):
+            with logits_at(model, places, ids.shape[1]):
                 logits = run(input_ids=ids, attention_mask=mask, use_cache=False).logits
             likely = logits[0].float().log_softmax(-1).cpu()
             # Copies, since a row that is sent to others would take its neighbors along.

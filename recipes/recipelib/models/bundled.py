@@ -20,7 +20,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -28,8 +27,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipelib.runtime.errors import UserError
-from recipelib.runtime.launch import is_main_process
+from recipelib.runtime.console import is_main_process
+from recipelib.runtime.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,12 +70,6 @@ def prepare_gguf(path: Path) -> Path:
     status = path.stat()
     sha256 = _sha256(path, status.st_size, status.st_mtime_ns)
     return _converted(_target(path.stem, sha256), lambda work: path)
-
-
-def first_line(message: object) -> str:
-    """The first line with content, shortened."""
-    lines = [line for line in str(message).splitlines() if line.strip()] or ["no message"]
-    return textwrap.shorten(lines[0], 240, placeholder="...")
 
 
 # The cache ---------------------------------------------------------------------------------------

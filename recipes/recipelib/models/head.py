@@ -29,7 +29,7 @@ def _pick(module: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Ten
 
 
 @contextmanager
-def only_at(model, places: torch.Tensor, width: int) -> Iterator[None]:
+def logits_at(model, places: torch.Tensor, width: int) -> Iterator[None]:
     """Let the last layer of the model's head see a few states only: its logits are then
     [1, places, vocabulary].
 

@@ -19,11 +19,10 @@ from recipelib.models.bundled import (
     BUNDLED_NAME,
     INSTEAD,
     bundled_folder,
-    first_line,
     prepare_bundled,
     prepare_gguf,
 )
-from recipelib.runtime.errors import UserError
+from recipelib.runtime.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -190,38 +189,6 @@ def most_positions(config: Mapping[str, Any]) -> int:
     before = _LEARNED_POSITIONS.get(config.get("model_type"))
     most = config.get("max_position_embeddings", config.get("n_positions"))
     return sys.maxsize if before is None or most is None else most - before
-
-
-def resolve_adapter(adapter: str, revision: str | None = None) -> Path:
-    """The folder of a PEFT adapter, fetched from the hub if it is not here; safetensors only.
-
-    Raises:
-        UserError: no adapter there, pickled weights only, or a hub that refuses.
-    """
-    import recipelib.adapters.bottleneck  # noqa: F401  PEFT knows its adapters from here on
-
-    folder = Path(adapter).expanduser()
-    if not folder.is_dir():
-        if adapter.startswith((".", "/", "~")) or adapter.count("/") != 1:
-            raise UserError(
-                f"--adapter {adapter}: no such folder; check the path, or pass a hub id"
-            )
-        with _hub_errors_in_one_line(adapter, adapter, None):
-            from huggingface_hub import snapshot_download
-
-            patterns = ["*.json", "*.safetensors"]
-            folder = Path(snapshot_download(adapter, revision=revision, allow_patterns=patterns))
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(
-            f"--adapter {adapter}: no adapter_config.json, so no adapter; a whole model goes to "
-            "--model_name_or_path"
-        )
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(
-            f"--adapter {adapter}: no adapter_model.safetensors, and other formats can run code "
-            "when loaded; save it again with a recent PEFT"
-        )
-    return folder
 
 
 def weights_identity(model_name_or_path: str | None, revision: str | None = None) -> list:

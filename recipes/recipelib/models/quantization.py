@@ -6,16 +6,14 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from recipelib.models.bundled import first_line
+import torch
+
 from recipelib.models.loading import stored_config
-from recipelib.runtime.errors import UserError
+from recipelib.runtime.errors import UserError, first_line
 from recipelib.runtime.launch import uses_fsdp
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import BitsAndBytesConfig, PreTrainedModel
-
-    from recipelib.training.trainer import RecipeConfig
+    from transformers import BitsAndBytesConfig, PreTrainedModel, TrainingArguments
 
 
 def four_bit_config(
@@ -46,7 +44,7 @@ def four_bit_config(
     )
 
 
-def four_bit_loading(training: RecipeConfig) -> dict[str, Any]:
+def four_bit_loading(training: TrainingArguments) -> dict[str, Any]:
     """What `load_model` needs besides, to quantize the model while it is loaded onto its device.
 
     Raises:
@@ -139,3 +137,14 @@ def describe_quantization(model: PreTrainedModel) -> str | None:
     config = model.config.quantization_config
     double = ", double quantization" if config.bnb_4bit_use_double_quant else ""
     return f"4-bit ({config.bnb_4bit_quant_type}{double})"
+
+
+def count_parameters(model) -> tuple[int, int]:
+    """Trainable and all parameters; one that is tied counts once, 4-bit ones by their real size."""
+    packed = {  # by the layer, since a shard does not know what it is a shard of
+        id(one.weight): one.quant_state.shape.numel()
+        for one in model.modules()
+        if getattr(one, "quant_state", None) is not None
+    }
+    sizes = [(packed.get(id(one), one.numel()), one.requires_grad) for one in model.parameters()]
+    return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)

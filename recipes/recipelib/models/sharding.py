@@ -7,13 +7,15 @@ import re
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.distributed.fsdp import update_fsdp_plugin_peft
 
 from recipelib.models.head import bare_model
+from recipelib.runtime.console import say
 from recipelib.runtime.errors import UserError
-from recipelib.runtime.launch import say, uses_fsdp
+from recipelib.runtime.launch import uses_fsdp
 
 FSDP_OFF = (
     "the accelerate config asks for FSDP, but accelerate did not turn it on; install the versions "
@@ -109,3 +111,9 @@ def check_shards(model, processes: int) -> None:
         f"sharded by FSDP2: {held:,} of {total:,} parameters ({held / total:.1%}) in each of "
         f"{processes} processes"
     )
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """What FSDP shards one by one and activation checkpointing recomputes."""
+    names = getattr(model, "_no_split_modules", None) or ()
+    return [one for one in model.modules() if type(one).__name__ in names]

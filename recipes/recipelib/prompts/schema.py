@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 
 from recipelib.prompts.sandbox import SecurityError, compile_expression, compile_text, variables_of
 from recipelib.runtime.errors import UserError
@@ -53,67 +52,6 @@ _INNER = {
     "rationale": ("text", "join"),
     "spans": ("tokens", "tags", "types", "join", "none"),
 }
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """safe_load that refuses what it would change in silence: duplicate keys, and keys such as 0 or
-    no. Aliases, with which a few lines stand for gigabytes, are refused too.
-    """
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            event = self.get_event()
-            where = f"line {event.start_mark.line + 1}"
-            raise UserError(f"{where}: *{event.anchor} is an alias; write the value out")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            where = f"line {key_node.start_mark.line + 1}"
-            if not isinstance(key, str):
-                text = key_node.value
-                raise UserError(
-                    f'{where}: the key {text} is read as {key!r}, not as text; write "{text}"'
-                )
-            if key in seen:
-                raise UserError(f"{where}: the key {key!r} stands twice; keep one of them")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def load_yaml(path: Path) -> dict:
-    """The mapping in a YAML file.
-
-    Raises:
-        UserError: no such file, not UTF-8, no mapping, duplicate or non-string keys, YAML's own
-        errors.
-    """
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except OSError as error:
-        raise UserError(
-            f"{path}: {error.strerror or error}; pass a file that can be read"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark else ""
-        problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise UserError(
-            f"{path}: {where}{problem}; put text with a colon, braces or quotes into quotes"
-        ) from None
-    except ValueError as error:  # a date that is none, such as 2020-99-99
-        raise UserError(f"{path}: {error}; put it into quotes") from None
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply to be a template; flatten it") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: holds no keys; a template starts with 'name:' and 'form:'")
-    return data
 
 
 def find_template(name_or_path: str) -> Path:

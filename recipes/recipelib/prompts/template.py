@@ -3,7 +3,7 @@
 A row of data becomes one or several `Question`s (one per entity type, one per candidate of a
 sentence pair, otherwise one). A question renders as a prompt with its answer, as a cloze with a
 mask, or as a sentence pair; what the model writes is read back by `read_answer` and `read_label`.
-Tokens are the business of `encoding.py`.
+Tokens are the business of the room `encoding`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,12 @@ from typing import Any
 import jinja2
 import yaml
 
-from recipelib.prompts import values as row_values
-from recipelib.prompts.question import Question
+from recipelib.prompts.conversations import Turn, read_tools, read_turns
 from recipelib.prompts.sandbox import SecurityError, compile_expression, compile_text, variables_of
-from recipelib.prompts.schema import (
-    CURE,
-    TEXTS,
-    check_fields,
-    find_template,
-    load_yaml,
-    own_variables,
-    plain,
-)
-from recipelib.prompts.values import RowError, as_list, class_name
+from recipelib.prompts.schema import CURE, TEXTS, check_fields, find_template, own_variables, plain
+from recipelib.prompts.values import RowError, as_list, class_name, read_entities
 from recipelib.runtime.errors import UserError
+from recipelib.runtime.files import load_yaml
 
 # What a filter or an operator raises for a value that it was not made for.
 _MISFITS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, re.error)
@@ -42,6 +35,46 @@ def _missing(value: Any) -> str | None:
     if value is None:
         return "null"
     return "empty" if isinstance(value, str) and not value.strip() else None
+
+
+Demonstration = tuple[str, str]  # a prompt and its answer, as text
+
+
+@dataclass(frozen=True)
+class Question:
+    """One thing asked about a row.
+
+    Attributes:
+        variables: what the texts of the template are rendered with.
+        answer: the gold answer as text, its leading space included; None where the row has none.
+        rationale: the reasoning before the answer with what joins the two; empty without one.
+        references: every gold answer that counts as right, without leading space.
+        label: the gold class; None without a verbalizer or without an answer.
+        candidates: for each class, the answers that stand for it, one per label word.
+        asked: the class whose word stands in the pair, or the entity type; None otherwise.
+        spans: [start, end) characters of the answers in the context, never to be cut away.
+        turns, tools: of a ready conversation, as `conversations` reads them; empty otherwise.
+    """
+
+    variables: Mapping[str, Any]
+    answer: str | None = None
+    rationale: str = ""
+    references: tuple[str, ...] = ()
+    label: str | None = None
+    candidates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    asked: str | None = None
+    spans: tuple[tuple[int, int], ...] = ()
+    turns: tuple[Turn, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def target(self) -> str | None:
+        """What training supervises: rationale and answer as one text."""
+        return None if self.answer is None else self.rationale + self.answer
+
+    def change(self, **variables: Any) -> Question:
+        """The same question with other values of some variables (shortened ones)."""
+        return dataclasses.replace(self, variables={**self.variables, **variables})
 
 
 class PromptTemplate:
@@ -181,8 +214,8 @@ class PromptTemplate:
         answers = answers or self._has_answers(row)
         if self.messages:
             names = filter(None, (self.messages, self.completion))
-            turns = row_values.read_turns({self.column(one): values[one] for one in names})
-            return [Question(values, turns=turns, tools=row_values.read_tools(values.get("tools")))]
+            turns = read_turns({self.column(one): values[one] for one in names})
+            return [Question(values, turns=turns, tools=read_tools(values.get("tools")))]
         if answers:
             self._refuse_missing_answers(row)
         if self.entity_spans:
@@ -288,7 +321,7 @@ class PromptTemplate:
         tokens = [str(token) for token in as_list(values[spec["tokens"]])]
         values[self.context] = " ".join(tokens)
         tags = as_list(values[spec["tags"]]) if answers else []
-        found = row_values.read_entities(tokens, tags, spec["types"]) if answers else []
+        found = read_entities(tokens, tags, spec["types"]) if answers else []
         join, questions = spec["join"], []
         for kind, words in spec["types"].items():
             texts = [text for type_, text, _, _ in found if type_ == kind]

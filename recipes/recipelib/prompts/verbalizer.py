@@ -6,13 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from recipelib.runtime.errors import UserError
-
 if TYPE_CHECKING:
     import torch
 
-    from recipelib.encoding.tokens import TextEncoder
-    from recipelib.prompts.template import PromptTemplate
 
 COMBINE = ("logsumexp", "mean", "max")
 
@@ -67,59 +63,3 @@ def combine_words(
     else:
         found = [group.amax(-1) for group in groups]
     return torch.stack(found, -1)
-
-
-def check_words(
-    template: PromptTemplate,
-    text: TextEncoder,
-    encoded: Mapping[str, Sequence[Sequence[int]]],
-    before: str = "",
-) -> list[str]:
-    """What a user should know of how a tokenizer encodes the label words, one line each.
-
-    Args:
-        encoded: label -> the ids of its words as they stand in the text that is asked.
-        before: the character in front of them there.
-    Raises:
-        UserError: a word that the tokenizer does not know, or words of two labels that it cannot
-            tell apart.
-    """
-    tokenizer, notes = text.tokenizer, []
-    # Other scripts may have no spaces between words.
-    glued = before.isascii() and bool(before.strip()) and before not in "([{<\"'`/-_"
-    seen: dict[tuple[int, ...], tuple[str, str]] = {}
-    for label, words in template.verbalizer.items():
-        for word, ids in zip(words, map(tuple, encoded[label]), strict=True):
-            where = f"{template.path.name}: verbalizer.{label}: {word!r}"
-            if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
-                raise UserError(
-                    f"{where}: the tokenizer does not know it ({tokenizer.unk_token}); choose "
-                    "another word"
-                )
-            other, its_word = seen.setdefault(ids, (label, word))
-            if other != label:
-                raise UserError(
-                    f"{where}: the tokenizer cannot tell it from {its_word!r} of {other!r}; "
-                    "choose another word"
-                )
-            spaced = tuple(text.encode(f" {word}"))
-            if glued and spaced != ids:
-                notes.append(
-                    f"{where}: stands right behind {before!r}, as another word to the model than "
-                    "behind a space; put one in front of it"
-                )
-            elif len(spaced) < len(ids):
-                notes.append(
-                    f"{where}: is {_pieces(tokenizer, ids)} where it stands and "
-                    f"{_pieces(tokenizer, spaced)} behind a space; put one in front of the word"
-                )
-            elif len(ids) > 1:
-                notes.append(
-                    f"{where}: is {len(ids)} tokens, {_pieces(tokenizer, ids)}: each must be "
-                    "likely; a word of one token competes on equal terms"
-                )
-    return notes
-
-
-def _pieces(tokenizer, ids: Sequence[int]) -> str:
-    return "|".join(tokenizer.decode([one]) for one in ids)

@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipelib.encoding.cloze_rows import BlankRows
+from recipelib.adapters.saved import BASE
 from recipelib.encoding.prompt_encoder import PromptEncoder
-from recipelib.evaluation.cloze_evaluation import BASE
-from recipelib.evaluation.evaluation import TaskScore
-from recipelib.evaluation.few_shot import CausalAsker, MaskedAsker
-from recipelib.reporting.report import print_table, printable, versions, write_json, write_jsonl
-from recipelib.reporting.run import count_parameters
-from recipelib.runtime.launch import is_main_process
+from recipelib.evaluation.scores import TaskScore
+from recipelib.models.quantization import count_parameters
+from recipelib.runtime.console import is_main_process, print_table
+from recipelib.runtime.files import write_json, write_jsonl
+from recipelib.runtime.versions import versions
 from recipelib.training.memory import gib
 
 LOAD_SNIPPET = """\
@@ -36,31 +35,6 @@ from recipelib.evaluation.cloze_evaluation import load_soft_verbalizer
 
 load_soft_verbalizer({folder!r}, model)  # from now on its logits are those of the labels
 """
-
-
-def preview_blanks(rows: BlankRows, asker: CausalAsker | MaskedAsker, count: int) -> None:
-    """Show the texts of the first rows as the model will see them, with the words that may fill
-    their blank.
-    """
-    from rich.console import Console
-
-    if not is_main_process():
-        return
-    console = Console(highlight=False, soft_wrap=True)
-    decode = asker.encoder.text.tokenizer.decode
-    shown = zip(rows.asked[:count], rows.encoded.examples, strict=False)
-    for number, (one, example) in enumerate(shown, start=1):
-        sequences = len(example["lengths"])
-        more = f" in {sequences} sequences" if sequences > 1 else ""
-        console.rule(f"row {number}: {len(example['input_ids'])} tokens{more}")
-        for question, prompt in zip(one.questions, one.prompts, strict=True):
-            console.print(printable(decode(prompt.ids)), markup=False)
-            found: dict[str, list[str]] = {}
-            for request, words in asker.requests(question, prompt, ()):
-                for ids, (label, *_) in zip(request[-1], words, strict=True):
-                    found.setdefault(label, []).append(decode(ids))
-            console.print(printable(f"⟦{found}⟧"), markup=False)
-        console.print(f"label: {one.questions[0].label}", markup=False)
 
 
 def save_score(

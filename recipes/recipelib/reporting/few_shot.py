@@ -11,76 +11,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from recipelib.encoding.prompt_encoder import Counts, PromptEncoder
+from recipelib.encoding.asking import Asked
+from recipelib.encoding.prompt_encoder import PromptEncoder
 from recipelib.evaluation.calibration import probabilities
-from recipelib.evaluation.evaluation import Asked
-from recipelib.evaluation.few_shot import CausalAsker, Demonstrate, FewShotScore, MaskedAsker
+from recipelib.evaluation.scores import FewShotScore
+from recipelib.models.quantization import count_parameters
 from recipelib.reporting.figures import calibration_error, plot_confusion, plot_reliability
-from recipelib.reporting.report import print_table, printable, versions, write_json, write_jsonl
-from recipelib.reporting.run import count_parameters
+from recipelib.runtime.console import is_main_process, print_table, say
 from recipelib.runtime.errors import UserError
-from recipelib.runtime.launch import is_main_process, say
+from recipelib.runtime.files import write_json, write_jsonl
+from recipelib.runtime.versions import versions
 from recipelib.training.memory import gib
 
+_SHOWN_CLASSES = 12
 _Z = 1.96  # of a 95 % interval
-_SHOWN_CHARACTERS, _SHOWN_CLASSES = 3000, 12
 # Whose scores are log-probabilities of the labels; per token and per byte they are not.
 _SURE = {"uncalibrated": "sum", "calibrated": "calibrated"}
-
-
-def preview_prompts(
-    asker: CausalAsker | MaskedAsker, rows: Sequence[Mapping], demonstrate: Demonstrate | None
-) -> None:
-    """Show the prompts of the first rows whole, and what is compared behind them."""
-    from rich.console import Console
-
-    if not is_main_process():
-        return
-    console = Console(highlight=False, soft_wrap=True)
-    encoder = asker.encoder
-    for number, row in enumerate(rows):
-        prompts, count = _prompts(asker, row, demonstrate, number)
-        if not prompts:
-            console.rule(f"row {number + 1}: does not fit into {encoder.max_length} tokens")
-        for ids, candidates in prompts:
-            shown = _several(count, "demonstration")
-            console.rule(f"row {number + 1}: {len(ids)} tokens, {shown}")
-            console.print(printable(encoder.text.tokenizer.decode(ids)), markup=False)
-            if candidates:
-                candidates = {label: list(texts) for label, texts in candidates.items()}
-                console.print(printable(f"candidates: {candidates}"), markup=False)
-
-
-def say_first_prompt(
-    asker: CausalAsker | MaskedAsker, row: Mapping, demonstrate: Demonstrate | None
-) -> None:
-    """Print the first row's prompt; of a long one the ends. Nothing where it does not fit."""
-    prompts, _ = _prompts(asker, row, demonstrate, 0)
-    for ids, _ in prompts[:1]:
-        text = asker.encoder.text.tokenizer.decode(ids)
-        left_out = len(text) - _SHOWN_CHARACTERS
-        if left_out > 0:
-            half = _SHOWN_CHARACTERS // 2
-            text = f"{text[:half]}\n[... {left_out:,} characters ...]\n{text[-half:]}"
-        say(f"the first prompt, {len(ids)} tokens:\n{printable(text)}\n")
-
-
-def _prompts(
-    asker, row: Mapping, demonstrate: Demonstrate | None, number: int
-) -> tuple[list[tuple[list[int], Mapping]], int]:
-    """The ids of a row's prompts, each with its candidates, and how many demonstrations they have;
-    of a conversation, which is scored as it is, the whole. No prompts where they do not fit.
-    """
-    encoder = asker.encoder
-    if encoder.template.messages:
-        (question,) = encoder.template.questions(row)
-        return [(ids, {}) for ids, _ in encoder.conversation(question, Counts())], 0
-    shown = demonstrate and (lambda _, asked: demonstrate(number, asked))
-    for one in asker.ask([row], False, shown):
-        candidates = [question.candidates for question in one.questions]
-        ids = [prompt.ids for prompt in one.prompts]
-        return list(zip(ids, candidates, strict=True)), len(one.demonstrations)
-    return [], 0
 
 
 def save_few_shot(

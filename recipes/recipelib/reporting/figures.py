@@ -1,14 +1,16 @@
-"""Figures of an evaluation: the confusion matrix, the reliability diagram, a score over shots."""
+"""The figures of a run: its loss, the confusion matrix, the reliability diagram, a score over shots."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from recipelib.reporting.report import BLUE, GRAY, ORANGE, RED, replacing, shortened
+from recipelib.runtime.files import replacing
 
+BLUE, LIGHT_BLUE, ORANGE, RED, GRAY = "#0b5394", "#9fc5e8", "#d95f02", "#c00000", "#666666"
 # Sizes are in inches, of fonts in points. Texts are measured, so that none runs into another.
 _DPI, _EDGE = 160, 0.25
 _PLAIN = {"va": "center", "parse_math": False}  # a $ is a dollar
@@ -285,3 +287,144 @@ def _apart(heights: Sequence[float], gap: float) -> list[float]:
     flat = [float(np.mean(pool)) for pool in pools for _ in pool]
     top = 1 - (len(heights) - 1) * gap
     return [min(max(one, 0.0), top) + place * gap for place, one in enumerate(flat)]
+
+
+def plot_loss(
+    log_history: list[dict], path: str | os.PathLike, *, title: str, subtitle: str = ""
+) -> None:
+    """Draw the curves of a training run as a PNG of 1600 x 900 pixels.
+
+    Args:
+        log_history: that of `trainer_state.json`: entries with `step` and `loss`, `eval_loss` or
+            `learning_rate`. Losses that are not finite are marked at the lower edge.
+        path: where to write.
+        title: one line, shortened to fit, as is `subtitle` below it.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    steps, losses = _logged(log_history, "loss")
+    good_steps, good = _finite(steps, losses)
+    eval_steps, eval_losses = _finite(*_logged(log_history, "eval_loss"))
+    rate_steps, rates = _finite(*_logged(log_history, "learning_rate"))
+    low, high = _limits(good, eval_losses)
+    smooth = _smooth(np.minimum(good, high))  # or one spike would bend the curve for a long time
+
+    figure = Figure(figsize=(10, 5.625), dpi=160, facecolor="white")
+    left, width, bottom = 0.075, 0.8, 0.32 if len(rates) else 0.11
+    plain = {"va": "center", "parse_math": False}  # a $ is a dollar
+    figure.text(left, 0.95, shortened(title, 75), fontsize=15, weight="bold", **plain)
+    figure.text(left, 0.905, shortened(subtitle, 115), fontsize=10.5, color=GRAY, **plain)
+    axes = figure.add_axes((left, bottom, width, 0.82 - bottom), xlim=(0, 1), ylim=(low, high))
+
+    thin, dots = 0.8 if len(steps) <= 1000 else 0.4, "o" if len(steps) <= 60 else ""
+    axes.plot(steps, losses, color=LIGHT_BLUE, linewidth=thin, marker=dots, markersize=4)
+    axes.plot(good_steps, smooth, color=BLUE, linewidth=2)
+    axes.plot(good_steps[-1:], smooth[-1:], color=BLUE, marker="o", markersize=6)
+    axes.plot(eval_steps, eval_losses, color=ORANGE, linewidth=1.2, marker="D", markersize=5)
+
+    # Direct labels at the ends of the curves, pushed apart where they would touch.
+    ends = [(smooth, BLUE, "training"), (eval_losses, ORANGE, "evaluation")]
+    ends = sorted((curve[-1], color, name) for curve, color, name in ends if len(curve))
+    heights = [(value - low) / (high - low) for value, _, _ in ends]
+    if len(heights) == 2 and heights[1] - heights[0] < 0.13:
+        middle = min(max(sum(heights) / 2, 0.1), 0.9)
+        heights = [middle - 0.065, middle + 0.065]
+    for (value, color, name), height in zip(ends, heights, strict=True):
+        label = {"x": 1.012, "y": height, "s": f"{name}\n{value:.4g}", "color": color}
+        axes.text(**label, transform=axes.transAxes, fontsize=11, va="center")
+
+    how = " and moving average" if len(good) >= 20 else " and running median"
+    heading = {"fontsize": 9.5, "color": GRAY}
+    axes.set_title(f"loss: each logged step{how * (len(good) >= 5)}", loc="left", **heading)
+    bad_steps = steps[~np.isfinite(losses)]
+    notes = []
+    if len(bad_steps):
+        foot = np.full(len(bad_steps), 0.03)
+        axes.plot(bad_steps, foot, "x", color=RED, mew=1.8, transform=axes.get_xaxis_transform())
+        notes.append(f"× {len(bad_steps):,} not finite, first at step {bad_steps[0]:,.0f}")
+    if above := np.count_nonzero(good > high):
+        notes.append(f"↑ {above:,} above the axis, up to {good.max():.4g}")
+    heading["color"] = RED if len(bad_steps) else GRAY
+    axes.set_title("    ".join(notes), loc="right", **heading)
+    if not ends:
+        axes.text(0.5, 0.5, "no finite loss was logged", transform=axes.transAxes, ha="center")
+        axes.set_yticks([])
+
+    panels = [axes]
+    if len(rates):
+        slim = figure.add_axes((left, 0.11, width, 0.13), sharex=axes)
+        slim.plot(rate_steps, rates, color=GRAY, linewidth=1.4, marker=dots, markersize=2.5)
+        slim.set_title("learning rate", loc="left", fontsize=9.5, color=GRAY)
+        peak = rates.max()
+        ticks = {peak: np.format_float_scientific(peak, 2, trim="-", exp_digits=1), 0: "0"}
+        slim.set_yticks([*ticks], [*ticks.values()])
+        slim.set_ylim(-0.08 * (peak or 1), 1.15 * (peak or 1))
+        axes.tick_params(labelbottom=False)
+        panels.append(slim)
+    for panel in panels:
+        panel.grid(axis="y", color="#e8e8e8", linewidth=0.8)
+        panel.spines[["top", "right", "left"]].set_visible(False)
+        panel.spines["bottom"].set_color("#bbbbbb")
+        panel.tick_params(length=0, labelsize=10, colors=GRAY)
+    seen = np.concatenate([steps, eval_steps, rate_steps])
+    if len(seen):
+        margin = 0.015 * np.ptp(seen) or 1.0
+        axes.set_xlim(seen.min() - margin, seen.max() + margin)
+    panels[-1].xaxis.set_major_locator(MaxNLocator(9, steps=[1, 2, 5, 10], integer=True))
+    panels[-1].xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    panels[-1].set_xlabel("step", fontsize=10, color=GRAY)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def shortened(text: str, width: int) -> str:
+    """A text as one line of at most `width` characters (1 or more), with "…" for what is cut."""
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _logged(log_history: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """The steps and values [n] of the entries with this key; null, as in our JSON, is NaN."""
+    entries = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+    values = [math.nan if value is None else float(value) for _, value in entries]
+    return np.array([step for step, _ in entries], dtype=float), np.array(values)
+
+
+def _finite(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return steps[np.isfinite(values)], values[np.isfinite(values)]
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """An exponential moving average over a 25th of the values, without pull towards 0 at the start.
+
+    Fewer than 20 values get a running median of three with Tukey's end points (1977), fewer than
+    five stay as they are.
+    """
+    if len(values) < 5:
+        return values
+    if len(values) < 20:
+        inner = np.median([values[:-2], values[1:-1], values[2:]], axis=0)
+        first = np.median([values[0], inner[0], 3 * inner[0] - 2 * inner[1]])
+        last = np.median([values[-1], inner[-1], 3 * inner[-1] - 2 * inner[-2]])
+        return np.array([first, *inner, last])
+    decay = 1 - 2 / (max(5, len(values) / 25) + 1)
+    average, smooth = 0.0, []
+    for count, value in enumerate(values, 1):
+        average = decay * average + (1 - decay) * value
+        smooth.append(average / (1 - decay**count))
+    return np.array(smooth)
+
+
+def _limits(losses: np.ndarray, eval_losses: np.ndarray) -> tuple[float, float]:
+    """The y range: all but losses far above the rest, such as the first steps' or a spike."""
+    everything = np.concatenate([losses, eval_losses])
+    if not len(everything):
+        return 0.0, 1.0
+    low, high = everything.min(), everything.max()
+    if len(losses) >= 20:
+        settled = losses[max(1, len(losses) // 50) :]
+        usual = max([np.percentile(settled, 99, method="lower"), *eval_losses])
+        high = everything[everything <= usual + 0.75 * (usual - low)].max()
+    pad = 0.06 * (high - low) or max(0.05 * abs(high), 0.01)
+    return low - pad, high + pad

@@ -14,9 +14,9 @@ from recipelib.evaluation.evaluation import evaluate_task
 from recipelib.models.loading import load_model, load_tokenizer
 from recipelib.models.quantization import four_bit_loading, prepare_four_bit
 from recipelib.prompts.template import PromptTemplate
-from recipelib.reporting.report import read_metrics, write_jsonl
+from recipelib.runtime.console import is_main_process, say
 from recipelib.runtime.errors import UserError
-from recipelib.runtime.launch import is_main_process, say
+from recipelib.runtime.files import read_metrics, write_jsonl
 
 
 def answer_file(args, training) -> None:

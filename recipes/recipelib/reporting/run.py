@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import re
 import shlex
 import shutil
 import sys
@@ -16,105 +14,16 @@ import torch
 from peft import PeftModel
 
 from recipelib.encoding.examples import EncodedRows
-from recipelib.encoding.prompt_encoder import IGNORED, PromptEncoder
-from recipelib.evaluation.evaluation import TaskScore
-from recipelib.models.bundled import first_line
-from recipelib.models.quantization import describe_quantization
+from recipelib.encoding.prompt_encoder import PromptEncoder
+from recipelib.evaluation.scores import TaskScore
+from recipelib.models.quantization import count_parameters, describe_quantization
 from recipelib.prompts.template import PromptTemplate
-from recipelib.reporting.report import (
-    model_card,
-    plot_loss,
-    print_table,
-    printable,
-    versions,
-    write_json,
-    write_jsonl,
-)
-from recipelib.runtime.errors import UserError
-from recipelib.runtime.launch import is_main_process, say
-from recipelib.training.batches import expected_padding
+from recipelib.reporting.card import _with_revision, model_card
+from recipelib.reporting.figures import plot_loss
+from recipelib.runtime.console import is_main_process, print_table, say
+from recipelib.runtime.files import write_json, write_jsonl
+from recipelib.runtime.versions import versions
 from recipelib.training.memory import MemoryEstimate, gib
-
-
-def preview(encoded: EncodedRows, tokenizer, count: int) -> None:
-    """Show training examples token by token as the model will see them, the supervised ones marked.
-
-    In a terminal they are colored; elsewhere they stand in ⟦ ⟧.
-    """
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False, soft_wrap=True)
-    for number, example in enumerate(encoded.examples[:count]):
-        supervised = [label != IGNORED for label in example["labels"]]
-        tokens = f"{len(supervised)} tokens, {sum(supervised)} supervised"
-        console.rule(f"example {number + 1}: {tokens}")
-        text, shown, start = Text(), "", 0
-        for end in range(1, len(supervised) + 1):
-            if end < len(supervised) and supervised[end] == supervised[start]:
-                continue
-            # Decoded from the beginning: a piece by itself may lose the space in front of it.
-            whole = tokenizer.decode(example["input_ids"][:end], clean_up_tokenization_spaces=False)
-            piece, shown = whole[len(shown) :], whole
-            if not supervised[start]:
-                text.append(printable(piece))
-            elif console.is_terminal:
-                text.append(printable(piece), style="bold white on dark_green")
-            else:
-                text.append(printable(f"⟦{piece}⟧"))
-            start = end
-        console.print(text)
-
-
-def count_parameters(model) -> tuple[int, int]:
-    """Trainable and all parameters; one that is tied counts once, 4-bit ones by their real size."""
-    packed = {  # by the layer, since a shard does not know what it is a shard of
-        id(one.weight): one.quant_state.shape.numel()
-        for one in model.modules()
-        if getattr(one, "quant_state", None) is not None
-    }
-    sizes = [(packed.get(id(one), one.numel()), one.requires_grad) for one in model.parameters()]
-    return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
-
-
-def show_plan(
-    model_name: str,
-    model,
-    encoded: EncodedRows,
-    training,
-    sources: dict[str, str],
-    memory: MemoryEstimate,
-) -> None:
-    """The summary before training: what is trained, on what, and how much of it."""
-    dtype, why = training.model_dtype
-    frozen = describe_quantization(model)
-    trainable, total = count_parameters(model)
-    if trainable == total and model.dtype != dtype:
-        computed = str(dtype).removeprefix("torch.")
-        dtype, why = model.dtype, f"which training needs; computed in {computed}"
-    counts, world = encoded.counts, training.world_size
-    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * world
-    lengths = [len(example["input_ids"]) for example in encoded.examples]
-    padding = expected_padding(lengths, training)
-    left_out = f", {counts.left_out} left out: too long" if counts.left_out else ""
-    print_table(
-        "Before training",
-        {
-            "model": f"{model_name}, {str(dtype).removeprefix('torch.')} ({why})",
-            **({"frozen weights": frozen} if frozen else {}),
-            "parameters": f"{trainable:,} trainable of {total:,} ({trainable / total:.2%})",
-            **sources,
-            "examples": f"{counts.examples:,} from {counts.rows:,} rows; "
-            f"{counts.shortened:,} shortened{left_out}",
-            "tokens": f"{counts.tokens:,}, of which {counts.supervised_tokens:,} supervised; "
-            f"{padding:.0%} padding",
-            "batch": f"{batch} = {training.per_device_train_batch_size} per device x "
-            f"{training.gradient_accumulation_steps} accumulated x {world} (processes)",
-            "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type.value}",
-            "memory per process": memory,
-            "output": training.output_dir,
-        },
-    )
 
 
 def save_run(
@@ -252,15 +161,6 @@ def save_run(
     return metrics
 
 
-def _with_revision(snippet: str, model) -> str:
-    """The lines that load a run, with the revision of the base that an adapter was trained on."""
-    config = getattr(model, "active_peft_config", None)
-    if not getattr(config, "revision", None):
-        return snippet
-    base = f"from_pretrained({config.base_model_name_or_path!r}"
-    return snippet.replace(base, f"{base}, revision={config.revision!r}")
-
-
 def say_wrong(result: TaskScore, count: int = 3) -> None:
     """Show the first wrong answers; all of them stand in predictions.jsonl."""
     wrong = [one for one in result.records if one["score"] is not None and one["score"] < 1]
@@ -272,42 +172,3 @@ def say_wrong(result: TaskScore, count: int = 3) -> None:
     }
     if shown:
         print_table(f"{len(wrong)} of {result.rows} are wrong, such as", shown)
-
-
-def publish(output_dir: str, training) -> None:
-    """Upload a finished run, its model card included, its checkpoints not, to the hub.
-
-    The card then names the repository where it named the folder.
-
-    Raises:
-        UserError: the hub refused or cannot be reached; the run itself stays in `output_dir`.
-    """
-    if not is_main_process():
-        return
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, HTTPError
-
-    name = training.hub_model_id or os.path.basename(os.path.abspath(output_dir))
-    api = HfApi(token=training.hub_token)
-    try:
-        repository = api.create_repo(name, private=training.hub_private_repo, exist_ok=True).repo_id
-        card = Path(output_dir) / "README.md"
-        text = card.read_text(encoding="utf-8")
-        # A model below the folder is one of the repository's own folders.
-        text = re.sub(f"'{re.escape(output_dir)}/(\\w+)'", rf"{repository!r}, subfolder='\1'", text)
-        card.write_text(text.replace(repr(output_dir), repr(repository)), encoding="utf-8")
-        api.upload_folder(
-            repo_id=repository,
-            folder_path=output_dir,
-            # Predictions and samples hold the user's rows, which nobody asked to publish.
-            ignore_patterns=[
-                *("checkpoint-*", "merged/*", "pissa_start/*"),
-                *("predictions*.jsonl", "samples.jsonl"),
-            ],
-        )
-    except (HTTPError, HFValidationError, OSError) as error:
-        raise UserError(
-            f"--push_to_hub: {first_line(error)}; the run is kept in {output_dir}: log in with "
-            f"'hf auth login' and upload it with 'hf upload {name} {output_dir}'"
-        ) from None
-    say(f"pushed to {repository}")

@@ -6,8 +6,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from recipelib.runtime.console import is_main_process, say
 from recipelib.runtime.errors import UserError
-from recipelib.runtime.launch import fsdp_option, is_main_process, say, uses_fsdp
+from recipelib.runtime.launch import fsdp_option, uses_fsdp
 
 # Of an adapter's settings: where it comes from, and what does not change its weights.
 _NOT_COMPARED = {

@@ -1,4 +1,7 @@
-"""The one exception that ends a recipe without a traceback."""
+"""The one exception that ends a recipe without a traceback, and how errors become one line."""
+
+import textwrap
+from typing import Any
 
 
 class UserError(Exception):
@@ -7,3 +10,27 @@ class UserError(Exception):
     Its text is the one line shown before exit code 2: the file, the key or row, what is wrong, and
     the cure.
     """
+
+
+def first_line(message: object) -> str:
+    """The first line with content, shortened."""
+    lines = [line for line in str(message).splitlines() if line.strip()] or ["no message"]
+    return textwrap.shorten(lines[0], 240, placeholder="...")
+
+
+def one_line(text: Any) -> str:
+    """Row values and other libraries' messages can hold whole documents."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= 400 else f"{line[:250]} ... {line[-140:]}"
+
+
+def require_at_least(arguments: Any, **least: float) -> None:
+    """Refuse numbers that would fail late or mean nothing; None is left alone.
+
+    Raises:
+        UserError: the first argument that is smaller than the number given under its name.
+    """
+    for name, limit in least.items():
+        value = getattr(arguments, name)
+        if value is not None and not value >= limit:
+            raise UserError(f"--{name} {value}: must be {limit} or more")

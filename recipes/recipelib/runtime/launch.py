@@ -2,49 +2,12 @@
 
 import inspect
 import os
-from collections.abc import Callable, Iterable
 
-from tqdm.auto import tqdm
-
+from recipelib.runtime.console import say
 from recipelib.runtime.errors import UserError
 
 # What of accelerate the rehearsal leans on: `PartialState._prepare_backend` with these parameters.
 _PREPARE_BACKEND = ["self", "cpu", "sagemaker_dp", "backend"]
-
-
-def is_main_process() -> bool:
-    """Whether this process prints and writes: rank 0 of a launcher, or the only one."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def say(text: str) -> None:
-    """Print a line once, not once per process."""
-    if is_main_process():
-        print(text, flush=True)
-
-
-def progress(description: str, unit: str = "row") -> Callable[[Iterable], Iterable]:
-    """A progress bar to wrap around an iterable; shown by the main process only."""
-
-    def bar(items: Iterable) -> Iterable:
-        return tqdm(
-            items, desc=description, unit=unit, disable=not is_main_process(), dynamic_ncols=True
-        )
-
-    return bar
-
-
-def progress_bar(description: str | None, total: int) -> tqdm:
-    """A progress bar over rows, to be updated by hand; shown by the main process only, and only
-    with a description.
-    """
-    return tqdm(
-        total=total,
-        desc=description,
-        unit="row",
-        disable=description is None or not is_main_process(),
-        dynamic_ncols=True,
-    )
 
 
 def use_all_cores() -> None:

@@ -12,9 +12,10 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from recipelib.encoding.prompt_encoder import DoesNotFit, PromptEncoder
 from recipelib.inference.generation import generate
 from recipelib.models.sharding import reshard
-from recipelib.reporting.report import write_jsonl
+from recipelib.runtime.console import is_main_process
 from recipelib.runtime.errors import UserError
-from recipelib.runtime.launch import is_main_process, uses_fsdp
+from recipelib.runtime.files import write_jsonl
+from recipelib.runtime.launch import uses_fsdp
 
 SAMPLES = "samples.jsonl"
 

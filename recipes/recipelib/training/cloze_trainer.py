@@ -21,10 +21,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from recipelib.encoding.cloze_rows import Example
-from recipelib.evaluation.cloze_evaluation import BASE, SOFT_VERBALIZER
-from recipelib.inference.cloze_scoring import collate, word_scores
-from recipelib.models.head import bare_model, only_at
+from recipelib.adapters.saved import BASE, SOFT_VERBALIZER
+from recipelib.encoding.cloze_rows import Example, collate
+from recipelib.inference.cloze_scoring import word_scores
+from recipelib.models.head import bare_model, logits_at
 from recipelib.models.sharding import reshard
 from recipelib.prompts.verbalizer import combine_words
 from recipelib.runtime.errors import UserError
@@ -35,11 +35,11 @@ from recipelib.training.trainer import RecipeTrainer
 TRAINED = "trained.safetensors"  # of a checkpoint: everything that is trained, by its name
 
 
-class BlankTrainer(RecipeTrainer):
+class ClozeTrainer(RecipeTrainer):
     """`RecipeTrainer` whose loss is the cross-entropy of the right label among the labels.
 
     Args:
-        examples: as `blank_rows.encode_blanks` makes them.
+        examples: as `blank_rows.encode_cloze_rows` makes them.
         combine: how words make a label's score.
         held_out: examples of which the loss is computed while training.
         trained: what is trained, as a checkpoint keeps it for `check_trained`.
@@ -267,7 +267,7 @@ class KeepBest(TrainerCallback):
             one.copy_(best)
 
 
-def heaviest_blanks(examples: Sequence[Example], training) -> MicroBatch:
+def heaviest_cloze_batch(examples: Sequence[Example], training) -> MicroBatch:
     """The largest of the forward passes that training will make, for `memory.estimate_memory`."""
 
     def shape(batch: Sequence[int]) -> MicroBatch:
@@ -283,14 +283,14 @@ def heaviest_blanks(examples: Sequence[Example], training) -> MicroBatch:
 
 
 def rehearsed_loss(model, training, batch: MicroBatch) -> torch.Tensor:
-    """The loss of `BlankTrainer` for the shapes of a batch, see `rehearsal.rehearse`."""
+    """The loss of `ClozeTrainer` for the shapes of a batch, see `rehearsal.rehearse`."""
     tokens = torch.zeros(batch.rows, batch.width, dtype=torch.long, device=training.device)
     places = torch.zeros(batch.supervised, 2, dtype=torch.long, device=training.device)
     halved = training.bf16 or training.fp16
     dtype = torch.float16 if training.fp16 else torch.bfloat16
     with (
         torch.autocast(training.device.type, dtype, enabled=halved),
-        only_at(model, places, batch.width),
+        logits_at(model, places, batch.width),
     ):
         logits = model(
             input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False

@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
 from recipelib.encoding.prompt_encoder import IGNORED
-from recipelib.models.head import only_at
+from recipelib.models.head import logits_at
+from recipelib.models.sharding import decoder_layers
 from recipelib.runtime.launch import fsdp_option
 from recipelib.training.batches import micro_batches
 from recipelib.training.packing import RowsApart
@@ -84,12 +85,6 @@ def heaviest_batch(examples: Sequence[dict], training) -> MicroBatch:
         padded=len({*together}) > 1 and not training.packing,
         lengths=together if training.packing else (),
     )
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """What FSDP shards one by one and activation checkpointing recomputes."""
-    names = getattr(model, "_no_split_modules", None) or ()
-    return [one for one in model.modules() if type(one).__name__ in names]
 
 
 def rehearse(
@@ -272,7 +267,7 @@ def _loss(model: nn.Module, training, batch: MicroBatch) -> torch.Tensor:
     dtype = torch.float16 if training.fp16 else torch.bfloat16
     with (
         torch.autocast(device.type, dtype, enabled=halved),
-        only_at(model, torch.stack([picked, picked], 1), batch.width),
+        logits_at(model, torch.stack([picked, picked], 1), batch.width),
     ):
         logits = model(
             input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from recipelib.models.sharding import decoder_layers
 from recipelib.runtime.launch import fsdp_option, uses_fsdp
-from recipelib.training.fake_step import Loss, MicroBatch, decoder_layers, heaviest_batch, rehearse
+from recipelib.training.fake_step import Loss, MicroBatch, heaviest_batch, rehearse
 
 _BLOCKWISE = 1 + 4 / 256  # bytes: bitsandbytes keeps a float32 for 256 states of 8 bits
 

@@ -14,12 +14,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from recipelib.adapters.bottleneck import (
-    SUBLAYERS,
-    BottleneckConfig,
-    layer_number,
-    norm_names,
-)
+from recipelib.adapters.bottleneck import SUBLAYERS, BottleneckConfig, layer_number, norm_names
 
 # The method --------------------------------------------------------------------------------------
 

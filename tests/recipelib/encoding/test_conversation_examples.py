@@ -32,7 +32,7 @@ from tokenizers_for_tests import (
 
 from recipelib.encoding.examples import encode_rows
 from recipelib.encoding.prompt_encoder import Counts
-from recipelib.evaluation.evaluation import score_loss
+from recipelib.evaluation.losses import score_loss
 
 
 @pytest.mark.parametrize("chat_template", TRL_TEMPLATES)

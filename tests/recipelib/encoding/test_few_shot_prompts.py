@@ -5,13 +5,10 @@ from template_cases import CASES
 from tiny_llama import tiny_llama
 from tokenizers_for_tests import tokenizer_for
 
+from recipelib.encoding.asking import CausalAsker, MaskedAsker
 from recipelib.encoding.prompt_encoder import PromptEncoder
-from recipelib.evaluation.few_shot import CausalAsker, MaskedAsker
 from recipelib.prompts.template import PromptTemplate
-from recipelib.reporting.few_shot import (
-    preview_prompts,
-    say_first_prompt,
-)
+from recipelib.reporting.preview import preview_prompts, say_first_prompt
 
 TOKENIZER, MODEL = tokenizer_for("gpt2"), tiny_llama(300)
 

@@ -6,10 +6,12 @@ from template_cases import CASES
 from template_fields import ASK
 
 from recipelib.data.demonstrations import Demonstrations
+from recipelib.encoding.asking import CausalAsker
 from recipelib.encoding.prompt_encoder import PromptEncoder
 from recipelib.evaluation import few_shot
-from recipelib.evaluation.evaluation import vote
-from recipelib.evaluation.few_shot import CausalAsker, score_answers, score_labels, score_losses
+from recipelib.evaluation.answers import score_answers, vote
+from recipelib.evaluation.labels import score_labels
+from recipelib.evaluation.losses import score_losses
 from recipelib.inference.generation import Written
 from recipelib.prompts.template import PromptTemplate
 

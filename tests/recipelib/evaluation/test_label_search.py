@@ -12,9 +12,9 @@ from tiny_models import MODELS
 from tokenizers_for_tests import tokenizer_for
 
 from recipelib.data.sources import locate
-from recipelib.encoding.cloze_rows import encode_blanks
+from recipelib.encoding.asking import asker_of
+from recipelib.encoding.cloze_rows import encode_cloze_rows
 from recipelib.encoding.prompt_encoder import PromptEncoder
-from recipelib.evaluation.cloze_evaluation import asker_of, evaluate_blanks
 from recipelib.evaluation.label_search import (
     Found,
     _choose,
@@ -22,6 +22,7 @@ from recipelib.evaluation.label_search import (
     save_label_words,
     search_label_words,
 )
+from recipelib.evaluation.labels import score_cloze
 from recipelib.prompts.template import PromptTemplate
 from recipelib.runtime.errors import UserError
 
@@ -49,7 +50,7 @@ def prepared(masked):
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_words_score_as_the_search_says(masked, tmp_path):
     asker, model = prepared(masked)
-    train, evaluation = (encode_blanks(asker, rows) for rows in (ROWS, ROWS[:7]))
+    train, evaluation = (encode_cloze_rows(asker, rows) for rows in (ROWS, ROWS[:7]))
     found = search_label_words(model, asker, train, evaluation)
     assert len(set(found.words.values())) == 3
     path = save_label_words(found, asker.encoder.template, str(tmp_path))
@@ -57,7 +58,7 @@ def test_the_words_score_as_the_search_says(masked, tmp_path):
     assert template.verbalizer == {label: [word] for label, word in found.words.items()}
     asker = asker_of(PromptEncoder(template, asker.encoder.text.tokenizer, 100), masked, False)
     for rows, accuracy in ((ROWS, found.train), (ROWS[:7], found.evaluation)):
-        result = evaluate_blanks(model, asker, encode_blanks(asker, rows))
+        result = score_cloze(model, asker, encode_cloze_rows(asker, rows))
         assert result.score == pytest.approx(accuracy)
     assert found.train > 0.5  # three classes
     for label, others in found.others.items():
@@ -135,7 +136,7 @@ def test_classes_are_named_as_they_are_read(tmp_path):
 def test_rows_that_are_sorted_by_class_are_drawn_from(monkeypatch):
     monkeypatch.setattr("recipelib.evaluation.label_search.MOST_ROWS", 12)
     asker, model = prepared(masked=True)
-    rows = encode_blanks(asker, sorted(ROWS * 2, key=lambda row: row["label"]))
+    rows = encode_cloze_rows(asker, sorted(ROWS * 2, key=lambda row: row["label"]))
     assert len(search_label_words(model, asker, rows, rows).words) == 3
 
 
@@ -143,7 +144,7 @@ def test_words_are_found_for_a_blank_of_a_causal_model_whose_tokens_carry_the_sp
     tokenizer = tokenizer_for("llama2")
     template = PromptTemplate({**FIELDS, "verbalizer": {"0": ["0"], "1": ["1"], "2": ["2"]}})
     asker = asker_of(PromptEncoder(template, tokenizer, 100), False, True)
-    rows = encode_blanks(asker, ROWS)
+    rows = encode_cloze_rows(asker, ROWS)
     found = search_label_words(MODELS["llama"], asker, rows, rows)
     assert len(set(found.words.values())) == 3
 
@@ -153,13 +154,13 @@ def test_a_blank_that_no_word_can_fill_is_named():
         {**FIELDS, "answer": "x{{ word }}", "verbalizer": {"0": ["0"], "1": ["1"], "2": ["2"]}}
     )
     asker = asker_of(PromptEncoder(template, tokenizer_for("gpt2"), 100), False, False)
-    rows = encode_blanks(asker, ROWS)
+    rows = encode_cloze_rows(asker, ROWS)
     with pytest.raises(UserError, match="0 words of one token can stand in the blank for '0'"):
         search_label_words(MODELS["gpt2"], asker, rows, rows)
 
 
 def test_a_class_without_training_rows_is_named():
     asker, model = prepared(masked=True)
-    rows = encode_blanks(asker, ROWS[:2])
+    rows = encode_cloze_rows(asker, ROWS[:2])
     with pytest.raises(UserError, match="no training row has the label '2'"):
         search_label_words(model, asker, rows, rows)

@@ -15,12 +15,14 @@ from tiny_models import MODELS, tiny, tiny_llama, with_opinions
 from tokenizers_for_tests import tokenizer_for
 
 from recipelib.adapters.soft_prompts import compute_prompt_once
-from recipelib.encoding.cloze_rows import ClozeAsker, encode_blanks, example_of, label_word_ids
+from recipelib.adapters.soft_verbalizer import SoftVerbalizer
+from recipelib.encoding.asking import ClozeAsker, asker_of
+from recipelib.encoding.cloze_rows import collate, encode_cloze_rows, example_of
 from recipelib.encoding.prompt_encoder import PromptEncoder
-from recipelib.evaluation.cloze_evaluation import asker_of, evaluate_blanks
-from recipelib.inference.cloze_scoring import SoftVerbalizer, collate, score_examples, word_scores
-from recipelib.inference.masked import masked_log_likelihoods
-from recipelib.inference.scoring import log_likelihoods
+from recipelib.encoding.words import label_word_ids
+from recipelib.evaluation.labels import score_cloze
+from recipelib.inference.cloze_scoring import score_examples, word_scores
+from recipelib.inference.scoring import log_likelihoods, masked_log_likelihoods
 from recipelib.runtime.errors import UserError
 
 CAUSAL, MASKED = tokenizer_for("gpt2"), tokenizer_for("bert")
@@ -56,7 +58,7 @@ def plain(model, example, shift=0):
 @pytest.mark.parametrize("name", ["class", "pair"])
 def test_scores_are_the_likelihoods_that_the_evaluation_engine_finds(masked, name):
     ask, model = asker(masked, name=name), BERT if masked else MODELS["llama"]
-    rows = encode_blanks(ask, ROWS)
+    rows = encode_cloze_rows(ask, ROWS)
     found = score_examples(model, rows.encoded.examples)
     score = masked_log_likelihoods if masked else log_likelihoods
     for one, values, example in zip(rows.asked, found, rows.encoded.examples, strict=True):
@@ -70,7 +72,7 @@ def test_scores_are_the_likelihoods_that_the_evaluation_engine_finds(masked, nam
 def test_models_whose_body_is_called_in_parts_are_read_at_the_blank_too():
     shape = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = with_opinions(tiny("opt", **shape, word_embed_proj_dim=32, max_position_embeddings=128))
-    examples = encode_blanks(asker(), ROWS).encoded.examples
+    examples = encode_cloze_rows(asker(), ROWS).encoded.examples
     found = score_examples(model, examples)
     for example, values in zip(examples, found.tolist(), strict=True):
         assert values == pytest.approx(plain(model, example), abs=1e-4)
@@ -81,12 +83,12 @@ def test_a_model_that_cannot_be_read_at_the_blank_alone_is_refused(monkeypatch):
     head = torch.nn.Linear(1, 1)
     monkeypatch.setattr(type(model), "get_output_embeddings", lambda self: head)
     with pytest.raises(UserError, match="LlamaForCausalLM has no last layer that can be asked"):
-        score_examples(model, encode_blanks(asker(), ROWS[:1]).encoded.examples)
+        score_examples(model, encode_cloze_rows(asker(), ROWS[:1]).encoded.examples)
 
 
 def test_a_pair_that_is_asked_once_per_word_scores_by_how_much_yes_leads():
     ask, model = asker(name="each"), MODELS["gpt2"]
-    rows = encode_blanks(ask, ROWS[:3])
+    rows = encode_cloze_rows(ask, ROWS[:3])
     found = score_examples(model, rows.encoded.examples)
     assert found.shape == (3, 4)  # a text for each of the four labels
     for one, values in zip(rows.asked, found.tolist(), strict=True):
@@ -100,7 +102,7 @@ def test_a_pair_that_is_asked_once_per_word_scores_by_how_much_yes_leads():
 def test_a_causal_model_fills_a_blank_anywhere_by_the_likelihood_of_the_whole_text():
     ask, model = asker(cloze=True), MODELS["llama"]
     assert isinstance(ask, ClozeAsker)
-    rows = encode_blanks(ask, ROWS)
+    rows = encode_cloze_rows(ask, ROWS)
     found = score_examples(model, rows.encoded.examples)
     tokenizer, words = ask.encoder.text.tokenizer, [w for some in LABELS.values() for w in some]
     for one, values in zip(rows.asked, found.tolist(), strict=True):
@@ -125,7 +127,7 @@ def test_a_causal_model_fills_a_blank_anywhere_by_the_likelihood_of_the_whole_te
 def test_a_rows_scores_depend_neither_on_its_batch_nor_on_padding(masked, prompt, order, budget):
     model, ask = prompted(masked, prompt), asker(masked)
     shift = 3 if prompt in ("soft", "p_tuning", "soft, once") else 0
-    examples = encode_blanks(ask, [ROWS[index] for index in order]).encoded.examples
+    examples = encode_cloze_rows(ask, [ROWS[index] for index in order]).encoded.examples
     found = score_examples(model, examples, batch_tokens=budget).tolist()
     for example, values in zip(examples, found, strict=True):
         assert values == pytest.approx(plain(model, example, shift), abs=1e-4)
@@ -149,12 +151,12 @@ def prompted(masked, kind):
         torch.manual_seed(1)
         kind, _, once = kind.partition(", ")
         if kind in kinds:
-            before = score_examples(model, encode_blanks(asker(masked), ROWS).encoded.examples)
+            before = score_examples(model, encode_cloze_rows(asker(masked), ROWS).encoded.examples)
             model = get_peft_model(model, kinds[kind](**shape))
             with torch.no_grad():
                 for one in model.prompt_encoder.parameters():
                     one.mul_(3)
-            after = score_examples(model, encode_blanks(asker(masked), ROWS).encoded.examples)
+            after = score_examples(model, encode_cloze_rows(asker(masked), ROWS).encoded.examples)
             assert (after - before).abs().max() > 0.01
         if once:
             assert compute_prompt_once(model) is not masked
@@ -170,7 +172,7 @@ def test_a_prompt_computed_once_has_the_scores_and_gradients_of_one_per_row(kind
         config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
         model = get_peft_model(copy.deepcopy(MODELS[kind]), config)
         assert not once or compute_prompt_once(model)
-        batch = collate(encode_blanks(asker(), ROWS).encoded.examples)
+        batch = collate(encode_cloze_rows(asker(), ROWS).encoded.examples)
         scores = word_scores(model, batch)
         scores.softmax(-1)[:, 0].sum().backward()
         found[once] = scores.detach(), model.prompt_encoder["default"].embedding.weight.grad
@@ -192,7 +194,7 @@ def test_models_that_keep_other_things_than_all_keys_go_pefts_way(kind):
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_head_sees_only_the_places_that_are_read(masked):
     model, ask = BERT if masked else MODELS["llama"], asker(masked)
-    batch = collate(encode_blanks(ask, ROWS).encoded.examples)
+    batch = collate(encode_cloze_rows(ask, ROWS).encoded.examples)
     seen = []
     head = model.get_output_embeddings()
     hook = head.register_forward_hook(lambda module, args, output: seen.append(output.shape))
@@ -219,7 +221,7 @@ def test_a_soft_verbalizer_starts_at_the_label_words(masked):
     single = {"0": ["a"], "1": ["b"], "2": ["c"]}
     ask = asker(masked)
     ask.encoder.template.verbalizer = single
-    rows, soft = encode_blanks(ask, ROWS), encode_blanks(ask, ROWS, soft=True)
+    rows, soft = encode_cloze_rows(ask, ROWS), encode_cloze_rows(ask, ROWS, soft=True)
     hard = score_examples(model, rows.encoded.examples)
     words = label_word_ids(ask, rows.asked[0].questions[0])
     assert all(len(ids) == 1 for (ids,) in words.values())
@@ -244,21 +246,21 @@ def test_a_long_row_is_shortened_in_its_fields_and_never_at_the_blank():
     row = {**ROWS[0], "text": "word " * 300}
     for masked, cloze in ((False, False), (False, True), (True, True)):
         ask = asker(masked, cloze, max_length=50)
-        rows = encode_blanks(ask, [row, ROWS[1]])
+        rows = encode_cloze_rows(ask, [row, ROWS[1]])
         assert rows.encoded.counts.shortened == 1
         assert max(rows.encoded.examples[0]["lengths"]) <= 50
         text = ask.encoder.text.tokenizer.decode(rows.asked[0].prompts[0].ids)
         assert "It was" in text or "it was" in text
         assert text.count("word") > 2
     with pytest.raises(UserError, match="--max_length 5: no row fits"):
-        encode_blanks(asker(max_length=5), ROWS)
+        encode_cloze_rows(asker(max_length=5), ROWS)
 
 
 def test_calibration_divides_by_what_the_blank_says_without_content():
     fields = {**template("class").fields, "content_free": ["", "N/A"]}
     encoder = PromptEncoder(type(template("class"))(fields), CAUSAL, 100)
     ask, model = asker_of(encoder, False, False), MODELS["llama"]
-    rows = encode_blanks(ask, ROWS)
+    rows = encode_cloze_rows(ask, ROWS)
     words = score_examples(model, rows.encoded.examples).softmax(-1)
     free = []
     for text in ("", "N/A"):
@@ -268,19 +270,19 @@ def test_calibration_divides_by_what_the_blank_says_without_content():
     weighted = words / ((free[0] + free[1]) / 2)
     weighted /= weighted.sum(-1, keepdim=True)
     labels = rows.encoded.examples[0]["word_labels"]
-    result = evaluate_blanks(model, ask, rows, calibrate=True)
+    result = score_cloze(model, ask, rows, calibrate=True)
     for record, row in zip(result.records, weighted, strict=True):
         for number, label in enumerate(LABELS):
             part = sum(p for p, own in zip(row.tolist(), labels, strict=True) if own == number)
             assert record["log_likelihoods"][label] == pytest.approx(
                 torch.tensor(part).log().item(), abs=1e-3
             )
-    plain_result = evaluate_blanks(model, ask, rows)
+    plain_result = score_cloze(model, ask, rows)
     assert plain_result.details["calibrated"] == result.score
     assert result.details["uncalibrated"] == plain_result.score
 
 
 def test_calibration_without_inputs_free_of_content_is_refused():
-    rows = encode_blanks(asker(), ROWS)
+    rows = encode_cloze_rows(asker(), ROWS)
     with pytest.raises(UserError, match="--calibrate: needs content_free in"):
-        evaluate_blanks(MODELS["llama"], asker(), rows, calibrate=True)
+        score_cloze(MODELS["llama"], asker(), rows, calibrate=True)

@@ -12,9 +12,10 @@ from peft import PromptTuningConfig, TaskType, get_peft_model
 from tiny_bert import tiny_bert
 from tokenizers_for_tests import tokenizer_for
 
+from recipelib.encoding.asking import Cloze
 from recipelib.encoding.prompt_encoder import PromptEncoder
 from recipelib.inference.journal import Journal
-from recipelib.inference.masked import Cloze, masked_log_likelihoods
+from recipelib.inference.scoring import masked_log_likelihoods
 
 TOKENIZER = tokenizer_for("bert")
 MASK = TOKENIZER.mask_token_id

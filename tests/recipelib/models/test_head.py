@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_llama import tiny_llama
 
-from recipelib.models.head import only_at
+from recipelib.models.head import logits_at
 from recipelib.runtime.errors import UserError
 
 PLACES = torch.tensor([[1, 4], [0, 2], [1, 0]])
@@ -17,7 +17,7 @@ PLACES = torch.tensor([[1, 4], [0, 2], [1, 0]])
 def test_the_logits_are_those_of_the_positions_in_their_order():
     model, ids = tiny_llama(50), torch.randint(50, (2, 5))
     whole = model(ids).logits
-    with only_at(model, PLACES, 5):
+    with logits_at(model, PLACES, 5):
         few = model(ids).logits
     torch.testing.assert_close(few, whole[*PLACES.T][None])
     assert model(ids).logits.shape == whole.shape
@@ -25,7 +25,7 @@ def test_the_logits_are_those_of_the_positions_in_their_order():
 
 def test_the_hook_is_gone_when_the_forward_pass_fails():
     model = tiny_llama(50)
-    with pytest.raises(IndexError), only_at(model, PLACES, 5):
+    with pytest.raises(IndexError), logits_at(model, PLACES, 5):
         model(torch.zeros(2, 5, dtype=torch.long) + 50)
     assert model(torch.zeros(1, 3, dtype=torch.long)).logits.shape == (1, 3, 50)
 
@@ -33,14 +33,14 @@ def test_the_hook_is_gone_when_the_forward_pass_fails():
 def test_a_model_that_never_asks_its_head_is_refused():
     model = tiny_llama(50)
     said = "no last layer that can be asked at single positions"
-    with pytest.raises(UserError, match=said), only_at(model, PLACES, 5):
+    with pytest.raises(UserError, match=said), logits_at(model, PLACES, 5):
         model.model(torch.zeros(2, 5, dtype=torch.long))
 
 
 COMPILED = """
 import torch
 from torch._dynamo.utils import counters
-from recipelib.models.head import only_at
+from recipelib.models.head import logits_at
 from tiny_llama import tiny_llama
 
 model = tiny_llama(50)
@@ -48,7 +48,7 @@ compiled = torch.compile(model, backend="eager")
 for step in range(5):
     ids, columns = torch.randint(50, (2, 20 + step)), torch.arange(3 + 5 * step % 13)
     places = torch.stack([columns % 2, columns], 1)
-    with only_at(model, places, ids.shape[1]):
+    with logits_at(model, places, ids.shape[1]):
         found = compiled(input_ids=ids, use_cache=False).logits
     wanted = model(ids).logits[*places.T][None]
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)

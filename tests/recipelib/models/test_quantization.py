@@ -12,13 +12,13 @@ from tiny_llama import save_tiny_llama
 from recipelib.models import quantization
 from recipelib.models.loading import load_model
 from recipelib.models.quantization import (
+    count_parameters,
     describe_quantization,
     four_bit_config,
     four_bit_loading,
     prepare_four_bit,
     require_unquantized,
 )
-from recipelib.reporting.run import count_parameters
 from recipelib.runtime.errors import UserError
 
 IDS = torch.tensor([[5, 17, 42, 99, 7, 3, 64, 12]])

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from template_fields import make, one_line
 
-from recipelib.prompts.values import RowError, read_entities, read_tools, read_turns
+from recipelib.prompts.conversations import read_tools, read_turns
+from recipelib.prompts.values import RowError, read_entities
 
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 

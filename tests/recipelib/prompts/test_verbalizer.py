@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from tokenizers_for_tests import tokenizer_for
 
 from recipelib.encoding.tokens import TextEncoder
+from recipelib.encoding.words import check_words
 from recipelib.prompts.template import PromptTemplate
-from recipelib.prompts.verbalizer import COMBINE, check_words, combine_words, label_scores
+from recipelib.prompts.verbalizer import COMBINE, combine_words, label_scores
 from recipelib.runtime.errors import UserError
 
 scores = st.lists(st.floats(-700, 0), min_size=1, max_size=5)

@@ -8,11 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import precision_recall_fscore_support
 
-from recipelib.reporting.few_shot import (
-    class_figures,
-    confidences,
-    interval,
-)
+from recipelib.reporting.few_shot import class_figures, confidences, interval
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,14 @@ import torch
 from tiny_llama import tiny_llama
 from tokenizers_for_tests import tokenizer_for
 
+from recipelib.encoding.asking import Asked
 from recipelib.encoding.prompt_encoder import EncodedPrompt, PromptEncoder
-from recipelib.evaluation.evaluation import Asked, TaskScore, finish
-from recipelib.evaluation.few_shot import FewShotScore
 from recipelib.evaluation.metrics import score_rows
+from recipelib.evaluation.scores import FewShotScore, TaskScore, finish
+from recipelib.models.quantization import count_parameters
 from recipelib.prompts.template import PromptTemplate
 from recipelib.reporting import few_shot as few_shot_report
-from recipelib.reporting.few_shot import (
-    interval,
-    save_few_shot,
-)
-from recipelib.reporting.run import count_parameters
+from recipelib.reporting.few_shot import interval, save_few_shot
 from recipelib.runtime.errors import UserError
 
 TOKENIZER, MODEL = tokenizer_for("gpt2"), tiny_llama(300)

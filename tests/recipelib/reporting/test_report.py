@@ -10,14 +10,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matplotlib.image import imread
 
-from recipelib.reporting.report import (
-    model_card,
-    plot_loss,
-    print_table,
-    versions,
-    write_json,
-    write_jsonl,
-)
+from recipelib.reporting.card import model_card
+from recipelib.reporting.figures import plot_loss
+from recipelib.runtime.console import print_table
+from recipelib.runtime.files import write_json, write_jsonl
+from recipelib.runtime.versions import versions
 
 fewer = settings(max_examples=50, deadline=None)
 
@@ -240,7 +237,7 @@ def test_drawing_leaves_pyplot_alone(draw):
 
 
 def test_smoothing_has_no_pull_towards_zero_and_follows_a_line():
-    from recipelib.reporting.report import _smooth
+    from recipelib.reporting.figures import _smooth
 
     assert _smooth(np.full(500, 3.0)) == pytest.approx(np.full(500, 3.0))
     line = np.linspace(2, 1, 8)

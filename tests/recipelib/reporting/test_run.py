@@ -19,12 +19,16 @@ from transformers import LlamaForCausalLM
 from recipelib.encoding.examples import EncodedRows, encode_rows
 from recipelib.encoding.prompt_encoder import IGNORED, PromptEncoder
 from recipelib.encoding.tokens import TextEncoder
-from recipelib.evaluation.evaluation import TaskScore
+from recipelib.evaluation.scores import TaskScore
+from recipelib.models.quantization import count_parameters
 from recipelib.prompts.template import PromptTemplate
 from recipelib.reporting import run as results
-from recipelib.reporting.run import count_parameters, preview, publish, save_run, show_plan
+from recipelib.reporting.card import publish
+from recipelib.reporting.preview import preview
+from recipelib.reporting.run import save_run
 from recipelib.runtime.errors import UserError
 from recipelib.training.memory import MemoryEstimate
+from recipelib.training.plan import show_plan
 
 REFUSED = Response(401, request=SimpleNamespace(url="https://hub.example"))
 MEMORY = MemoryEstimate(parameters=1_000, gradients=0, optimizer=2_000, activations=3_000, logits=0)

@@ -8,15 +8,9 @@ import pytest
 import torch
 from accelerate.state import DistributedType, PartialState
 
+from recipelib.runtime.console import progress, say
 from recipelib.runtime.errors import UserError
-from recipelib.runtime.launch import (
-    _has_accelerator,
-    check_joined,
-    join_on_cpu,
-    progress,
-    say,
-    use_all_cores,
-)
+from recipelib.runtime.launch import _has_accelerator, check_joined, join_on_cpu, use_all_cores
 
 ACCELERATE = {"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}
 

@@ -11,7 +11,8 @@ from tiny_llama import tiny_llama
 from tokenizers_for_tests import tokenizer_for
 
 from recipelib.training.batches import expected_padding, micro_batches
-from recipelib.training.trainer import RecipeConfig, RecipeTrainer
+from recipelib.training.config import RecipeConfig
+from recipelib.training.trainer import RecipeTrainer
 
 
 def training(batch_size, accumulation=1, strategy="random", seed=0, world_size=1):

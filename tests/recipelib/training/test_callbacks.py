@@ -17,11 +17,12 @@ from recipelib.encoding.examples import encode_rows
 from recipelib.encoding.prompt_encoder import PromptEncoder
 from recipelib.evaluation.evaluation import evaluate_task
 from recipelib.inference.generation import generate
+from recipelib.models.quantization import count_parameters
 from recipelib.prompts.template import PromptTemplate
-from recipelib.reporting.run import count_parameters
 from recipelib.runtime.errors import UserError
 from recipelib.training.callbacks import SampleWriter, stop_early
-from recipelib.training.trainer import RecipeConfig, RecipeTrainer
+from recipelib.training.config import RecipeConfig
+from recipelib.training.trainer import RecipeTrainer
 
 TOKENIZER = tokenizer_for("gpt2")
 VOCABULARY = len(TOKENIZER)

@@ -18,9 +18,10 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from recipelib.models.head import only_at
+from recipelib.models.head import logits_at
+from recipelib.models.sharding import decoder_layers
 from recipelib.training.batches import micro_batches
-from recipelib.training.fake_step import MicroBatch, decoder_layers, heaviest_batch, rehearse
+from recipelib.training.fake_step import MicroBatch, heaviest_batch, rehearse
 from recipelib.training.packing import RowsApart
 
 VOCABULARY = 300
@@ -115,7 +116,7 @@ def real_loss(model, batch: MicroBatch, autocast=None) -> torch.Tensor:
     places = torch.stack([places // batch.width, places % batch.width], 1)
     with (
         torch.autocast("cpu", autocast, enabled=autocast is not None),
-        only_at(model, places, batch.width),
+        logits_at(model, places, batch.width),
     ):
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     logits = logits.float()
@@ -342,7 +343,7 @@ def test_a_line_of_rows_is_rehearsed_row_by_row(name):
     for one in [*model.parameters(), *model.buffers(), *line.values(), picked]:
         alive.seen[one.untyped_storage()._cdata] = one
     places = torch.stack([torch.zeros_like(picked), picked], 1)
-    with alive, RowsApart(lengths), only_at(model, places, sum(lengths)):
+    with alive, RowsApart(lengths), logits_at(model, places, sum(lengths)):
         logits = model.train()(**line, use_cache=False).logits
         torch.nn.functional.cross_entropy(logits[0], line["input_ids"][0, picked]).backward()
     batch = MicroBatch(1, sum(lengths), len(picked), False, tuple(lengths))

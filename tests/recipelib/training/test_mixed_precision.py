@@ -12,7 +12,8 @@ from tokenizers_for_tests import tokenizer_for
 
 from recipelib.adapters.bottleneck import BottleneckConfig
 from recipelib.models import sharding
-from recipelib.training.trainer import RecipeConfig, RecipeTrainer
+from recipelib.training.config import RecipeConfig
+from recipelib.training.trainer import RecipeTrainer
 
 TOKENIZER = tokenizer_for("gpt2")
 ROWS = [{"input_ids": [7, 8, 9, 10 + row], "labels": [-100, -100, 9, 10]} for row in range(8)]

@@ -28,8 +28,9 @@ from transformers.models.llama import modeling_llama
 
 from recipelib.runtime.errors import UserError
 from recipelib.training.batches import expected_padding
+from recipelib.training.config import RecipeConfig
 from recipelib.training.packing import RowsApart, row_lengths, rows_stay_apart
-from recipelib.training.trainer import RecipeConfig, RecipeTrainer
+from recipelib.training.trainer import RecipeTrainer
 
 PACKABLE = ["llama", "llama, eager", "gpt2", "qwen3", "mistral", "gemma3"]
 REFUSED = ["bloom", "rwkv"]

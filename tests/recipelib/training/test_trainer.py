@@ -20,7 +20,8 @@ from recipelib.encoding.prompt_encoder import PromptEncoder
 from recipelib.evaluation.evaluation import evaluate_task
 from recipelib.prompts.template import PromptTemplate
 from recipelib.runtime.errors import UserError
-from recipelib.training.trainer import RecipeConfig, RecipeTrainer
+from recipelib.training.config import RecipeConfig
+from recipelib.training.trainer import RecipeTrainer
 
 TOKENIZER = tokenizer_for("gpt2")
 VOCABULARY = len(TOKENIZER)

@@ -10,7 +10,8 @@ from tiny_llama import tiny_llama
 from tokenizers_for_tests import tokenizer_for
 from trl import SFTConfig, SFTTrainer
 
-from recipelib.training.trainer import RecipeConfig, RecipeTrainer
+from recipelib.training.config import RecipeConfig
+from recipelib.training.trainer import RecipeTrainer
 
 # 40 rows of 4 to 43 tokens, the last third of each supervised.
 ROWS = [

@@ -1,0 +1,91 @@
+"""Adapters and prompts that a run has saved, put on their model again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForMaskedLM
+
+from recipelib.adapters.soft_verbalizer import SoftVerbalizer
+from recipelib.models.loading import _hub_errors_in_one_line, is_masked, load_model, stored_config
+from recipelib.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
+
+def resolve_adapter(adapter: str, revision: str | None = None) -> Path:
+    """The folder of a PEFT adapter, fetched from the hub if it is not here; safetensors only.
+
+    Raises:
+        UserError: no adapter there, pickled weights only, or a hub that refuses.
+    """
+    import recipelib.adapters.bottleneck  # noqa: F401  PEFT knows its adapters from here on
+
+    folder = Path(adapter).expanduser()
+    if not folder.is_dir():
+        if adapter.startswith((".", "/", "~")) or adapter.count("/") != 1:
+            raise UserError(
+                f"--adapter {adapter}: no such folder; check the path, or pass a hub id"
+            )
+        with _hub_errors_in_one_line(adapter, adapter, None):
+            from huggingface_hub import snapshot_download
+
+            patterns = ["*.json", "*.safetensors"]
+            folder = Path(snapshot_download(adapter, revision=revision, allow_patterns=patterns))
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"--adapter {adapter}: no adapter_config.json, so no adapter; a whole model goes to "
+            "--model_name_or_path"
+        )
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(
+            f"--adapter {adapter}: no adapter_model.safetensors, and other formats can run code "
+            "when loaded; save it again with a recent PEFT"
+        )
+    return folder
+
+
+SOFT_VERBALIZER = "soft_verbalizer.safetensors"
+
+
+BASE = "base_model"  # where a model is kept that was tuned together with a soft prompt
+
+
+def load_soft_verbalizer(folder: Path | str, model) -> None:
+    """Put the trained label embeddings of a run into its model: its logits are then those of the
+    labels, [rows, tokens, labels], in the order of the template's verbalizer.
+    """
+    SoftVerbalizer(**load_file(Path(folder) / SOFT_VERBALIZER)).into(model)
+
+
+def load_tuned(folder: Path | str, metrics: Mapping, model_name_or_path: str | None = None, **load):
+    """The model of a finished run: PEFT's soft prompt or prefix on the model that it was trained
+    with, or a tuned model; with the soft verbalizer where there is one.
+
+    Args:
+        metrics: what its metrics.json holds.
+        model_name_or_path: of the untouched model behind a soft prompt, if it lies elsewhere now.
+        load: options of `load_model`.
+    """
+    folder = Path(folder)
+    adapted = (folder / "adapter_config.json").exists()
+    base = str(folder)
+    if metrics["tune"] == "both":
+        base = str(folder / BASE)
+    elif adapted:
+        kept = PeftConfig.from_pretrained(folder)
+        base = model_name_or_path or kept.base_model_name_or_path
+        if not model_name_or_path and not load.get("revision"):
+            load["revision"] = kept.revision
+    masked = is_masked(stored_config(base, revision=load.get("revision")))
+    model = load_model(base, model_class=AutoModelForMaskedLM if masked else None, **load)
+    if adapted:
+        model = PeftModel.from_pretrained(model, folder)
+    if metrics["verbalizer"] == "soft":
+        load_soft_verbalizer(folder, model)
+    return model

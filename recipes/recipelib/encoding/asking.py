@@ -1,0 +1,221 @@
+"""Rows as a model is asked about them: prompts that candidates follow, or clozes that they fill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from recipelib.encoding.prompt_encoder import DoesNotFit, EncodedPrompt, PromptEncoder
+from recipelib.prompts.template import Demonstration, Question
+from recipelib.prompts.values import RowError
+from recipelib.runtime.errors import UserError
+
+
+@dataclass
+class Asked:
+    """A row's questions with their prompts, all of which have the same demonstrations."""
+
+    row: int
+    questions: list[Question]
+    prompts: list[EncodedPrompt]
+    demonstrations: Sequence[Demonstration] = ()
+    dropped: int = 0  # demonstrations for which there was no room
+
+
+def ask(
+    encoder: PromptEncoder,
+    rows: Sequence[Mapping],
+    reserve: Callable[[Question], int],
+    answers: bool = True,
+    demonstrate: Callable[[int, Mapping], Sequence[Demonstration]] | None = None,
+    encode: Callable[..., EncodedPrompt] | None = None,
+) -> list[Asked]:
+    """The rows whose prompts all fit.
+
+    Args:
+        reserve: how many tokens a question's answer needs.
+        demonstrate: the demonstrations of a row, from its number and itself.
+        encode: how a prompt is encoded; by default `encoder.prompt`.
+    """
+    asked, encode = [], encode or encoder.prompt
+    for number, row in enumerate(rows):
+        questions = encoder.template.questions(row, answers=answers)
+        shown = demonstrate(number, row) if demonstrate else ()
+        try:
+            prompts = [encode(one, reserve(one), shown) for one in questions]
+            dropped = max(prompt.dropped for prompt in prompts)
+            if any(prompt.dropped < dropped for prompt in prompts):
+                prompts = [encode(one, reserve(one), shown[dropped:]) for one in questions]
+        except DoesNotFit:
+            continue
+        asked.append(Asked(number, questions, prompts, shown[dropped:], dropped))
+    return asked
+
+
+def record_of(encoder: PromptEncoder, asked: Asked, answer, prediction, score) -> dict:
+    """What predictions.jsonl holds of a row."""
+    tokenizer = encoder.text.tokenizer
+    prompts = [tokenizer.decode(prompt.ids) for prompt in asked.prompts]
+    return {
+        "row": asked.row,
+        "prompt": prompts[0] if len(prompts) == 1 else prompts,
+        "answer": answer,
+        "prediction": prediction,
+        "score": score,
+    }
+
+
+class Cloze(NamedTuple):
+    """A text with masks, the places of the masks, and the words that may fill them: the ids of
+    each, one per mask.
+    """
+
+    ids: list[int]
+    masks: list[int]
+    words: list[list[int]]
+
+
+Demonstrate = Callable[[int, Mapping], Sequence[Demonstration]]
+
+
+class CausalAsker:
+    """Asks a causal model for candidates: they follow the prompt."""
+
+    solve = None  # a demonstration is a prompt and its answer
+
+    def __init__(self, encoder: PromptEncoder):
+        self.encoder = encoder
+
+    def ask(
+        self, rows: Sequence[Mapping], answers: bool, demonstrate: Demonstrate | None
+    ) -> list[Asked]:
+        """The rows whose prompts fit."""
+        return ask(self.encoder, rows, self.encoder.longest_candidate, answers, demonstrate)
+
+    def prompt(self, question: Question, shown: Sequence[Demonstration]) -> EncodedPrompt:
+        """The prompt of one question."""
+        return self.encoder.prompt(question, self.encoder.longest_candidate(question), shown)
+
+    def requests(
+        self, question: Question, prompt: EncodedPrompt, shown: Sequence[Demonstration]
+    ) -> list[tuple]:
+        """What is scored: requests, each with the (label, tokens, bytes) of its continuations."""
+        encoded = self.encoder.candidates(question, prompt.end)
+        ids, words = [], []
+        for label, texts in question.candidates.items():
+            for text, one in zip(texts, encoded[label], strict=True):
+                ids.append(one)
+                words.append((label, len(one), len(text.encode())))
+        return [((prompt.ids, ids), words)]
+
+
+class MaskedAsker:
+    """Asks a masked model for label words: they fill the masks of the template's cloze."""
+
+    def __init__(self, encoder: PromptEncoder):
+        """
+        Raises:
+            UserError: the template has no label words, or no cloze for them.
+        """
+        template = encoder.template
+        for key in ("verbalizer", "cloze"):
+            if not (template.verbalizer if key == "verbalizer" else template.texts.get(key)):
+                raise UserError(
+                    f"{template.path}: {key}: is missing; a masked model fills label words into it"
+                )
+        self.encoder = encoder
+
+    def solve(self, question: Question) -> Demonstration:
+        """The cloze with the label's word in its place."""
+        before, after = self.encoder.cloze_parts(question)
+        return before, self.encoder.template.verbalizer[question.label][0] + after
+
+    def ask(
+        self, rows: Sequence[Mapping], answers: bool, demonstrate: Demonstrate | None
+    ) -> list[Asked]:
+        """The rows whose cloze fits; a pair that is asked once per word is one cloze, too."""
+        asked = ask(self.encoder, rows, lambda one: 0, answers, demonstrate, self._encode)
+        for one in asked:
+            one.questions, one.prompts = one.questions[:1], one.prompts[:1]
+        return asked
+
+    def _encode(self, question: Question, reserve: int, shown: Sequence[Demonstration]):
+        before, _ = self.encoder.cloze_parts(question)
+        words = [word for some in self.encoder.template.verbalizer.values() for word in some]
+        most = max(len(self.encoder.text.word(word, before)) for word in words)
+        return self.encoder.cloze(question, most, shown)[2]
+
+    def prompt(self, question: Question, shown: Sequence[Demonstration]) -> EncodedPrompt:
+        """The cloze of one question, with as many masks as the longest word needs."""
+        return self._encode(question, 0, shown)
+
+    def requests(
+        self, question: Question, prompt: EncodedPrompt, shown: Sequence[Demonstration]
+    ) -> list[tuple]:
+        """A cloze for each number of masks, with the (label, tokens, bytes) of its words."""
+        encoder, question = self.encoder, prompt.question
+        before, _ = encoder.cloze_parts(question)
+        by_length: dict[int, list[tuple[str, str, list[int]]]] = {}
+        for label, words in encoder.template.verbalizer.items():
+            for word in words:
+                ids = encoder.text.word(word, before)
+                by_length.setdefault(len(ids), []).append((label, word, ids))
+        found = []
+        for masks, some in by_length.items():
+            ids, places, _ = encoder.cloze(question, masks, shown)
+            cloze = Cloze(ids, places, [one for _, _, one in some])
+            found.append((cloze, [(label, masks, len(word.encode())) for label, word, _ in some]))
+        return found
+
+
+class ClozeAsker(CausalAsker):
+    """Asks a causal model to fill the template's cloze, wherever its mask stands: the likelihood of
+    the whole text with each label word in place. What stands before the mask is the same for all.
+    """
+
+    def ask(self, rows: Sequence[Mapping], answers: bool, demonstrate=None) -> list[Asked]:
+        """The rows whose cloze fits; a pair that is asked once per word is one cloze, too."""
+        asked = ask(self.encoder, rows, lambda one: 0, answers, None, self._encode)
+        for one in asked:
+            one.questions, one.prompts = one.questions[:1], one.prompts[:1]
+        return asked
+
+    def _encode(self, question: Question, reserve: int, shown: Sequence) -> EncodedPrompt:
+        return self.encoder.causal_cloze(question)[0]
+
+    def prompt(self, question: Question, shown: Sequence = ()) -> EncodedPrompt:
+        """What stands before the mask of one question."""
+        return self._encode(question, 0, ())
+
+    def requests(self, question: Question, prompt: EncodedPrompt, shown: Sequence = ()) -> list:
+        """As `CausalAsker`'s; a continuation is a word with the text behind the mask."""
+        _, follow = self.encoder.causal_cloze(prompt.question)
+        words = [(label, len(ids), 0) for label, some in follow.items() for ids in some]
+        return [((prompt.ids, [ids for some in follow.values() for ids in some]), words)]
+
+
+def asker_of(encoder: PromptEncoder, masked: bool, cloze: bool) -> CausalAsker | MaskedAsker:
+    """How a model is asked: a masked one by the cloze; a causal one by the prompt, or the cloze."""
+    return MaskedAsker(encoder) if masked else (ClozeAsker if cloze else CausalAsker)(encoder)
+
+
+def requests_without_content(
+    asker: CausalAsker | MaskedAsker,
+    question: Question,
+    text: str,
+    shown: Sequence[Demonstration] = (),
+) -> list[tuple]:
+    """An asker's `requests` for a question in which a text without content stands in the place of
+    all that the row brings.
+
+    Raises:
+        UserError: the template cannot be rendered so.
+    """
+    template = asker.encoder.template
+    emptied = question.change(**dict.fromkeys(template.prompt_variables, text))
+    try:
+        prompt = asker.prompt(emptied, shown)
+        return asker.requests(emptied, prompt, shown[prompt.dropped :])
+    except RowError as error:
+        raise UserError(f"{template.path}: content_free: {text!r}: {error}") from None

@@ -1,0 +1,149 @@
+"""Answers that a model writes, read as the template says."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from recipelib.encoding.asking import Demonstrate, ask, record_of
+from recipelib.encoding.prompt_encoder import PromptEncoder
+from recipelib.evaluation.metrics import answer_key
+from recipelib.evaluation.scores import FewShotScore, score_records
+from recipelib.inference.generation import Written, generate
+from recipelib.inference.journal import Journal
+from recipelib.prompts.template import PromptTemplate, Question
+
+ANSWER_TOKENS = 32  # of the answer that is asked for behind written reasoning
+
+
+def score_answers(
+    model,
+    encoder: PromptEncoder,
+    rows: Sequence[Mapping],
+    draws: Sequence[Demonstrate | None],
+    *,
+    max_new_tokens: int = 256,
+    samples: int = 1,
+    temperature: float = 0.0,
+    trigger: str = "",
+    seed: int = 0,
+    answers: bool = True,
+    batch_tokens: int = 4096,
+    description: str | None = None,
+    journal: Journal | None = None,
+) -> FewShotScore:
+    """Let the model write its answers and read them as the template says.
+
+    Args:
+        samples: answers per question, of which the majority counts (self-consistency, Wang et al.
+            2023, arXiv:2203.11171); of equals the one with the likeliest sample.
+        trigger: what the answer is made to begin with (zero-shot chain of thought, Kojima et al.
+            2022, arXiv:2205.11916). Then the template's `rationale.join` is put behind what was
+            written, and the answer is asked for again.
+    """
+    template, start = encoder.template, time.perf_counter()
+    begun = encoder.answer(f" {trigger}") if trigger else []
+    join = (template.rationale or {"join": "\nTherefore, the answer is"})["join"] if trigger else ""
+    reserve = len(begun) + max_new_tokens
+    if join:
+        reserve += len(encoder.answer(join)) + ANSWER_TOKENS
+    asked = [ask(encoder, rows, lambda _: reserve, answers, draw) for draw in draws]
+    prompts = [prompt for draw in asked for row in draw for prompt in row.prompts]
+    options = {
+        "end_ids": {prompt.end[-1] for prompt in prompts},
+        "stop": template.stop,
+        "seed": seed,
+        "batch_tokens": batch_tokens,
+        "journal": journal,
+    }
+    model.eval()
+    tokenizer = encoder.text.tokenizer
+    written = generate(
+        model,
+        tokenizer,
+        [prompt.ids + begun for prompt in prompts],
+        max_new_tokens=max_new_tokens,
+        samples=samples,
+        temperature=temperature,
+        description=description,
+        **options,
+    )
+    texts = [[sample.text for sample in samples_of] for samples_of in written]
+    for stop in template.stop if join else ():
+        texts = [[text.partition(stop)[0] for text in samples_of] for samples_of in texts]
+    if join:
+        again = [
+            prompt.ids + encoder.answer(f" {trigger}{text}{join}")
+            for prompt, samples_of in zip(prompts, texts, strict=True)
+            for text in samples_of
+        ]
+        ends = iter(
+            generate(
+                model,
+                tokenizer,
+                again,
+                max_new_tokens=ANSWER_TOKENS,
+                description=description and f"{description}: answers",
+                **options,
+            )
+        )
+        # Patterns may look for what leads to the answer; without them it is what comes behind.
+        lead = join if template.extract else ""
+        texts = [
+            [f"{text}{lead}" * bool(lead) + next(ends)[0].text for text in samples_of]
+            for samples_of in texts
+        ]
+
+    waiting = iter(zip(texts, written, strict=True))
+    scores = []
+    for number, draw in enumerate(asked):
+        records = []
+        for row in draw:
+            said, read = [], []
+            for _ in row.questions:
+                samples_of, likelihoods = next(waiting)
+                said.append(samples_of if samples > 1 else samples_of[0])
+                answers_of = [template.read_answer(text) for text in samples_of]
+                if join and template.label and not template.extract:  # more may stand behind it
+                    answers_of = [template.first_word(text) for text in samples_of]
+                read.append(vote(answers_of, likelihoods, template))
+            prediction, answer = predicted(template, row.questions, read)
+            record = record_of(encoder, row, answer, prediction, None)
+            said = said[0] if len(said) == 1 else said
+            records.append({"draw": number, **record, "generated": said})
+        scores.append(score_records(template, records, len(rows), answers))
+    return FewShotScore(scores, {}, asked, time.perf_counter() - start)
+
+
+def vote(
+    answers: Sequence[str | None], written: Sequence[Written], template: PromptTemplate
+) -> str | None:
+    """The answer that most samples give (self-consistency, Wang et al. 2023, arXiv:2203.11171); of
+    equals the one with the likeliest sample. Samples in which none was found, or no class's word
+    where there are classes, do not vote.
+    """
+    keys = [template.read_label(one) for one in answers]
+    if not template.label:
+        keys = [None if one is None else answer_key(template.metric, one) for one in answers]
+    counts = Counter(key for key in keys if key is not None)
+    if not counts:
+        return None
+    best = max(
+        (place for place, key in enumerate(keys) if key is not None),
+        key=lambda place: (counts[keys[place]], written[place].log_likelihood),
+    )
+    return answers[best]
+
+
+def predicted(
+    template: PromptTemplate, questions: Sequence[Question], read: Sequence[str | None]
+) -> tuple:
+    """The prediction for a row and its gold answer, from the answers read to its questions."""
+    if template.entity_spans:
+        pairs = zip(questions, read, strict=True)
+        said = [[one.asked, text] for one, answer in pairs for text in template.read_spans(answer)]
+        return said, [[one.asked, text] for one in questions for text in one.references]
+    if template.label:
+        return template.read_label(read[0]), questions[0].label
+    return read[0], list(questions[0].references)

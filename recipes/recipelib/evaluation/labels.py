@@ -1,0 +1,218 @@
+"""Labels chosen by likelihood: of what follows a prompt, or of what fills a cloze.
+
+Three things differ between the ways: which requests are made of a row (an asker, or prepared cloze
+rows), how likely their words are (`inference`), and how words make a label's score (`calibration`,
+`combine_words`). Then the likeliest label is taken, by `_choose`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from recipelib.encoding.asking import (
+    Asked,
+    CausalAsker,
+    Demonstrate,
+    MaskedAsker,
+    record_of,
+    requests_without_content,
+)
+from recipelib.encoding.cloze_rows import ClozeRows, example_of
+from recipelib.evaluation.calibration import Word, candidate_scores, pair_scores
+from recipelib.evaluation.metrics import score_rows
+from recipelib.evaluation.scores import FewShotScore, TaskScore, score_records
+from recipelib.inference.cloze_scoring import score_examples
+from recipelib.inference.journal import Journal
+from recipelib.inference.scoring import log_likelihoods, masked_log_likelihoods
+from recipelib.models.head import bare_model
+from recipelib.prompts.template import Demonstration, Question
+from recipelib.prompts.verbalizer import combine_words
+from recipelib.runtime.errors import UserError
+
+
+class _Requests:
+    """Requests, each kept once."""
+
+    def __init__(self):
+        self.items: list = []
+        self._places: dict[bytes, int] = {}
+
+    def add(self, request) -> int:
+        """The place of a request among those kept."""
+        key = hashlib.blake2b(repr(request).encode(), digest_size=16).digest()
+        if key not in self._places:
+            self._places[key] = len(self.items)
+            self.items.append(request)
+        return self._places[key]
+
+
+def _choose(scores: Mapping[str, float]) -> str:
+    """The label with the largest score; of equals the first."""
+    return max(scores, key=scores.__getitem__)
+
+
+def score_labels(
+    model,
+    asker: CausalAsker | MaskedAsker,
+    rows: Sequence[Mapping],
+    draws: Sequence[Demonstrate | None],
+    *,
+    score: str = "sum",
+    all_scores: bool = True,
+    answers: bool = True,
+    batch_tokens: int = 4096,
+    description: str | None = None,
+    journal: Journal | None = None,
+) -> FewShotScore:
+    """Choose among the label words by their likelihood, scored in every way that
+    `calibration.py` knows, all from the same forward passes.
+
+    Args:
+        draws: the demonstrations of each draw.
+        score: the way that decides.
+        all_scores: False to leave out what needs further forward passes, over inputs without
+            content.
+        answers: False for rows without answers.
+    Raises:
+        UserError: `score` needs inputs without content, and the template names none.
+    """
+    encoder, template, start = asker.encoder, asker.encoder.template, time.perf_counter()
+    if score in ("pmi", "calibrated") and not template.content_free:
+        raise UserError(
+            f"--score {score}: needs content_free in {template.path.name}, such as ['', 'N/A']"
+        )
+    content_free = template.content_free if all_scores else []
+    requests = _Requests()
+
+    def places_of(asked: list[tuple]) -> list[tuple[int, list]]:
+        return [(requests.add(request), words) for request, words in asked]
+
+    def without_content(
+        question: Question, shown: Sequence[Demonstration], texts: Sequence[str]
+    ) -> list[list[tuple[int, list]]]:
+        return [places_of(requests_without_content(asker, question, text, shown)) for text in texts]
+
+    asked = [asker.ask(rows, answers, demonstrate) for demonstrate in draws]
+    waiting: list[tuple] = []  # for each question: itself, without content, without demonstrations
+    for row in (row for draw in asked for row in draw):
+        for question, prompt in zip(row.questions, row.prompts, strict=True):
+            free = without_content(question, row.demonstrations, content_free)
+            alone = without_content(question, (), content_free[:1])
+            itself = places_of(asker.requests(question, prompt, row.demonstrations))
+            waiting.append((itself, free, alone))
+    model.eval()
+    masked = isinstance(asker, MaskedAsker)
+    likelihoods = (masked_log_likelihoods if masked else log_likelihoods)(
+        model,
+        requests.items,
+        batch_tokens=batch_tokens,
+        description=description,
+        journal=journal,
+    )
+
+    def words_of(places: list[tuple[int, list]]) -> dict[str, list[Word]]:
+        words: dict[str, list[Word]] = {}
+        for place, entries in places:
+            for (label, tokens, size), value in zip(entries, likelihoods[place], strict=True):
+                words.setdefault(label, []).append(Word(value, tokens, size))
+        return words
+
+    def scores_of(row: Asked) -> dict[str, dict[str, float]]:
+        """By kind of score the score of each label."""
+        kinds: dict[str, dict[str, float]] = {}
+        for question in row.questions:
+            itself, free, alone = next(remaining)
+            scored = candidate_scores(
+                words_of(itself), [words_of(part) for part in free], *map(words_of, alone)
+            )
+            if question.asked is None or masked:
+                return scored
+            # a pair for each candidate, asked with yes or no
+            for kind, value in pair_scores(scored).items():
+                kinds.setdefault(kind, {})[question.asked] = value
+        return kinds
+
+    remaining = iter(waiting)
+    scores, by_score = [], {}
+    for number, draw in enumerate(asked):
+        records = []
+        for row in draw:
+            kinds = scores_of(row)
+            chosen = {kind: _choose(values) for kind, values in kinds.items()}
+            record = record_of(encoder, row, row.questions[0].label, chosen[score], None)
+            records.append({"draw": number, **record, "predictions": chosen, "scores": kinds})
+        scores.append(score_records(template, records, len(rows), answers))
+        if answers and records:
+            golds = [record["answer"] for record in records]
+            for kind in records[0]["scores"]:
+                said = [record["predictions"][kind] for record in records]
+                by_score.setdefault(kind, []).append(score_rows(template.metric, said, golds).score)
+    return FewShotScore(scores, by_score, asked, time.perf_counter() - start)
+
+
+def score_cloze(
+    model,
+    asker: CausalAsker | MaskedAsker,
+    rows: ClozeRows,
+    *,
+    combine: str = "logsumexp",
+    calibrate: bool = False,
+    batch_tokens: int = 4096,
+    answers: bool = True,
+    description: str | None = "scoring",
+) -> TaskScore:
+    """Fill the cloze of every row with each label word and compare with the gold labels, as
+    training does: behind soft prompts, and with a soft verbalizer.
+
+    Args:
+        rows: as `encode_cloze_rows` gives them.
+        combine: how words make a label's score, see `verbalizer.combine_words`.
+        calibrate: whether the labels' scores are calibrated. Where it is possible the metric of the
+            other way is kept among the details.
+        answers: False for rows without answers: the records then hold predictions only.
+    Raises:
+        UserError: `calibrate` without inputs free of content.
+    """
+    encoder, template = asker.encoder, asker.encoder.template
+    start, classes = time.perf_counter(), list(template.verbalizer)
+    soft = getattr(bare_model(model), "soft_verbalizer", None) is not None
+    question, *pairs = rows.asked[0].questions  # of pairs each is asked with yes or no
+    free = [] if soft or pairs else template.content_free
+    if calibrate and not free:
+        raise UserError(
+            f"--calibrate: needs content_free in {template.path.name}, such as ['', 'N/A'], and "
+            "label words that are answers"
+        )
+    model.eval()
+    examples = rows.encoded.examples
+    words = score_examples(model, examples, batch_tokens=batch_tokens, description=description)
+    labels = torch.tensor(examples[0]["word_labels"])
+    ways = {"uncalibrated": combine_words(words, labels, combine)}
+    if free:
+        asked = [requests_without_content(asker, question, text) for text in free]
+        emptied = [example_of(requests, classes, None) for requests in asked]
+        # The mean of the probabilities over the texts without content; its scale cancels.
+        prior = score_examples(model, emptied, batch_tokens=batch_tokens)
+        prior = prior.log_softmax(-1).logsumexp(0)
+        ways["calibrated"] = combine_words(words, labels, combine, prior)
+    way = "calibrated" if calibrate else "uncalibrated"
+    scores = {
+        key: [dict(zip(classes, values, strict=True)) for values in scored.tolist()]
+        for key, scored in ways.items()
+    }
+    chosen = {key: [_choose(values) for values in scored] for key, scored in scores.items()}
+    records = []
+    for row, label, values in zip(rows.asked, chosen[way], scores[way], strict=True):
+        record = record_of(encoder, row, row.questions[0].label, label, None)
+        records.append({**record, "log_likelihoods": values})
+    result = score_records(template, records, rows.encoded.counts.rows, answers)
+    if answers:
+        golds = [record["answer"] for record in records]
+        for key in chosen.keys() - {way}:
+            result.details[key] = score_rows(template.metric, chosen[key], golds).score
+    result.seconds = time.perf_counter() - start
+    return result

@@ -1,0 +1,104 @@
+"""What an evaluation comes to: a task's score with its records, of one draw or of several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from recipelib.encoding.asking import Asked
+from recipelib.evaluation.metrics import score_rows
+from recipelib.prompts.template import PromptTemplate
+
+
+@dataclass
+class TaskScore:
+    """How well a model does a task.
+
+    Attributes:
+        metric, score, stderr: the template's metric, its value and its standard error over the
+            rows.
+        details: further figures of the metric, such as `exact_match` beside SQuAD's F1.
+        records: one dict per row, for a loss one per answer, for predictions.jsonl.
+        rows, left_out: rows scored, and rows whose prompt did not fit.
+        seconds: how long it took.
+        unreadable: rows in whose generated text no answer was found; they count as wrong.
+    """
+
+    metric: str
+    score: float
+    stderr: float
+    details: dict[str, float] = field(default_factory=dict)
+    records: list[dict] = field(default_factory=list)
+    rows: int = 0
+    left_out: int = 0
+    seconds: float = 0.0
+    unreadable: int = 0
+
+    def __str__(self) -> str:
+        without = f", {self.unreadable} without an answer" if self.unreadable else ""
+        return f"{self.metric} {self.score:.3f} ± {self.stderr:.3f} ({self.rows} rows{without})"
+
+
+def mean_score(scores: Mapping[str, TaskScore]) -> TaskScore:
+    """The mean over tasks, with the records of all: of those scored by their loss only where there
+    are no others. A single task keeps its own metric.
+    """
+    records = [{"task": name, **record} for name, task in scores.items() for record in task.records]
+    tasks = list(scores.values())
+    if len(tasks) == 1:
+        return replace(tasks[0], records=records)
+    meant = [task for task in tasks if task.metric != "loss"] or tasks
+    return TaskScore(
+        metric="loss" if meant[0].metric == "loss" else "mean",
+        score=sum(task.score for task in meant) / len(meant),
+        stderr=math.sqrt(sum(task.stderr**2 for task in meant)) / len(meant),
+        records=records,
+        rows=sum(task.rows for task in tasks),
+        left_out=sum(task.left_out for task in tasks),
+        seconds=sum(task.seconds for task in tasks),
+        unreadable=sum(task.unreadable for task in tasks),
+    )
+
+
+def score_records(
+    template: PromptTemplate, records: list[dict], total: int, answers: bool
+) -> TaskScore:
+    """The score of all records, each of which is given its own.
+
+    Args:
+        total: how many rows there were; those without a record were left out.
+        answers: False for rows without answers, which have no score.
+    """
+    rows, left_out = len(records), total - len(records)
+    unreadable = sum(record["prediction"] is None for record in records)
+    counts = {"records": records, "rows": rows, "left_out": left_out, "unreadable": unreadable}
+    if not answers or not records:
+        return TaskScore(template.metric, math.nan, math.nan, **counts)
+    # A prediction that could not be read (None) is a wrong one, not a missing one.
+    predictions = [record["prediction"] or "" for record in records]
+    if template.entity_spans:
+        predictions = [record["prediction"] for record in records]
+    golds = [record["answer"] for record in records]
+    scored = score_rows(template.metric, predictions, golds)
+    for record, value in zip(records, scored.rows, strict=True):
+        record["score"] = value
+    return TaskScore(template.metric, scored.score, scored.stderr, scored.details, **counts)
+
+
+@dataclass
+class FewShotScore:
+    """What the draws of demonstrations came to.
+
+    Attributes:
+        draws: the score of each draw; its records say which draw they belong to.
+        by_score: for each way of scoring candidates the metric of each draw; empty where answers
+            are written.
+        asked: the rows that were asked, by draw.
+        seconds: how long the model took.
+    """
+
+    draws: list[TaskScore]
+    by_score: dict[str, list[float]] = field(default_factory=dict)
+    asked: list[list[Asked]] = field(default_factory=list)
+    seconds: float = 0.0

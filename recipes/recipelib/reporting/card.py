@@ -1,0 +1,173 @@
+"""The model card of a trained result, and its way to the hub."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from recipelib.runtime.console import is_main_process, say
+from recipelib.runtime.errors import UserError, first_line
+
+
+def _with_revision(snippet: str, model) -> str:
+    """The lines that load a run, with the revision of the base that an adapter was trained on."""
+    config = getattr(model, "active_peft_config", None)
+    if not getattr(config, "revision", None):
+        return snippet
+    base = f"from_pretrained({config.base_model_name_or_path!r}"
+    return snippet.replace(base, f"{base}, revision={config.revision!r}")
+
+
+def publish(output_dir: str, training) -> None:
+    """Upload a finished run, its model card included, its checkpoints not, to the hub.
+
+    The card then names the repository where it named the folder.
+
+    Raises:
+        UserError: the hub refused or cannot be reached; the run itself stays in `output_dir`.
+    """
+    if not is_main_process():
+        return
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, HTTPError
+
+    name = training.hub_model_id or os.path.basename(os.path.abspath(output_dir))
+    api = HfApi(token=training.hub_token)
+    try:
+        repository = api.create_repo(name, private=training.hub_private_repo, exist_ok=True).repo_id
+        card = Path(output_dir) / "README.md"
+        text = card.read_text(encoding="utf-8")
+        # A model below the folder is one of the repository's own folders.
+        text = re.sub(f"'{re.escape(output_dir)}/(\\w+)'", rf"{repository!r}, subfolder='\1'", text)
+        card.write_text(text.replace(repr(output_dir), repr(repository)), encoding="utf-8")
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=output_dir,
+            # Predictions and samples hold the user's rows, which nobody asked to publish.
+            ignore_patterns=[
+                *("checkpoint-*", "merged/*", "pissa_start/*"),
+                *("predictions*.jsonl", "samples.jsonl"),
+            ],
+        )
+    except (HTTPError, HFValidationError, OSError) as error:
+        raise UserError(
+            f"--push_to_hub: {first_line(error)}; the run is kept in {output_dir}: log in with "
+            f"'hf auth login' and upload it with 'hf upload {name} {output_dir}'"
+        ) from None
+    say(f"pushed to {repository}")
+
+
+def model_card(
+    *,
+    title: str,
+    template_description: str,
+    base_model: str,
+    method: str,
+    command: str,
+    metrics: Mapping,
+    versions: Mapping,
+    load_snippet: str,
+    license: str | None = None,
+    library_name: str = "peft",
+    pipeline_tag: str | None = None,
+) -> str:
+    """A README.md for the trained result, with the front matter that the Hugging Face hub reads.
+
+    Args:
+        title: the heading.
+        template_description: what the task is, from the template.
+        base_model: a hub id, or a folder; only a hub id can stand in the front matter.
+        method: as in `metrics.json`; also a tag on the hub.
+        command: the command line that trained it.
+        metrics: as in `metrics.json`: `metric`, `score`, `stderr`, `base_score` and `eval_rows` are
+            used.
+        versions: as `versions()` gives them.
+        load_snippet: Python that loads the result without these recipes.
+        license: the base model's, where known.
+        library_name: what loads it: `peft`, or `transformers` for a whole model.
+        pipeline_tag: such as `text-generation` or `fill-mask`, where known.
+
+    Returns:
+        Markdown. No text given can end a code block, start a new table cell or leave the YAML.
+    """
+    metric = metrics.get("metric")
+    front = {
+        "base_model": base_model if _is_hub_id(base_model) else None,
+        "library_name": library_name,
+        "license": license,
+        "pipeline_tag": pipeline_tag,
+        "tags": [method],
+        "metrics": [metric] if metric else None,
+    }
+    front = {key: value for key, value in front.items() if value is not None}
+    rows = _figure(metrics.get("eval_rows"))
+    before, after = _figure(metrics.get("base_score")), _figure(metrics.get("score"))
+    error = _figure(metrics.get("stderr"))
+    used = "\n".join(f"- {_plain(name)} {_plain(version)}" for name, version in versions.items())
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=10**6)}---
+
+# {_plain(title)}
+
+{_plain(template_description)}
+
+{_code(base_model)}, trained with the method {_code(method)}:
+
+{_fenced("bash", command)}
+
+## Results
+
+| | {_plain(metric or "score")} | rows |
+|---|---|---|
+| before training | {before} | {rows} |
+| after training | {after}{f" ± {error}" if error else ""} | {rows} |
+
+## Use
+
+{_fenced("python", load_snippet)}
+
+## Versions
+
+{used}
+"""
+
+
+def _is_hub_id(name: str) -> bool:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
+
+
+def _figure(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+
+
+def _plain(text: object) -> str:
+    """One line in which no character means anything to Markdown."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", " ".join(str(text).split()))
+
+
+def _code(text: str) -> str:
+    ticks = "`" * (_longest_ticks(text) + 1)
+    pad = " " if "`" in text else ""  # else a backtick at an end would join the delimiter
+    return f"{ticks}{pad}{' '.join(text.split())}{pad}{ticks}"
+
+
+def _fenced(language: str, text: str) -> str:
+    ticks = "`" * max(3, _longest_ticks(text) + 1)
+    return f"{ticks}{language}\n{text.rstrip()}\n{ticks}"
+
+
+def _longest_ticks(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)

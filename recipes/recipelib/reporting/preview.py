@@ -1,0 +1,124 @@
+"""Rows as the model will see them, shown before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from recipelib.encoding.asking import CausalAsker, Demonstrate, MaskedAsker
+from recipelib.encoding.cloze_rows import ClozeRows
+from recipelib.encoding.examples import EncodedRows
+from recipelib.encoding.prompt_encoder import IGNORED, Counts
+from recipelib.runtime.console import is_main_process, printable, say
+
+
+def preview(encoded: EncodedRows, tokenizer, count: int) -> None:
+    """Show training examples token by token as the model will see them, the supervised ones marked.
+
+    In a terminal they are colored; elsewhere they stand in ⟦ ⟧.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    for number, example in enumerate(encoded.examples[:count]):
+        supervised = [label != IGNORED for label in example["labels"]]
+        tokens = f"{len(supervised)} tokens, {sum(supervised)} supervised"
+        console.rule(f"example {number + 1}: {tokens}")
+        text, shown, start = Text(), "", 0
+        for end in range(1, len(supervised) + 1):
+            if end < len(supervised) and supervised[end] == supervised[start]:
+                continue
+            # Decoded from the beginning: a piece by itself may lose the space in front of it.
+            whole = tokenizer.decode(example["input_ids"][:end], clean_up_tokenization_spaces=False)
+            piece, shown = whole[len(shown) :], whole
+            if not supervised[start]:
+                text.append(printable(piece))
+            elif console.is_terminal:
+                text.append(printable(piece), style="bold white on dark_green")
+            else:
+                text.append(printable(f"⟦{piece}⟧"))
+            start = end
+        console.print(text)
+
+
+_SHOWN_CHARACTERS = 3000
+
+
+def preview_prompts(
+    asker: CausalAsker | MaskedAsker, rows: Sequence[Mapping], demonstrate: Demonstrate | None
+) -> None:
+    """Show the prompts of the first rows whole, and what is compared behind them."""
+    from rich.console import Console
+
+    if not is_main_process():
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    encoder = asker.encoder
+    for number, row in enumerate(rows):
+        prompts, count = _prompts(asker, row, demonstrate, number)
+        if not prompts:
+            console.rule(f"row {number + 1}: does not fit into {encoder.max_length} tokens")
+        for ids, candidates in prompts:
+            shown = f"{count} demonstration{'' if count == 1 else 's'}"
+            console.rule(f"row {number + 1}: {len(ids)} tokens, {shown}")
+            console.print(printable(encoder.text.tokenizer.decode(ids)), markup=False)
+            if candidates:
+                candidates = {label: list(texts) for label, texts in candidates.items()}
+                console.print(printable(f"candidates: {candidates}"), markup=False)
+
+
+def say_first_prompt(
+    asker: CausalAsker | MaskedAsker, row: Mapping, demonstrate: Demonstrate | None
+) -> None:
+    """Print the first row's prompt; of a long one the ends. Nothing where it does not fit."""
+    prompts, _ = _prompts(asker, row, demonstrate, 0)
+    for ids, _ in prompts[:1]:
+        text = asker.encoder.text.tokenizer.decode(ids)
+        left_out = len(text) - _SHOWN_CHARACTERS
+        if left_out > 0:
+            half = _SHOWN_CHARACTERS // 2
+            text = f"{text[:half]}\n[... {left_out:,} characters ...]\n{text[-half:]}"
+        say(f"the first prompt, {len(ids)} tokens:\n{printable(text)}\n")
+
+
+def _prompts(
+    asker, row: Mapping, demonstrate: Demonstrate | None, number: int
+) -> tuple[list[tuple[list[int], Mapping]], int]:
+    """The ids of a row's prompts, each with its candidates, and how many demonstrations they have;
+    of a conversation, which is scored as it is, the whole. No prompts where they do not fit.
+    """
+    encoder = asker.encoder
+    if encoder.template.messages:
+        (question,) = encoder.template.questions(row)
+        return [(ids, {}) for ids, _ in encoder.conversation(question, Counts())], 0
+    shown = demonstrate and (lambda _, asked: demonstrate(number, asked))
+    for one in asker.ask([row], False, shown):
+        candidates = [question.candidates for question in one.questions]
+        ids = [prompt.ids for prompt in one.prompts]
+        return list(zip(ids, candidates, strict=True)), len(one.demonstrations)
+    return [], 0
+
+
+def preview_cloze(rows: ClozeRows, asker: CausalAsker | MaskedAsker, count: int) -> None:
+    """Show the texts of the first rows as the model will see them, with the words that may fill
+    their blank.
+    """
+    from rich.console import Console
+
+    if not is_main_process():
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    decode = asker.encoder.text.tokenizer.decode
+    shown = zip(rows.asked[:count], rows.encoded.examples, strict=False)
+    for number, (one, example) in enumerate(shown, start=1):
+        sequences = len(example["lengths"])
+        more = f" in {sequences} sequences" if sequences > 1 else ""
+        console.rule(f"row {number}: {len(example['input_ids'])} tokens{more}")
+        for question, prompt in zip(one.questions, one.prompts, strict=True):
+            console.print(printable(decode(prompt.ids)), markup=False)
+            found: dict[str, list[str]] = {}
+            for request, words in asker.requests(question, prompt, ()):
+                for ids, (label, *_) in zip(request[-1], words, strict=True):
+                    found.setdefault(label, []).append(decode(ids))
+            console.print(printable(f"⟦{found}⟧"), markup=False)
+        console.print(f"label: {one.questions[0].label}", markup=False)

@@ -1,0 +1,76 @@
+"""What a run prints: lines, bars and tables, by the main process only."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+
+from tqdm.auto import tqdm
+
+
+def say(text: str) -> None:
+    """Print a line once, not once per process."""
+    if is_main_process():
+        print(text, flush=True)
+
+
+def progress(description: str, unit: str = "row") -> Callable[[Iterable], Iterable]:
+    """A progress bar to wrap around an iterable; shown by the main process only."""
+
+    def bar(items: Iterable) -> Iterable:
+        return tqdm(
+            items, desc=description, unit=unit, disable=not is_main_process(), dynamic_ncols=True
+        )
+
+    return bar
+
+
+def progress_bar(description: str | None, total: int) -> tqdm:
+    """A progress bar over rows, to be updated by hand; shown by the main process only, and only
+    with a description.
+    """
+    return tqdm(
+        total=total,
+        desc=description,
+        unit="row",
+        disable=description is None or not is_main_process(),
+        dynamic_ncols=True,
+    )
+
+
+def print_table(title: str, rows: Mapping[str, object]) -> None:
+    """Print names and values in two columns, on the main process only (`RANK` unset or 0).
+
+    In a terminal the table has the terminal's width and colors; in a file or a pipe it is plain
+    text, 100 columns wide.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    plain = {} if sys.stdout.isatty() else {"width": 100, "force_terminal": False}
+    table = Table(title=Text(printable(title), "bold"), title_justify="left", show_header=False)
+    table.add_column(style="cyan", overflow="fold")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():  # as Text, in which [brackets] are no markup
+        table.add_row(Text(printable(name)), Text(printable(value)))
+    Console(**plain).print(table)
+
+
+def printable(value: object) -> str:
+    """A value as text, without what would spoil a terminal or a stream that is not UTF-8."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:,.0f}"
+    text = "-" if value is None else str(value)
+    text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def is_main_process() -> bool:
+    """Whether this process prints and writes: rank 0 of a launcher, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0

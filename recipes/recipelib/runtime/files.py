@@ -1,0 +1,137 @@
+"""Files that are written whole or not at all, and YAML that is read strictly."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from recipelib.runtime.errors import UserError
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """safe_load that refuses what it would change in silence: duplicate keys, and keys such as 0 or
+    no. Aliases, with which a few lines stand for gigabytes, are refused too.
+    """
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            event = self.get_event()
+            where = f"line {event.start_mark.line + 1}"
+            raise UserError(f"{where}: *{event.anchor} is an alias; write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            where = f"line {key_node.start_mark.line + 1}"
+            if not isinstance(key, str):
+                text = key_node.value
+                raise UserError(
+                    f'{where}: the key {text} is read as {key!r}, not as text; write "{text}"'
+                )
+            if key in seen:
+                raise UserError(f"{where}: the key {key!r} stands twice; keep one of them")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(path: Path) -> dict:
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: no such file, not UTF-8, no mapping, duplicate or non-string keys, YAML's own
+        errors.
+    """
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except OSError as error:
+        raise UserError(
+            f"{path}: {error.strerror or error}; pass a file that can be read"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise UserError(
+            f"{path}: {where}{problem}; put text with a colon, braces or quotes into quotes"
+        ) from None
+    except ValueError as error:  # a date that is none, such as 2020-99-99
+        raise UserError(f"{path}: {error}; put it into quotes") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply to be a template; flatten it") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: holds no keys; a template starts with 'name:' and 'form:'")
+    return data
+
+
+def write_json(path: str | os.PathLike, data: object) -> None:
+    """Write a file whole or not at all; NaN and infinities, which JSON lacks, become null."""
+    text = json.dumps(_jsonable(data), ensure_ascii=False, allow_nan=False, indent=2)
+    with replacing(path) as temporary:
+        temporary.write_bytes(_utf8(text))
+
+
+def read_metrics(folder: Path | str) -> dict:
+    """What a run's metrics.json holds; empty where there is none.
+
+    Raises:
+        UserError: it is no JSON.
+    """
+    path = Path(folder) / "metrics.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError:
+        raise UserError(f"{path}: is not what a run writes; name another --output_dir") from None
+
+
+def write_jsonl(path: str | os.PathLike, records: Iterable[object]) -> None:
+    """Write one JSON value per line, as `write_json` does."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        for record in records:
+            file.write(_utf8(json.dumps(_jsonable(record), ensure_ascii=False, allow_nan=False)))
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary file beside `path`, to be written in the block; at its end it takes the place of
+    `path` in one step. After an error what stood there stays, and nothing else is left.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):  # numpy's and torch's numbers and arrays
+        return _jsonable(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _utf8(line: str) -> bytes:
+    # A lone surrogate has no UTF-8; Python's backslash escape of it is JSON's escape of it as well.
+    return (line + "\n").encode("utf-8", "backslashreplace")

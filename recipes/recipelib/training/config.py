@@ -1,0 +1,153 @@
+"""The trainer's arguments, with defaults that fit the machine and what cannot work refused early."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import torch
+from transformers import Trainer, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils import is_liger_kernel_available
+from trl import SFTConfig
+
+from recipelib.runtime.console import say
+from recipelib.runtime.errors import UserError, require_at_least
+from recipelib.runtime.launch import (
+    check_joined,
+    fsdp_option,
+    join_on_cpu,
+    use_all_cores,
+    uses_fsdp,
+)
+
+# Arguments of SFTConfig about what the recipes do themselves, in `encoding.py` and in the loss.
+_NOT_OURS = (
+    "assistant_only_loss",
+    "chat_template_path",
+    "completion_only_loss",
+    "eos_token",
+    "loss_type",
+)
+
+
+# About the packing of TRL's that fills lines of max_length tokens; ours has no options.
+_NOT_OUR_PACKING = ("eval_packing", "packing_strategy", "padding_free")
+
+
+def fast_bf16() -> bool:
+    """Whether this machine computes bfloat16 faster than float32; CPUs are several times slower."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+@dataclass
+class RecipeConfig(SFTConfig):
+    """`SFTConfig` with other defaults: bf16 where it is fast, nothing recomputed unless asked, no
+    external tracker.
+    """
+
+    # TRL turns it on under its deprecated name; a third more time is for the user to choose.
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Deprecated: --activation_checkpointing."}
+    )
+    report_to: str | None = field(
+        default="none", metadata={"help": "Where to log besides the files: wandb, tensorboard, ..."}
+    )
+    # transformers logs a loss that is not finite as 0.
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Log a loss of nan or inf as the mean of others."}
+    )
+    logging_steps: float = field(default=1, metadata={"help": "Log the loss every so many steps."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,  # the search costs a walk over the graph in every step
+        metadata={"help": "Search for parameters that a step leaves out; only data parallel."},
+    )
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Lay the rows of a micro-batch end to end instead of padding them. Steps hold "
+            "the same rows and have the same loss; many short rows and few long ones train faster."
+        },
+    )
+
+    def __post_init__(self):
+        fixed = dict.fromkeys(_NOT_OURS, "the template decides what is trained; leave it out")
+        whole_rows = "--packing true lays whole rows end to end, no other way; leave it out"
+        for name, reason in (fixed | dict.fromkeys(_NOT_OUR_PACKING, whole_rows)).items():
+            if getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise UserError(f"--{name}: {reason}")
+        if self.max_length is None:
+            raise UserError("--max_length: must be a number of tokens, such as 1024")
+        require_at_least(
+            self,
+            max_length=1,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=1,
+            neftune_noise_alpha=0,
+            learning_rate=0,
+        )
+        self.use_cpu = join_on_cpu(self.use_cpu)
+        if self.bf16 is None:
+            self.bf16 = fast_bf16() and not self.fp16 and not self.use_cpu
+        if not torch.cuda.is_available() or self.use_cpu:
+            use_all_cores()
+            self.dataloader_pin_memory = False
+        if uses_fsdp() and self.accelerator_config is None:
+            # Otherwise each process keeps the whole gradient until the last micro-batch of a step.
+            sync = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+            self.accelerator_config = sync
+        # The trainer would upload checkpoints from the start; we upload the finished run.
+        self.publish, self.push_to_hub = self.push_to_hub, False
+        # Rows come encoded and checked; the trainer's own preparation would cut the ends of long
+        # answers.
+        self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        super().__post_init__()
+        check_joined(self.world_size)
+        if self.n_gpu > 1:  # torch's DataParallel, which would scatter what the loss passes on
+            say(f"using one of {self.n_gpu} GPUs; accelerate_configs/ddp.yaml uses all")
+            self._n_gpu = 1
+        self._check_early()
+
+    def _check_early(self) -> None:
+        """Raise now what the trainer would raise minutes later, after the base model was scored."""
+        if self.fp16 and self.device.type == "cpu":
+            raise UserError("--fp16: needs a GPU; leave it out")
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise UserError("--use_liger_kernel: needs the package liger-kernel; leave it out")
+        if self.activation_checkpointing and fsdp_option("ACTIVATION_CHECKPOINTING") == "true":
+            raise UserError(
+                "activation checkpointing has two owners: drop --activation_checkpointing, or set "
+                "fsdp_activation_checkpointing: false in the accelerate config"
+            )
+
+        def report() -> None:
+            for callback in get_reporting_integration_callbacks(self.report_to):
+                callback()
+
+        def schedule() -> None:
+            optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+            options = {"scheduler_specific_kwargs": self.lr_scheduler_kwargs}
+            get_scheduler(self.lr_scheduler_type, optimizer, 0, 1, **options)
+
+        def optimize() -> None:
+            with suppress(ValueError):  # of those that need the model, too
+                Trainer.get_optimizer_cls_and_kwargs(self)
+
+        checks = {"report_to": report, "lr_scheduler_type": schedule, "optim": optimize}
+        for name, check in checks.items():
+            try:
+                check()
+            except (ImportError, RuntimeError, TypeError, ValueError) as error:
+                raise UserError(f"--{name}: {' '.join(str(error).split())}") from None
+
+    @property
+    def model_dtype(self) -> tuple[torch.dtype, str]:
+        """The dtype to load the model in, and why."""
+        if self.bf16:
+            return torch.bfloat16, "the GPU computes bfloat16 fast"
+        if self.fp16:
+            return torch.float32, "fp16 needs float32 weights to scale the loss"
+        if torch.cuda.is_available() and not self.use_cpu:
+            return torch.float32, "bf16 is off"
+        return torch.float32, "bf16 is off, as by default on a CPU"
