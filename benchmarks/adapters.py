@@ -117,9 +117,9 @@ def measure(args: argparse.Namespace) -> None:
     from datasets import Dataset
     from transformers import TrainerCallback, set_seed
 
-    from recipelib.models.loading import load_model
+    from recipelib.models.loading import load_pretrained
+    from recipelib.runtime.memory import MemoryMeter
     from recipelib.training.config import RecipeConfig
-    from recipelib.training.memory import MemoryMeter
     from recipelib.training.trainer import RecipeTrainer
 
     class Stopwatch(TrainerCallback):
@@ -148,7 +148,9 @@ def measure(args: argparse.Namespace) -> None:
     memory = MemoryMeter()
     set_seed(training.seed)
     model = adapted(
-        load_model(args.model_name_or_path, dtype=torch.float32), args.measure, args.bottleneck_size
+        load_pretrained(args.model_name_or_path, dtype=torch.float32),
+        args.measure,
+        args.bottleneck_size,
     )
     watch = Stopwatch()
     trainer = RecipeTrainer(
@@ -183,7 +185,7 @@ def measure_latency(args: argparse.Namespace) -> None:
     from torch.nn.utils.rnn import pad_sequence
 
     from recipelib.adapters.bottleneck import BottleneckLayer, layer_number
-    from recipelib.models.loading import load_model
+    from recipelib.models.loading import load_pretrained
 
     tokenizer, examples = encode(args, ROWS_PER_STEP)
     rows = [torch.tensor(one["input_ids"]) for one in examples]
@@ -193,7 +195,7 @@ def measure_latency(args: argparse.Namespace) -> None:
     for name in LATENCY:
         arm = {"dropped": "adapter", "merged": "lora"}.get(name, name)
         model = adapted(
-            load_model(args.model_name_or_path, dtype=torch.float32), arm, args.bottleneck_size
+            load_pretrained(args.model_name_or_path, dtype=torch.float32), arm, args.bottleneck_size
         )
         if name == "merged":
             model = model.merge_and_unload()

@@ -25,10 +25,10 @@ def ours(folder: str, batch_size: int):
     from recipelib.encoding.tokens import TextEncoder
     from recipelib.inference.generation import generate
     from recipelib.inference.scoring import log_likelihoods
-    from recipelib.models.loading import load_model, load_tokenizer
+    from recipelib.models.loading import load_pretrained, load_tokenizer
 
     tokenizer = load_tokenizer(folder)
-    model = load_model(folder, dtype=torch.float32).eval()
+    model = load_pretrained(folder, dtype=torch.float32).eval()
     encoder = TextEncoder(tokenizer)
     computed = []  # tokens of each forward pass
 

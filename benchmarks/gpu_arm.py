@@ -169,7 +169,7 @@ def train(spec: dict) -> dict:
     """
     # Both sides' libraries, so that on a CPU none of them counts as a run's memory.
     import recipelib.training.trainer  # noqa: F401
-    from recipelib.training.memory import MemoryMeter
+    from recipelib.runtime.memory import MemoryMeter
 
     watch = Stopwatch(spec["warmup"], spec["steps"])
     memory = MemoryMeter()

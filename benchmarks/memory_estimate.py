@@ -32,10 +32,11 @@ def measure(args: argparse.Namespace) -> None:
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
 
-    from recipelib.models.loading import load_model, load_tokenizer
+    from recipelib.models.loading import load_pretrained, load_tokenizer
     from recipelib.runtime.console import say
+    from recipelib.runtime.memory import MemoryMeter
     from recipelib.training.config import RecipeConfig
-    from recipelib.training.memory import MemoryMeter, estimate_memory
+    from recipelib.training.memory import estimate_memory
     from recipelib.training.trainer import RecipeTrainer
 
     training = RecipeConfig(
@@ -56,7 +57,7 @@ def measure(args: argparse.Namespace) -> None:
         rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
 
     memory = MemoryMeter()
-    model = load_model(args.model_name_or_path, dtype=training.model_dtype[0])
+    model = load_pretrained(args.model_name_or_path, dtype=training.model_dtype[0])
     if args.methods == ["lora"]:
         lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, lora)

@@ -86,10 +86,11 @@ def measure(args: argparse.Namespace) -> None:
 
     from recipelib.encoding.examples import encode_rows
     from recipelib.encoding.prompt_encoder import PromptEncoder
-    from recipelib.models.loading import load_model, load_tokenizer
+    from recipelib.models.loading import load_pretrained, load_tokenizer
     from recipelib.prompts.template import PromptTemplate
+    from recipelib.runtime.memory import MemoryMeter
     from recipelib.training.config import RecipeConfig
-    from recipelib.training.memory import MemoryMeter, estimate_memory
+    from recipelib.training.memory import estimate_memory
     from recipelib.training.trainer import RecipeTrainer
 
     class Stopwatch(TrainerCallback):
@@ -120,7 +121,7 @@ def measure(args: argparse.Namespace) -> None:
     encoder = PromptEncoder(PromptTemplate.load("alpaca"), tokenizer, args.max_length)
     encoded = encode_rows(encoder, rows)
     memory = MemoryMeter()
-    model = load_model(args.model_name_or_path, dtype=training.model_dtype[0])
+    model = load_pretrained(args.model_name_or_path, dtype=training.model_dtype[0])
     set_seed(training.seed)
     if args.lora:
         lora = LoraConfig(

@@ -58,11 +58,11 @@ def measure(args: argparse.Namespace) -> None:
     from recipelib.encoding.cloze_rows import encode_cloze_rows
     from recipelib.encoding.prompt_encoder import PromptEncoder
     from recipelib.inference.cloze_scoring import score_examples
-    from recipelib.models.loading import load_model, load_tokenizer
+    from recipelib.models.loading import load_pretrained, load_tokenizer
     from recipelib.prompts.template import PromptTemplate
+    from recipelib.runtime.memory import MemoryMeter
     from recipelib.training.cloze_trainer import ClozeTrainer
     from recipelib.training.config import RecipeConfig
-    from recipelib.training.memory import MemoryMeter
 
     class Stopwatch(TrainerCallback):
         """Takes the time where the warm-up ends and where the last step does."""
@@ -92,7 +92,7 @@ def measure(args: argparse.Namespace) -> None:
     asker = asker_of(PromptEncoder(template, tokenizer, 512), False, False)
     blanks = encode_cloze_rows(asker, rows)
     memory = MemoryMeter()
-    model = load_model(args.model_name_or_path, dtype=torch.float32)
+    model = load_pretrained(args.model_name_or_path, dtype=torch.float32)
     set_seed(training.seed)
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL_TOKENS)
     model = get_peft_model(model, config)

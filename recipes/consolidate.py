@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from recipelib.runtime.errors import UserError
+from recipelib.runtime import UserError
 
 
 def consolidate(checkpoint: str, output: str | None = None) -> Path:
@@ -32,7 +32,7 @@ def consolidate(checkpoint: str, output: str | None = None) -> Path:
     Raises:
         UserError: no checkpoint, one that is not whole, or one that is not sharded.
     """
-    from recipelib.runtime.checkpoints import checkpoint_kind, is_whole
+    from recipelib.runtime import checkpoint_kind, is_whole
 
     source = Path(checkpoint)
     target = Path(output) if output else source

@@ -16,11 +16,10 @@ a glance, the rationale only costs time: each answer is many times longer.
     accelerate launch --config_file accelerate_configs/fsdp2.yaml recipes/cot_sft.py --full true
 """
 
-import time
 from dataclasses import dataclass
 
 from recipelib.cli import RecipeArguments, option, run_recipe
-from recipelib.runtime.errors import UserError, require_at_least
+from recipelib.runtime import UserError
 
 DEFAULTS = {
     "output_dir": "runs/cot_sft",
@@ -32,23 +31,6 @@ DEFAULTS = {
     "per_device_train_batch_size": 4,
 }
 
-TARGETS = ["rationale_answer", "answer_only", "answer_rationale", "mixed"]
-
-ADAPTER_SNIPPET = """\
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained({base!r})
-model = PeftModel.from_pretrained(model, {folder!r})
-tokenizer = AutoTokenizer.from_pretrained({folder!r})
-"""
-MODEL_SNIPPET = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained({folder!r})
-tokenizer = AutoTokenizer.from_pretrained({folder!r})
-"""
-
 
 @dataclass
 class CotArguments(RecipeArguments):
@@ -58,12 +40,14 @@ class CotArguments(RecipeArguments):
         "word_problems", "The task, with a rationale: a name in data_templates/ or your own .yaml."
     )
     max_train_samples: int | None = option(
-        300, "Train on a random draw of this many rows; -1: on all."
+        300, "Train on a random draw of this many rows; -1: on all.", least=1
     )
-    max_eval_samples: int | None = option(60, "Score a random draw of this many rows; -1: all.")
+    max_eval_samples: int | None = option(
+        60, "Score a random draw of this many rows; -1: all.", least=1
+    )
     target: str = option(
         "rationale_answer", "What is trained; the answer before or without the reason to compare.",
-        choices=TARGETS,
+        choices=["rationale_answer", "answer_only", "answer_rationale", "mixed"],
     )  # fmt: skip
     rationale_instruction: str = option(
         "Solve the task step by step.", "With --target mixed: what asks for rationale and answer."
@@ -72,19 +56,22 @@ class CotArguments(RecipeArguments):
         "Give only the answer.", "With --target mixed: what asks for the bare answer."
     )
     max_new_tokens: int | None = option(
-        None, "Longest text when scored; by default a quarter more than the longest trained one."
+        None,
+        "Longest text when scored; by default a quarter more than the longest trained one.",
+        least=1,
     )
     samples: int = option(
-        1, "Also score by self-consistency: the majority of this many samples (Wang et al. 2023)."
+        1,
+        "Also score by self-consistency: the majority of this many samples (Wang et al. 2023).",
+        least=1,
     )
     temperature: float = option(0.7, "Of these samples.")
     full: bool = option(False, "Train all parameters instead of LoRA; lower --learning_rate.")
-    r: int = option(16, "LoRA: rank of the update.")
-    alpha: int = option(32, "LoRA: the update is scaled by alpha / r.")
+    r: int = option(16, "LoRA: rank of the update.", least=1)
+    alpha: int = option(32, "LoRA: the update is scaled by alpha / r.", least=1)
 
     def __post_init__(self):
         super().__post_init__()
-        require_at_least(self, samples=1, r=1, alpha=1)
         if not self.temperature > 0:
             raise UserError("--temperature: samples at 0 are all the same; raise it")
 
@@ -93,73 +80,22 @@ def main(args: CotArguments, training) -> dict | None:
     """Train on rationales and score the answers, beside the untouched model.
 
     Returns:
-        What metrics.json holds; None after --preview and --predict.
+        What metrics.json holds; None after --preview.
     """
     # Imported here, so that --help answers at once.
-    import torch
-    from datasets import Dataset
     from peft import LoraConfig, get_peft_model
-    from transformers import set_seed
 
-    from recipelib.data.rows import load_splits, overlap, parse_columns
-    from recipelib.encoding.examples import EncodedRows, encode_rows
-    from recipelib.encoding.prompt_encoder import PromptEncoder
-    from recipelib.evaluation.evaluation import evaluate_task
-    from recipelib.models.loading import describe_model, load_model, load_tokenizer
-    from recipelib.prompts.template import PromptTemplate
-    from recipelib.reporting.card import publish
-    from recipelib.reporting.predicting import answer_file
-    from recipelib.reporting.preview import preview
-    from recipelib.reporting.run import save_run, say_wrong
-    from recipelib.runtime.checkpoints import check_adapter, find_checkpoint
-    from recipelib.runtime.console import is_main_process, progress, say
-    from recipelib.runtime.files import write_jsonl
-    from recipelib.training.memory import MemoryMeter, estimate_memory
-    from recipelib.training.plan import show_plan
-    from recipelib.training.trainer import RecipeTrainer
+    from recipelib.models import load_model
+    from recipelib.reporting import preview, save_predictions, save_run, say_wrong
+    from recipelib.task import load_task, load_template
+    from recipelib.training import RecipeTrainer
 
-    if args.predict:
-        return answer_file(args, training)
-    model_name, output_dir = args.model_name_or_path, training.output_dir
-    load = {"revision": args.revision, "trust_remote_code": training.trust_remote_code}
-
-    template = PromptTemplate.load(args.template, columns=parse_columns(args.columns))
-    trained, asked = targets(template, args)
-    first = next(iter(asked.values()))
-    if args.samples > 1 and first.label and not first.rationale:
-        raise UserError(
-            f"--samples {args.samples}: without its rationale {template.name} is answered by the "
-            "likeliest label, which is always the same; leave it out"
-        )
-    train, evaluation = load_splits(template, args, training.seed, progress=progress("checking"))
-    if shared := overlap(train, evaluation, template):
-        say(f"warning: {shared} evaluation rows are training rows too; the score will flatter")
-    if len(train.rows) < train.available:
-        few = f"{len(train.rows):,} of {train.available:,}"
-        say(f"training on {few} rows; --max_train_samples -1 takes all")
-    tokenizer = load_tokenizer(model_name, **load)
-
-    def encoder_of(one: PromptTemplate) -> PromptEncoder:
-        return PromptEncoder(
-            one, tokenizer, training.max_length, args.rendering, args.chat_template_kwargs
-        )
-
-    encoded = EncodedRows()
-    for one in trained:
-        encoded.extend(encode_rows(encoder_of(one), train.rows, seed=training.seed))
+    # What is trained, and what is asked: the reasoning before the answer, behind it, or left out.
+    trained, (template, *others) = targets(load_template(args), args)
+    task = load_task(args, training, template, trained=trained)
     if args.preview:
-        return preview(encoded, tokenizer, args.preview)
-
-    checkpoint = find_checkpoint(output_dir, training.resume_from_checkpoint)
-    memory = MemoryMeter()
-    # What is trained stays in float32; autocast or FSDP compute in less.
-    model = load_model(
-        model_name,
-        dtype=torch.float32 if args.full else training.model_dtype[0],
-        attn_implementation=args.attn_implementation,
-        **load,
-    )
-    set_seed(training.seed)
+        return preview(task, args.preview)
+    model = load_model(args, training, float32=args.full)
     if not args.full:
         lora = LoraConfig(
             r=args.r,
@@ -169,111 +105,51 @@ def main(args: CotArguments, training) -> dict | None:
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(model, lora, revision=args.revision)
-    check_adapter(checkpoint, model)
-    held_out = None
-    if training.eval_strategy != "no":  # the loss on the evaluation rows, while training
-        parts = [encode_rows(encoder_of(one), evaluation.rows) for one in trained]
-        held_out = Dataset.from_list([example for part in parts for example in part.examples])
-    trainer = RecipeTrainer(
-        model,
-        training,
-        train_dataset=Dataset.from_list(encoded.examples),
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-    )
-    estimated = estimate_memory(model, training, encoded.examples)
-    model = trainer.shard()
-    encoders = {name: encoder_of(one) for name, one in asked.items()}
-    max_new_tokens = args.max_new_tokens or encoded.longest_target * 5 // 4
-    budget = {"max_new_tokens": max_new_tokens, "batch_tokens": args.eval_batch_tokens}
+    trainer = RecipeTrainer(model, training, task)
 
-    def score(name: str, description: str, **options):
-        return evaluate_task(
-            model, encoders[name], evaluation.rows, description=description, **budget, **options
-        )
-
-    main_target, *others = asked
-    base = score(main_target, "scoring base")
-    say(f"base model: {base}")
-    name = describe_model(model_name)
-    sources = {"train": train.source, "eval": evaluation.source, "target": args.target}
-    show_plan(name, model, encoded, training, sources, estimated)
-    memory.restart()
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - start
-    peak = memory.stop()
-
-    tuned = score(main_target, "scoring tuned")
-    more = {"target": args.target, "max_new_tokens": max_new_tokens}
-    for other in others:  # of a mixed model also the bare answer
-        result = score(other, f"scoring {other}")
-        say(f"{other}: {result}")
-        more[other] = {"score": result.score, "stderr": result.stderr}
-    if args.samples > 1:
+    base = task.score(trainer.model, "base model")
+    trainer.train()
+    tuned = task.score(trainer.model, "tuned model")
+    trainer.save_model()
+    more = {"target": args.target, "max_new_tokens": task.budget["max_new_tokens"]}
+    for bare in others:  # of a mixed model also the bare answer
+        result = task.score(trainer.model, "answer only", template=bare)
+        more["answer_only"] = {"score": result.score, "stderr": result.stderr}
+    if args.samples > 1:  # self-consistency
         draw = {"samples": args.samples, "temperature": args.temperature, "seed": training.seed}
-        voted = score(main_target, f"scoring {args.samples} samples", **draw)
-        say(f"majority of {args.samples} samples: {voted}")
+        voted = task.score(trainer.model, f"majority of {args.samples} samples", **draw)
         more["self_consistency"] = {"score": voted.score, "stderr": voted.stderr, **draw}
-        if is_main_process():
-            write_jsonl(f"{output_dir}/predictions_samples.jsonl", voted.records)
-    trainer.save_model(output_dir)
-    snippet = MODEL_SNIPPET if args.full else ADAPTER_SNIPPET
-    metrics = save_run(
-        trainer,
-        encoders[main_target],
-        encoded,
-        base,
-        tuned,
-        method="cot full" if args.full else "cot lora",
-        model_name=name,
-        load_snippet=snippet.format(base=model.name_or_path, folder=output_dir),
-        estimated=estimated,
-        peak_memory_bytes=peak,
-        peak_resident_bytes=memory.resident,
-        train_seconds=seconds,
-        skipped_rows=train.skipped,
-        more=more,
-    )
+        save_predictions(training.output_dir, voted, "samples")
+    method = "cot full" if args.full else "cot lora"
+    metrics = save_run(trainer, task, base, tuned, method=method, more=more)
     say_wrong(tuned)
-    if training.publish:
-        publish(output_dir, training)
     return metrics
 
 
-def targets(template, args: CotArguments) -> tuple[list, dict]:
-    """The templates that are trained, and by their target those that are asked, the one that counts
-    first: the task's own with its rationale moved or left out.
+def targets(template, args: CotArguments) -> tuple[list, list]:
+    """The templates that are trained on each row, and those that are asked, the one that counts
+    first.
 
     Raises:
-        UserError: the template has no rationale.
+        UserError: the template has no rationale, or its samples would all be the same.
     """
-    from recipelib.prompts.template import PromptTemplate
-
-    fields = template.fields
-    if "rationale" not in fields:
-        raise UserError(
-            f"{template.path}: rationale: is missing; say there where the reasoning comes from, or "
-            "take recipes/lora_sft.py for the bare answer"
-        )
-    bare = {key: value for key, value in fields.items() if key != "rationale"}
-
-    def instructed(fields: dict, instruction: str) -> PromptTemplate:
-        system = f"{fields['system']}\n{instruction}" if "system" in fields else instruction
-        return PromptTemplate({**fields, "system": system}, template.path)
-
-    if args.target == "mixed":
-        reasoned = instructed(fields, args.rationale_instruction)
-        answered = instructed(bare, args.answer_instruction)
-        return [reasoned, answered], {"rationale_answer": reasoned, "answer_only": answered}
-    if args.target == "answer_rationale":
+    reasoned, bare = template, template.without_rationale()
+    trained, asked = [reasoned], [reasoned]
+    if args.target == "answer_only":
+        trained, asked = [bare], [bare]
+    elif args.target == "answer_rationale":
         # Asked for the answer only: what would follow is written after it and cannot change it.
-        explained = f"{fields['answer']}\n{fields['rationale']['text'].lstrip(' ')}"
-        explained = PromptTemplate({**bare, "answer": explained}, template.path)
-        answered = PromptTemplate({**bare, "stop": ["\n", *template.stop]}, template.path)
-        return [explained], {args.target: answered}
-    one = PromptTemplate(bare, template.path) if args.target == "answer_only" else template
-    return [one], {args.target: one}
+        trained, asked = [template.with_rationale_behind()], [bare.with_stop("\n")]
+    elif args.target == "mixed":
+        reasoned = reasoned.with_instruction(args.rationale_instruction)
+        bare = bare.with_instruction(args.answer_instruction)
+        trained = asked = [reasoned, bare]
+    if args.samples > 1 and asked[0].label and not asked[0].rationale:
+        raise UserError(
+            f"--samples {args.samples}: without its rationale {template.name} is answered by the "
+            "likeliest label, which is always the same; leave it out"
+        )
+    return trained, asked
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ to score any trained result; not when prompts have to be short: each pays for it
 from dataclasses import dataclass
 
 from recipelib.cli import RecipeArguments, option, run_recipe
-from recipelib.runtime.errors import UserError, require_at_least
+from recipelib.runtime import UserError
 
 DEFAULTS = {"output_dir": "runs/icl_eval", "max_length": 4096}
 
@@ -27,7 +27,9 @@ DEFAULTS = {"output_dir": "runs/icl_eval", "max_length": 4096}
 class IclArguments(RecipeArguments):
     """Arguments of this method."""
 
-    shots: int | None = option(None, "Demonstrations per prompt: 0, 1, 4, 16; the template's k.")
+    shots: int | None = option(
+        None, "Demonstrations per prompt: 0, 1, 4, 16; the template's k.", least=0
+    )
     sampler: str | None = option(
         None,
         "Which: first, random, balanced over classes, nearest to each row; the template's.",
@@ -36,7 +38,9 @@ class IclArguments(RecipeArguments):
     nearest_by: str = option(
         "bm25", "Nearest by words (bm25) or the model's embedding.", choices=["bm25", "embedding"]
     )
-    draws: int = option(1, "Repeat with so many draws of demonstrations; 5 show the spread.")
+    draws: int = option(
+        1, "Repeat with so many draws of demonstrations; 5 show the spread.", least=1
+    )
     score: str = option(
         "sum",
         "What decides among labels; all are reported. calibrated: where one label always wins.",
@@ -49,9 +53,11 @@ class IclArguments(RecipeArguments):
         choices=["template", "none", "trigger"],
     )
     trigger: str = option("Let's think step by step.", "What --reasoning trigger begins with.")
-    samples: int = option(1, "Self-consistency: sample so many answers, the majority counts.")
+    samples: int = option(
+        1, "Self-consistency: sample so many answers, the majority counts.", least=1
+    )
     temperature: float | None = option(
-        None, "Of written answers: 0 is greedy. [0.7 with several samples, else 0]"
+        None, "Of written answers: 0 is greedy. [0.7 with several samples, else 0]", least=0
     )
     adapter: str | None = option(None, "Folder or hub id of a PEFT adapter to put on the model.")
     predict: str | None = option(
@@ -61,7 +67,6 @@ class IclArguments(RecipeArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        require_at_least(self, shots=0, draws=1, samples=1, temperature=0)
         if self.temperature is None:
             self.temperature = 0.7 if self.samples > 1 else 0.0
         if self.samples > 1 and not self.temperature:
@@ -75,188 +80,68 @@ def main(args: IclArguments, training) -> dict | None:
         What metrics.json holds; None after --preview and --predict.
     """
     # Imported here, so that --help answers at once.
-    from peft import PeftConfig, PeftModel
-    from transformers import AutoModelForMaskedLM
+    from recipelib.adapters import with_adapter
+    from recipelib.data import Demonstrations, nearest_rows
+    from recipelib.inference import Journal, embedding_similarity
+    from recipelib.models import load_model, place_model
+    from recipelib.reporting import preview_prompts, save_few_shot, say_first_prompt
+    from recipelib.task import load_few_shot_task
 
-    from recipelib.adapters.saved import resolve_adapter
-    from recipelib.data.demonstrations import Demonstrations, bm25, rank, row_text
-    from recipelib.data.rows import load_asked, parse_columns, row_key
-    from recipelib.encoding.asking import CausalAsker, MaskedAsker
-    from recipelib.encoding.prompt_encoder import PromptEncoder
-    from recipelib.evaluation.answers import score_answers
-    from recipelib.evaluation.labels import score_labels
-    from recipelib.evaluation.losses import score_losses
-    from recipelib.inference.embeddings import embed_texts
-    from recipelib.inference.journal import Journal
-    from recipelib.models.loading import (
-        describe_model,
-        is_masked,
-        load_model,
-        load_tokenizer,
-        most_positions,
-        stored_config,
-        weights_identity,
-    )
-    from recipelib.models.sharding import place_model
-    from recipelib.prompts.template import PromptTemplate
-    from recipelib.reporting.few_shot import save_few_shot
-    from recipelib.reporting.preview import preview_prompts, say_first_prompt
-    from recipelib.runtime.console import progress, say
-    from recipelib.runtime.files import read_metrics
-    from recipelib.training.memory import MemoryMeter
-
-    template = PromptTemplate.load(args.template, columns=parse_columns(args.columns))
-    if args.reasoning == "none":
-        fields = {key: value for key, value in template.fields.items() if key != "rationale"}
-        template = PromptTemplate(fields, template.path)
-    shots = template.demonstrations["k"] if args.shots is None else args.shots
-    if args.reasoning == "trigger":
-        shots = 0
-    sampler = args.sampler or template.demonstrations["sampler"]
-    pool, asked = load_asked(
-        template, args, training.seed, shots=shots, progress=progress("checking")
-    )
-    model_name, adapter = args.model_name_or_path, None
-    if args.adapter:
-        adapter = resolve_adapter(args.adapter)
-        kept = PeftConfig.from_pretrained(adapter)
-        if not model_name:
-            model_name, args.revision = kept.base_model_name_or_path, args.revision or kept.revision
-        rendering = read_metrics(str(adapter)).get("rendering", args.rendering)
-        if rendering != args.rendering:
-            say(f"warning: the adapter was trained with --rendering {rendering}: ask so, too")
-    if read_metrics(training.output_dir).get("trainable_parameters"):
-        raise UserError(f"--output_dir {training.output_dir}: holds a trained run; name another")
-    config = stored_config(model_name, revision=args.revision)
-    masked = is_masked(config)
-    if masked and args.reasoning == "trigger":
-        raise UserError("--reasoning trigger: a masked model writes nothing; pass a causal model")
-    # Closed answers are scored; what a model reasons or answers freely is written.
-    writes = not template.label or args.reasoning == "trigger"
-    writes = writes or (template.rationale is not None and not masked)
-    if args.samples > 1 and not writes:
-        raise UserError(
-            f"--samples {args.samples}: {template.name} is answered by the likeliest label, which "
-            "is always the same; leave it out, or add --reasoning trigger"
-        )
-    if args.score != "sum" and writes:
-        raise UserError(
-            f"--score {args.score}: answers of {template.name} are written; leave it out"
-        )
-    load = {"revision": args.revision, "trust_remote_code": training.trust_remote_code}
-    tokenizer = load_tokenizer(model_name, **load)
-    max_length = min(training.max_length, tokenizer.model_max_length, most_positions(config))
-    encoder = PromptEncoder(
-        template, tokenizer, max_length, args.rendering, args.chat_template_kwargs
-    )
-    asker = MaskedAsker(encoder) if masked else CausalAsker(encoder)
-
-    memory, model = MemoryMeter(), None
-    embeds = shots > 0 and sampler == "nearest" and args.nearest_by == "embedding"
+    task = load_few_shot_task(args, training)  # template, tokenizer, rows that are asked, a pool
+    template, pool, asked, model = task.template, task.train, task.evaluation, None
+    embeds = task.shots and task.sampler == "nearest" and args.nearest_by == "embedding"
     if embeds or not args.preview:
-        model = load_model(
-            model_name,
-            dtype=training.model_dtype[0],
-            attn_implementation=args.attn_implementation,
-            model_class=AutoModelForMaskedLM if masked else None,
-            **load,
-        )
-        model = place_model(
-            PeftModel.from_pretrained(model, adapter) if adapter else model, training
-        )
+        model = load_model(args, training, masked=task.masked)
+        model = place_model(with_adapter(model, task.adapter), training)
 
-    # Which training rows are most like each row that is asked.
-    nearest = None
-    if shots and sampler == "nearest":
-        texts, queries = ([row_text(template, row) for row in some.rows] for some in (pool, asked))
-        if embeds:
-            vectors = embed_texts(model, encoder.text, texts + queries, max_length=max_length)
-            known = dict(zip(texts + queries, vectors, strict=True))
-            stored = vectors[: len(texts)].T
-
-            def similarity(some):
-                return [known[one] for one in some] @ stored
-
-        else:
-            similarity = bm25(texts)
-        keys = [row_key(template, row) for row in pool.rows]
-        nearest = rank(similarity, queries, keys, most=shots + 1)
     # Each draw chooses the demonstrations of every row, or one fixed set for all rows.
-    draws = [None]
-    if shots:
-        draws = [
-            Demonstrations(
-                template,
-                pool.rows,
-                shots,
-                sampler,
-                draw=draw,
-                seed=training.seed,
-                nearest=nearest,
-                solve=asker.solve,
-            )
-            for draw in range(args.draws)
-        ]
+    options = {"seed": training.seed, "solve": task.asker.solve}
+    if task.shots and task.sampler == "nearest":
+        by = embedding_similarity(model, task.encoder) if embeds else None
+        options["nearest"] = nearest_rows(template, pool.rows, asked.rows, task.shots, by)
+    draws = [
+        Demonstrations(template, pool.rows, task.shots, task.sampler, draw=draw, **options)
+        for draw in range(args.draws if task.shots else 0)
+    ] or [None]
     if args.preview:
-        return preview_prompts(asker, asked.rows[: args.preview], draws[0])
+        return preview_prompts(task.asker, asked.rows[: args.preview], draws[0])
+    say_first_prompt(task.asker, asked.rows[0], draws[0])
 
-    say_first_prompt(asker, asked.rows[0], draws[0])
-    budget = {"batch_tokens": args.eval_batch_tokens, "description": "scoring"}
-    identity = {
-        "model": weights_identity(model_name, args.revision),
-        "adapter": adapter and weights_identity(str(adapter)),
-        "dtype": str(training.model_dtype[0]),
-    }
-    journal = Journal(f"{training.output_dir}/partial", identity)
-    if args.resume:
-        say(f"resuming: {len(journal):,} results are there")
-    else:
-        journal.discard()
-    budget["journal"] = journal
-    answers = not args.predict
-    if template.metric == "loss" and answers:
-        result = score_losses(model, encoder, asked.rows, draws, **budget)
-    elif not writes:
-        result = score_labels(
-            model, asker, asked.rows, draws, score=args.score, answers=answers, **budget
-        )
-    else:
-        result = score_answers(
-            model,
-            encoder,
-            asked.rows,
-            draws,
-            max_new_tokens=args.max_new_tokens,
-            samples=args.samples,
-            temperature=args.temperature,
-            trigger=args.trigger if args.reasoning == "trigger" else "",
-            seed=training.seed,
-            answers=answers,
-            **budget,
-        )
-    metrics = save_few_shot(
-        result,
-        encoder,
-        training,
-        model,
-        {
-            "model": describe_model(model_name),
-            "adapter": args.adapter,
-            "shots": shots,
-            "sampler": sampler if shots else None,
-            "score_by": args.score if result.by_score else None,
-            "reasoning": args.reasoning,
-            "samples": args.samples,
-            "temperature": args.temperature,
-            "eval_source": asked.source,
-            "train_rows": len(pool.rows) if pool else 0,
-            "peak_memory_bytes": memory.stop(),
-        },
-        predict=args.predict,
-    )
+    # What is scored is kept as it comes, for --resume.
+    journal = Journal.of_run(training, args, task.adapter)
+    result = score(model, task, draws, args, training.seed, journal)
+    metrics = save_few_shot(result, task, args, training, model)
     journal.discard()
     return metrics
 
 
+def score(model, task, draws: list, args: IclArguments, seed: int, journal):
+    """Score conversations by their loss, closed answers by the likelihood of the label words, and
+    let the model write the others.
+    """
+    from recipelib.evaluation import score_answers, score_labels, score_losses
+
+    rows, answers = task.evaluation.rows, not args.predict
+    options = {**task.budget, "journal": journal}
+    if task.template.metric == "loss" and answers:
+        return score_losses(model, task.encoder, rows, draws, **options)
+    if not task.writes:
+        options |= {"score": args.score, "answers": answers}
+        return score_labels(model, task.asker, rows, draws, **options)
+    return score_answers(
+        model,
+        task.encoder,
+        rows,
+        draws,
+        max_new_tokens=args.max_new_tokens,
+        samples=args.samples,
+        temperature=args.temperature,
+        trigger=args.trigger if args.reasoning == "trigger" else "",
+        seed=seed,
+        answers=answers,
+        **options,
+    )
+
+
 if __name__ == "__main__":
-    run_recipe(main, IclArguments, __doc__, DEFAULTS, resume="--resume true")
+    run_recipe(main, IclArguments, __doc__, DEFAULTS, trains=False)

@@ -68,13 +68,13 @@ def run(root):
     """A run with everything on: its folder, and the model that it trained."""
     loaded = []
     with pytest.MonkeyPatch.context() as patch:
-        load = recipelib.models.loading.load_model
+        load = recipelib.models.loading.load_pretrained
 
         def keep(*args, **kwargs):
             loaded.append(load(*args, **kwargs))
             return loaded[-1]
 
-        patch.setattr(recipelib.models.loading, "load_model", keep)
+        patch.setattr(recipelib.models.loading, "load_pretrained", keep)
         lora_sft.main(*parsed(command(root, merge="true", dora="true")))
     return root / "out", loaded[0]
 

@@ -212,17 +212,17 @@ def test_the_revision_of_the_base_is_kept_with_the_adapter_and_used_again(
     run, data_folder, monkeypatch
 ):
     # The tiny model's folder stands for a hub id, which it would be refused for.
-    monkeypatch.setattr(models, "_hub_errors_in_one_line", lambda *_: nullcontext())
+    monkeypatch.setattr(models, "hub_errors_in_one_line", lambda *_: nullcontext())
     folder = run("--revision", "v1")
     assert read_json(folder / "adapter_config.json")["revision"] == "v1"
     assert ", revision='v1')" in (folder / "README.md").read_text()
-    asked, load = [], predicting.load_model
+    asked, load = [], predicting.load_pretrained
 
-    def load_model(name, **options):
+    def load_pretrained(name, **options):
         asked.append(options["revision"])
         return load(name, **options)
 
-    monkeypatch.setattr(predicting, "load_model", load_model)
+    monkeypatch.setattr(predicting, "load_pretrained", load_pretrained)
     predict = ("--predict", str(data_folder / "validation.jsonl"))
     run("--model_name_or_path", "", *predict)
     run(*predict)  # another model, maybe: its own revision

@@ -274,7 +274,7 @@ def test_the_best_pass_by_the_validation_rows_is_kept(run, monkeypatch):
 
 
 def test_too_few_rows_of_a_class_are_named_before_anything_is_done(run, monkeypatch):
-    monkeypatch.setattr("recipelib.models.loading.load_model", None)
+    monkeypatch.setattr("recipelib.models.loading.load_pretrained", None)
     folder = run("causal", "--preview", "1")
     folder.mkdir()
     (folder / "metrics.json").write_text("{}")

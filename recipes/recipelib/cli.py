@@ -12,18 +12,26 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from recipelib.runtime.errors import UserError, require_at_least
-from recipelib.runtime.files import load_yaml
-from recipelib.runtime.launch import end_process_group
+from recipelib.prompts import COMBINE
+from recipelib.runtime import UserError, end_process_group, load_yaml
 
 USAGE = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]"
 
 
-def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A dataclass field with its help text; a list becomes a default factory."""
-    metadata["help"] = help.replace("%", "%%")  # argparse formats it
+def option(
+    default: Any, help: str, *, least: float | None = None, below: float | None = None, **more: Any
+) -> Any:
+    """A dataclass field with its help text; a list becomes a default factory.
+
+    Args:
+        least, below: limits of a number; None as a value is none of them.
+        more: metadata for the parser, such as `choices`.
+    """
+    # argparse formats the help
+    metadata = {"help": help.replace("%", "%%"), "least": least, "below": below, **more}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -54,9 +62,11 @@ class RecipeArguments:
     train_split: str | None = option(None, "Training split; the template names a default.")
     eval_split: str | None = option(None, "Evaluation split; the template names a default.")
     max_train_samples: int | None = option(
-        None, "Train on a random draw of this many rows; -1: on all."
+        None, "Train on a random draw of this many rows; -1: on all.", least=1
     )
-    max_eval_samples: int | None = option(None, "Score a random draw of this many rows; -1: all.")
+    max_eval_samples: int | None = option(
+        None, "Score a random draw of this many rows; -1: all.", least=1
+    )
     skip_bad_rows: bool = option(
         False, "Leave out rows that the template cannot read instead of stopping."
     )
@@ -66,12 +76,16 @@ class RecipeArguments:
     chat_template_kwargs: dict | str | None = option(
         None, "JSON passed to the chat template, for instance '{\"enable_thinking\": false}'."
     )
-    max_new_tokens: int = option(256, "Longest answer when a task is scored by generating.")
+    max_new_tokens: int = option(
+        256, "Longest answer when a task is scored by generating.", least=1
+    )
     eval_batch_tokens: int = option(
-        4096, "Tokens, padding included, in one scoring batch; lower it if memory runs out."
+        4096,
+        "Tokens, padding included, in one scoring batch; lower it if memory runs out.",
+        least=1,
     )
     preview: int = option(
-        0, "Show this many training examples, supervised tokens marked, and stop."
+        0, "Show this many training examples, supervised tokens marked, and stop.", least=0
     )
     predict: str | None = option(
         None, "A file of rows without answers: answer them with what --output_dir holds and stop."
@@ -81,8 +95,15 @@ class RecipeArguments:
         for name in ("max_train_samples", "max_eval_samples"):
             if getattr(self, name) == -1:
                 setattr(self, name, None)
-        at_least_one = ("max_train_samples", "max_eval_samples", "max_new_tokens")
-        require_at_least(self, **dict.fromkeys(at_least_one, 1), eval_batch_tokens=1, preview=0)
+        for argument in dataclasses.fields(self):
+            name, value = argument.name, getattr(self, argument.name)
+            least, below = (argument.metadata.get(limit) for limit in ("least", "below"))
+            if value is None:
+                continue
+            if least is not None and not value >= least:
+                raise UserError(f"--{name} {value}: must be {least} or more")
+            if below is not None and not value < below:
+                raise UserError(f"--{name} {value}: must be below {below}")
         if not isinstance(self.chat_template_kwargs, str):
             return
         cure = "write it as '{\"key\": value}'"
@@ -94,9 +115,54 @@ class RecipeArguments:
             raise UserError(f"--chat_template_kwargs: JSON, but no object; {cure}")
 
 
+@dataclass
+class ClozeArguments(RecipeArguments):
+    """Arguments of the recipes that ask and train through label words."""
+
+    cloze: bool = option(
+        False,
+        "Ask a causal model by the template's cloze, wherever its mask is, instead of the prompt.",
+    )
+    combine: str = option(
+        "logsumexp",
+        "How words make a label's score: logsumexp adds their probabilities, mean as OpenPrompt, "
+        "max takes the likeliest.",
+        choices=list(COMBINE),
+    )
+    soft_verbalizer: bool = option(
+        False, "Train an embedding per label, which starts at its words, to read the cloze (WARP)."
+    )
+    calibrate: bool = option(
+        False, "Divide by what the model says without content: for models that favor one label."
+    )
+    per_class: int | None = option(
+        None,
+        "Few-shot: draw so many training rows per class, and as many to choose the best pass.",
+        least=1,
+    )
+    draws: int = option(1, "With --per_class: draws of rows, each with its own run.", least=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.draws > 1 and not self.per_class:
+            raise UserError("--draws: draws of which rows? Pass --per_class, such as 16")
+        if self.soft_verbalizer and self.calibrate:
+            raise UserError("--calibrate: --soft_verbalizer has no words; leave one of them out")
+
+
+# Options that recipes had once: where to go instead.
+_MOVED = {
+    ("--merge",): "run 'python recipes/merge.py OUTPUT_DIR' afterwards",
+    ("--search_label_words",): "run recipes/search_label_words.py",
+    ("--tune", "model"): "run recipes/cloze_sft.py",
+    ("--tune", "both"): "run recipes/cloze_sft.py --soft_prompt true",
+    ("--tune", "none"): "run recipes/cloze_sft.py --score_only true",
+}
+
+
 def _print_help(arguments: type, description: str, defaults: Mapping[str, Any]) -> None:
     """The recipe's own arguments first, then the common ones; no library is imported for it."""
-    common = {one.name for one in dataclasses.fields(RecipeArguments)}
+    common = {argument.name for argument in dataclasses.fields(RecipeArguments)}
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=26),
@@ -105,55 +171,75 @@ def _print_help(arguments: type, description: str, defaults: Mapping[str, Any]) 
     )
     titles = {False: "this method", True: "every recipe"}
     groups = {key: parser.add_argument_group(title) for key, title in titles.items()}
-    for one in dataclasses.fields(arguments):
-        default = one.default
+    for argument in dataclasses.fields(arguments):
+        name, default, text = argument.name, argument.default, argument.metadata["help"]
         if default is dataclasses.MISSING:
-            default = " ".join(one.default_factory()) or None
+            default = " ".join(argument.default_factory()) or None
         shown = f" [{default}]".replace("%", "%%")
         shown = "" if default is None or default is False else shown
-        choices = one.metadata.get("choices") or ()
-        if any(not re.search(rf"\b{choice}\b", one.metadata["help"]) for choice in choices):
+        choices = argument.metadata.get("choices") or ()
+        if any(not re.search(rf"\b{choice}\b", text) for choice in choices):
             shown = f" One of {', '.join(choices)}.{shown}"
         # A flag has no metavar, so none is printed; nothing is parsed here.
-        groups[one.name in common].add_argument(
-            f"--{one.name}", action="store_true", help=one.metadata["help"] + shown
-        )
+        groups[name in common].add_argument(f"--{name}", action="store_true", help=text + shown)
     trainer = parser.add_argument_group("the trainer's, as this recipe sets them (all: --help_all)")
     for name, value in defaults.items():
-        trainer.add_argument(f"--{name}", action="store_true", help=f"[{value}]")
+        shown = "by what is trained" if value is None else value
+        trainer.add_argument(f"--{name}", action="store_true", help=f"[{shown}]")
     parser.print_help()
 
 
 def _closest(name: str, known: Iterable[str], dashes: str = "") -> str:
-    starts = [one for one in known if name and one.startswith(name)]  # no abbreviation is taken
+    starts = [key for key in known if name and key.startswith(name)]  # no abbreviation is taken
     close = difflib.get_close_matches(name, known, 1, cutoff=0.75) or starts
     return f"did you mean {dashes}{close[0]}?" if close else "see --help and --help_all"
 
 
-def _read_config(parser: argparse.ArgumentParser, path: Path, hints: Mapping[str, Any]) -> dict:
-    """The values of a --config file, checked and converted as the command line's are."""
-    actions = {one.dest: one for one in reversed(parser._actions)}  # --bf16 before --no_bf16
+def _converted(
+    parser: argparse.ArgumentParser, given: Mapping[str, Any], hints: Mapping[str, Any], source: str
+) -> dict:
+    """Values that do not come from the command line, checked and converted as those are.
+
+    Args:
+        source: what an error calls the place that they come from.
+    """
+    actions = {action.dest: action for action in reversed(parser._actions)}  # not --no_bf16
     values = {}
-    for key, value in load_yaml(path).items():
+    for key, value in given.items():
         if key not in actions:
-            raise UserError(f"{path}: {key}: unknown key; {_closest(key, actions)}")
-        kinds = {get_origin(one) or one for one in (hints[key], *get_args(hints[key]))}
+            raise UserError(f"{source}: {key}: unknown key; {_closest(key, actions)}")
+        kinds = {get_origin(kind) or kind for kind in (hints[key], *get_args(hints[key]))}
         several = isinstance(value, list) and value and actions[key].nargs == "+"
         if (value is None or isinstance(value, list | dict)) and not several:
             if type(value) not in kinds:
                 names = {list: "a list", dict: "keys and values"}
                 problem = f"cannot be {names.get(type(value), 'null')}"
-                raise UserError(f"{path}: {key}: {problem}; see --help_all")
+                raise UserError(f"{source}: {key}: {problem}; see --help_all")
             values[key] = value
             continue
         try:
-            words = [str(one) for one in (value if several else [value])]
+            words = [str(word) for word in (value if several else [value])]
             values[key] = parser._get_values(actions[key], words)
         except argparse.ArgumentError as error:
             word = isinstance(value, bool) and actions[key].choices  # YAML's no is False
             quote = "; put a word such as no into quotes" if word else ""
-            raise UserError(f"{path}: {key}: {error.message}{quote}") from None
+            raise UserError(f"{source}: {key}: {error.message}{quote}") from None
     return values
+
+
+def arguments(recipe: ModuleType, **options: Any) -> tuple[Any, Any]:
+    """What a recipe's `main` takes, with the defaults that its command line has.
+
+        lora_sft.main(*arguments(lora_sft, template="sst2", max_steps=10))
+
+    Args:
+        recipe: the module, also a copy of it.
+        options: the recipe's and the trainer's, by their names on the command line.
+    Raises:
+        UserError: an unknown option, or a value that does not fit.
+    """
+    kind = recipe.main.__annotations__["args"]
+    return parse_arguments(kind, recipe.__doc__, recipe.DEFAULTS, [], options)
 
 
 def parse_arguments(
@@ -161,14 +247,16 @@ def parse_arguments(
     description: str,
     defaults: Mapping[str, Any],
     argv: Sequence[str] | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any]:
-    """The recipe's arguments and its trainer's (`recipelib.training.trainer.RecipeConfig`).
+    """The recipe's arguments and its trainer's (`recipelib.training.RecipeConfig`).
 
     Args:
         arguments: the recipe's dataclass.
         description: the recipe's docstring, the head of its --help.
         defaults: the trainer's arguments that this recipe sets otherwise.
         argv: the command line; `sys.argv[1:]` by default.
+        given: options that are set before the command line is read.
     Raises:
         UserError: an unknown or malformed argument or key of the --config file.
     """
@@ -176,14 +264,22 @@ def parse_arguments(
     if "--help" in argv or "-h" in argv:
         _print_help(arguments, description, defaults)
         sys.exit(0)
+    for place in range(len(argv)):
+        for moved, cure in _MOVED.items():
+            known = moved[0].lstrip("-") in arguments.__dataclass_fields__
+            if tuple(argv[place : place + len(moved)]) == moved and known == (len(moved) > 1):
+                raise UserError(f"{' '.join(moved)}: has moved; {cure}")
 
     # Where it is installed it recommends, on some CPUs, a package for a path that we keep shut.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from trl import TrlParser
 
-    from recipelib.training.config import RecipeConfig
+    from recipelib.training import RecipeConfig
 
     class Parser(TrlParser):
+        def add_argument(self, *names: str, least=None, below=None, **options):
+            return super().add_argument(*names, **options)  # limits are the dataclass's to check
+
         def error(self, message: str):
             raise UserError(f"command line: {message}")
 
@@ -193,6 +289,7 @@ def parse_arguments(
         parser.print_help()
         sys.exit(0)
     hints = get_type_hints(RecipeConfig) | get_type_hints(arguments)
+    parser.set_defaults(**_converted(parser, given or {}, hints, "arguments"))
     for place, argument in enumerate(argv):
         if argument.startswith("--config="):
             argv[place : place + 1] = argument.split("=", 1)
@@ -200,7 +297,8 @@ def parse_arguments(
         place = argv.index("--config")
         if place + 1 == len(argv):
             raise UserError("command line: --config needs a file")
-        parser.set_defaults(**_read_config(parser, Path(argv[place + 1]), hints))
+        path = Path(argv[place + 1])
+        parser.set_defaults(**_converted(parser, load_yaml(path), hints, str(path)))
         del argv[place : place + 2]
     try:
         parsed, training, rest = parser.parse_args_into_dataclasses(
@@ -211,7 +309,7 @@ def parse_arguments(
         raise UserError(f"arguments: {' '.join(str(error).split())}") from None
     if rest:
         name = rest[0].split("=")[0].lstrip("-").replace("-", "_")
-        cure = _closest(name, [one.dest for one in parser._actions], "--")
+        cure = _closest(name, [action.dest for action in parser._actions], "--")
         raise UserError(f"command line: unknown argument {rest[0]}; {cure}")
     return parsed, training
 
@@ -221,21 +319,30 @@ def run_recipe(
     arguments: type,
     description: str,
     defaults: Mapping[str, Any],
-    resume: str = "--resume_from_checkpoint last",
+    *,
+    trains: bool = True,
 ) -> None:
-    """Parse the command line, run `main`, and end a user's mistake in one line and exit code 2.
+    """Parse the command line and run `main`, or answer the rows of --predict with what a run has
+    left. A user's mistake ends in one line and exit code 2.
 
     Args:
-        resume: what an interrupted run is told to go on with.
+        trains: False for a recipe that trains nothing: it answers --predict itself.
     """
     try:
-        main(*parse_arguments(arguments, description, defaults))
+        args, training = parse_arguments(arguments, description, defaults)
+        if args.predict and trains:
+            from recipelib.reporting import answer_file
+
+            answer_file(args, training)
+        else:
+            main(args, training)
         end_process_group()
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         print(f"error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        resume = "--resume_from_checkpoint last" if trains else "--resume true"
         print(
             f"interrupted; {resume} goes on from what was saved, if anything was", file=sys.stderr
         )

@@ -11,7 +11,7 @@ from recipelib.data.rows import load_splits
 from recipelib.encoding.examples import encode_rows
 from recipelib.encoding.prompt_encoder import PromptEncoder
 from recipelib.evaluation.evaluation import evaluate_task
-from recipelib.models.loading import load_model, load_tokenizer
+from recipelib.models.loading import load_pretrained, load_tokenizer
 from recipelib.prompts.template import PromptTemplate
 from recipelib.runtime.checkpoints import find_checkpoint
 from recipelib.runtime.console import say
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     encoder = PromptEncoder(template, tokenizer, training.max_length)
     train, evaluation = load_splits(template, args, training.seed)
     checkpoint = find_checkpoint(training.output_dir, training.resume_from_checkpoint)
-    model = load_model(args.model_name_or_path, dtype=training.model_dtype[0])
+    model = load_pretrained(args.model_name_or_path, dtype=training.model_dtype[0])
     calls = []
     norm = model.model.layers[0].input_layernorm
     norm.register_forward_hook(lambda *_: calls.append(1))

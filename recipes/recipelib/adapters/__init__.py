@@ -1,1 +1,62 @@
-"""adapters."""
+"""PEFT's tuners and their files: bottleneck adapters, soft prompts, PiSSA's conversion, merging."""
+
+from recipelib.adapters.adapter_layers import (
+    errors_name_options,
+    save_own_code,
+    save_without_adapters_below,
+    stop_gradients_below,
+    top_layers,
+    without_adapters,
+)
+from recipelib.adapters.adapterhub import load_adapterhub
+from recipelib.adapters.bottleneck import BottleneckConfig
+from recipelib.adapters.merging import merge_adapter
+from recipelib.adapters.pissa import save_as_lora, save_start
+from recipelib.adapters.saved import (
+    BASE,
+    SOFT_VERBALIZER,
+    base_of,
+    load_tuned,
+    resolve_adapter,
+    with_adapter,
+)
+from recipelib.adapters.soft_prompts import (
+    compute_prompt_once,
+    keys_and_values,
+    prompt_shape,
+    refuse_shards,
+    require_cache,
+    start_ids,
+    start_prefix,
+    start_prompt,
+)
+from recipelib.adapters.soft_verbalizer import SoftVerbalizer
+
+__all__ = [
+    "BASE",
+    "SOFT_VERBALIZER",
+    "BottleneckConfig",
+    "SoftVerbalizer",
+    "base_of",
+    "compute_prompt_once",
+    "errors_name_options",
+    "keys_and_values",
+    "load_adapterhub",
+    "load_tuned",
+    "merge_adapter",
+    "prompt_shape",
+    "refuse_shards",
+    "require_cache",
+    "resolve_adapter",
+    "save_as_lora",
+    "save_own_code",
+    "save_start",
+    "save_without_adapters_below",
+    "start_ids",
+    "start_prefix",
+    "start_prompt",
+    "stop_gradients_below",
+    "top_layers",
+    "with_adapter",
+    "without_adapters",
+]

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from recipelib.adapters.bottleneck import SUBLAYERS, BottleneckConfig, BottleneckLayer, layer_number
-from recipelib.runtime.errors import UserError
+from recipelib.runtime import UserError
 
 # What a configuration may ask for and PEFT's tuner does not have, with the value that is none.
 _ABSENT = {

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
+import recipelib.adapters.bottleneck  # noqa: F401  PEFT knows its adapters from here on
 from recipelib.adapters.soft_verbalizer import SoftVerbalizer
-from recipelib.models.loading import _hub_errors_in_one_line, is_masked, load_model, stored_config
-from recipelib.runtime.errors import UserError
+from recipelib.models import hub_errors_in_one_line, is_masked, load_pretrained, stored_config
+from recipelib.runtime import UserError
 
 if TYPE_CHECKING:
     pass
+
+
+SOFT_VERBALIZER = "soft_verbalizer.safetensors"
+BASE = "base_model"  # where a model is kept that was tuned together with a soft prompt
 
 
 def resolve_adapter(adapter: str, revision: str | None = None) -> Path:
@@ -24,15 +29,13 @@ def resolve_adapter(adapter: str, revision: str | None = None) -> Path:
     Raises:
         UserError: no adapter there, pickled weights only, or a hub that refuses.
     """
-    import recipelib.adapters.bottleneck  # noqa: F401  PEFT knows its adapters from here on
-
     folder = Path(adapter).expanduser()
     if not folder.is_dir():
         if adapter.startswith((".", "/", "~")) or adapter.count("/") != 1:
             raise UserError(
                 f"--adapter {adapter}: no such folder; check the path, or pass a hub id"
             )
-        with _hub_errors_in_one_line(adapter, adapter, None):
+        with hub_errors_in_one_line(adapter, adapter, None):
             from huggingface_hub import snapshot_download
 
             patterns = ["*.json", "*.safetensors"]
@@ -50,10 +53,15 @@ def resolve_adapter(adapter: str, revision: str | None = None) -> Path:
     return folder
 
 
-SOFT_VERBALIZER = "soft_verbalizer.safetensors"
+def base_of(adapter: Path) -> tuple[str, str | None]:
+    """The model that an adapter was trained on, and its revision."""
+    config = PeftConfig.from_pretrained(adapter)
+    return config.base_model_name_or_path, config.revision
 
 
-BASE = "base_model"  # where a model is kept that was tuned together with a soft prompt
+def with_adapter(model, adapter: Path | None):
+    """The model with an adapter on it, if there is one."""
+    return model if adapter is None else PeftModel.from_pretrained(model, adapter)
 
 
 def load_soft_verbalizer(folder: Path | str, model) -> None:
@@ -63,29 +71,31 @@ def load_soft_verbalizer(folder: Path | str, model) -> None:
     SoftVerbalizer(**load_file(Path(folder) / SOFT_VERBALIZER)).into(model)
 
 
-def load_tuned(folder: Path | str, metrics: Mapping, model_name_or_path: str | None = None, **load):
-    """The model of a finished run: PEFT's soft prompt or prefix on the model that it was trained
+def load_tuned(
+    folder: Path | str, run: Mapping[str, Any], model_name_or_path: str | None = None, **load: Any
+):
+    """The model of a finished run: an adapter or a soft prompt on the model that it was trained
     with, or a tuned model; with the soft verbalizer where there is one.
 
     Args:
-        metrics: what its metrics.json holds.
-        model_name_or_path: of the untouched model behind a soft prompt, if it lies elsewhere now.
-        load: options of `load_model`.
+        run: what its metrics.json holds.
+        model_name_or_path: of the untouched model behind an adapter, if it lies elsewhere now.
+        load: options of `load_pretrained`.
     """
     folder = Path(folder)
     adapted = (folder / "adapter_config.json").exists()
     base = str(folder)
-    if metrics["tune"] == "both":
+    if run.get("tune") == "both":
         base = str(folder / BASE)
     elif adapted:
-        kept = PeftConfig.from_pretrained(folder)
-        base = model_name_or_path or kept.base_model_name_or_path
+        kept, revision = base_of(folder)
+        base = model_name_or_path or kept
         if not model_name_or_path and not load.get("revision"):
-            load["revision"] = kept.revision
+            load["revision"] = revision
     masked = is_masked(stored_config(base, revision=load.get("revision")))
-    model = load_model(base, model_class=AutoModelForMaskedLM if masked else None, **load)
+    model = load_pretrained(base, model_class=AutoModelForMaskedLM if masked else None, **load)
     if adapted:
         model = PeftModel.from_pretrained(model, folder)
-    if metrics["verbalizer"] == "soft":
+    if run.get("verbalizer") == "soft":
         load_soft_verbalizer(folder, model)
     return model

@@ -11,17 +11,17 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from peft import PeftModel, PeftType
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from recipelib.encoding.asking import CausalAsker, MaskedAsker
-from recipelib.prompts.template import Question
-from recipelib.prompts.values import RowError
-from recipelib.runtime.errors import UserError
-from recipelib.runtime.launch import uses_fsdp
+from recipelib.encoding import CausalAsker, MaskedAsker
+from recipelib.models import bare_model, is_masked_model
+from recipelib.prompts import Question, RowError
+from recipelib.runtime import UserError, fsdp_option, uses_fsdp
 
 _PROMPTS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
 
@@ -62,6 +62,73 @@ def start_ids(
     return (found * count)[:count]
 
 
+def refuse_shards(option: str) -> None:
+    """Refuse a launch whose checkpoints are shards, out of which PEFT reads no soft prompt; it is
+    some kilobytes anyway.
+
+    Args:
+        option: that asks for the prompt.
+    Raises:
+        UserError: it is such a launch.
+    """
+    if fsdp_option("STATE_DICT_TYPE") == "sharded_state_dict":
+        raise UserError(
+            f"{option}: is saved whole, and this launch saves shards; launch with "
+            "accelerate_configs/fsdp2.yaml"
+        )
+
+
+def prompt_shape(
+    model, virtual_tokens: int, *, revision: str | None = None, sizes: bool = True
+) -> dict[str, Any]:
+    """What PEFT's configurations of soft prompts have in common.
+
+    PEFT has no task type for masked models: as a feature extractor it puts the prompt in front and
+    leaves the rest to us.
+
+    Args:
+        revision: of the base model, for PEFT to write down.
+        sizes: the model's, as PEFT does not know what all models call them, nor embeddings of
+            another size than states. Those of a prefix it finds itself.
+    """
+    shape: dict[str, Any] = {
+        "task_type": "FEATURE_EXTRACTION" if is_masked_model(model) else "CAUSAL_LM",
+        "num_virtual_tokens": virtual_tokens,
+        "revision": revision,
+    }
+    if sizes:
+        shape |= {
+            "token_dim": model.get_input_embeddings().weight.shape[1],
+            "num_layers": model.config.num_hidden_layers,
+            "num_attention_heads": model.config.num_attention_heads,
+        }
+    return shape
+
+
+@torch.no_grad()
+def start_prompt(model: PeftModel, ids: Sequence[int]) -> PeftModel:
+    """Let a soft prompt start at the embeddings of tokens; without any, at random numbers that
+    spread as those do.
+    """
+    embeddings = bare_model(model).get_input_embeddings().weight
+    prompt = model.prompt_encoder["default"].embedding.weight
+    if ids:
+        prompt.copy_(embeddings[ids])
+    else:
+        prompt.mul_(embeddings.float().std())
+    return model
+
+
+@torch.no_grad()
+def start_prefix(model: PeftModel, start: torch.Tensor | None) -> PeftModel:
+    """Let a prefix start at `keys_and_values`; without any, at small random numbers: as large as
+    PEFT's they would drown the text (Li and Liang 2021).
+    """
+    prefix = model.prompt_encoder["default"].embedding.weight
+    prefix.mul_(0.02) if start is None else prefix.copy_(start)
+    return model
+
+
 def require_cache(model) -> None:
     """A prefix is keys and values that a model takes for those of tokens before the text.
 
@@ -75,10 +142,13 @@ def require_cache(model) -> None:
         )
 
 
-def keys_and_values(model, ids: list[int]):
+def keys_and_values(model, ids: list[int]) -> torch.Tensor | None:
     """[tokens, 2 x layers x heads x size] what a causal model's layers keep of a text, in the order
-    of PEFT's prefixes, which then begin as this text (Li and Liang 2021, section 7.4).
+    of PEFT's prefixes, which then begin as this text (Li and Liang 2021, section 7.4). None without
+    a text, and for masked models, which keep nothing.
     """
+    if not ids or is_masked_model(model):
+        return None
     with torch.no_grad():
         cache = model(torch.tensor([ids], device=model.device), use_cache=True).past_key_values
     parts = [one[0].transpose(0, 1) for layer in cache.layers for one in (layer.keys, layer.values)]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F
 
-from recipelib.models.head import bare_model
+from recipelib.models import bare_model
 
 
 class SoftVerbalizer(torch.nn.Module):

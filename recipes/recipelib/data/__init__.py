@@ -1,1 +1,29 @@
-"""data."""
+"""Rows from the hub, folders and files, checked against a template; mixtures and demonstrations."""
+
+from recipelib.data.demonstrations import Demonstrations, nearest_rows
+from recipelib.data.drawing import draw_rows, few_shot_rows, mixture_counts
+from recipelib.data.formats import classes_from_rows, template_for
+from recipelib.data.rows import (
+    Rows,
+    load_asked,
+    load_questions,
+    load_splits,
+    overlap,
+    parse_columns,
+)
+
+__all__ = [
+    "Demonstrations",
+    "Rows",
+    "classes_from_rows",
+    "draw_rows",
+    "few_shot_rows",
+    "load_asked",
+    "load_questions",
+    "load_splits",
+    "mixture_counts",
+    "nearest_rows",
+    "overlap",
+    "parse_columns",
+    "template_for",
+]

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from recipelib.data.rows import row_key
-from recipelib.prompts.template import Demonstration, PromptTemplate, Question
-from recipelib.prompts.values import as_list
-from recipelib.runtime.errors import UserError
+from recipelib.prompts import Demonstration, PromptTemplate, Question, as_list
+from recipelib.runtime import UserError
 
 # [queries] texts -> [queries, pool] similarities.
 Similarity = Callable[[Sequence[str]], np.ndarray]
@@ -182,6 +181,26 @@ def rank(
             order = np.argsort(-values[places], kind="stable")
             ranked.append(places[order[:most]].tolist())
     return ranked
+
+
+def nearest_rows(
+    template: PromptTemplate,
+    pool: Sequence[Mapping[str, Any]],
+    asked: Sequence[Mapping[str, Any]],
+    shots: int,
+    similarity_of: Callable[[Sequence[str], Sequence[str]], Similarity] | None = None,
+) -> list[list[int]]:
+    """For each row that is asked the places of the pool's rows that are most like it, the nearest
+    first, one more than the shots: a row may be in the pool itself.
+
+    Args:
+        similarity_of: from the texts of the pool and of the rows how similar they are; by default
+            by their words (`bm25`).
+    """
+    texts, queries = ([row_text(template, row) for row in rows] for rows in (pool, asked))
+    similarity = similarity_of(texts, queries) if similarity_of else bm25(texts)
+    keys = [row_key(template, row) for row in pool]
+    return rank(similarity, queries, keys, most=shots + 1)
 
 
 def _distinct(order: Iterable[int], keys: Sequence[str]) -> list[int]:

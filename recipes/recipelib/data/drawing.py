@@ -6,8 +6,8 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from recipelib.prompts.template import PromptTemplate
-from recipelib.runtime.errors import UserError
+from recipelib.prompts import PromptTemplate
+from recipelib.runtime import UserError
 
 
 def mixture_counts(sizes: Sequence[int], mixing: str, total: int | None = None) -> list[int]:

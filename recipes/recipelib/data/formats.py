@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from recipelib.data.rows import load_splits, parse_columns
 from recipelib.data.sources import Hub, first_row, locate
-from recipelib.prompts.template import PromptTemplate
-from recipelib.prompts.values import as_list
-from recipelib.runtime.errors import UserError
+from recipelib.prompts import PromptTemplate, as_list, class_name, find_template
+from recipelib.runtime import UserError, load_yaml
 
+_MOST_CLASSES = 100
 _KNOWN = (
     "messages, conversations, instruction with output or response, prompt with completion or "
     "response"
@@ -116,3 +117,34 @@ def _completion(row: Mapping[str, Any]) -> _Found | None:
     joined = {"completion": "{{ completion }}", "response": "\n\n{{ response }}"}
     fields = {"prompt": "{{ prompt }}", "answer": joined[answers[0]]}
     return f"prompts and {answers[0]}s", ["prompt", *answers], fields
+
+
+def classes_from_rows(args: Any, seed: int) -> PromptTemplate:
+    """The template of `args`; where it has a `label` but no `verbalizer`, each class that stands in
+    the training rows is its own word for now.
+
+    Raises:
+        UserError: rows that cannot be read, or too many different labels.
+    """
+    path, columns = find_template(args.template), parse_columns(args.columns)
+    fields = load_yaml(path)
+    if "label" not in fields or "verbalizer" in fields:
+        return PromptTemplate.load(args.template, columns=columns)
+    label = fields["label"]
+    # As text that is written, labels can be read before any of them is known.
+    free = {key: fields[key] for key in ("name", "dataset") if key in fields}
+    free |= {
+        "form": "generative",
+        "prompt": "label",
+        "answer": f"{{{{ {label} }}}}",
+        "columns": {**(fields.get("columns") or {}), **columns},
+    }
+    template = PromptTemplate(free, path)
+    train, _ = load_splits(template, args, seed)
+    classes = sorted({class_name(row[template.column(label)]) for row in train.rows})
+    if len(classes) > _MOST_CLASSES:
+        raise UserError(
+            f"{path}: label: {label} has {len(classes)} values; name a column of classes"
+        )
+    fields |= {"columns": free["columns"], "verbalizer": {name: [name] for name in classes}}
+    return PromptTemplate(fields, path)

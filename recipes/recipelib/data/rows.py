@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from recipelib.data.sources import Entry, Hub, Source, has_split, locate, open_source
-from recipelib.prompts.template import PromptTemplate
-from recipelib.prompts.values import RowError
-from recipelib.runtime.console import say
-from recipelib.runtime.errors import UserError, one_line
+from recipelib.prompts import PromptTemplate, RowError
+from recipelib.runtime import UserError, one_line, say
 
 _SHOWN_BAD_ROWS = 20
 _MOST_HELD_OUT = 1000

@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from recipelib.data.text_rows import read_text_rows
-from recipelib.prompts.schema import TEMPLATE_FOLDER
-from recipelib.prompts.template import PromptTemplate
-from recipelib.prompts.values import RowError
-from recipelib.runtime.errors import UserError, one_line
+from recipelib.prompts import TEMPLATE_FOLDER, PromptTemplate, RowError
+from recipelib.runtime import UserError, one_line
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 

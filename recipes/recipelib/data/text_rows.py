@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from recipelib.prompts.values import RowError
-from recipelib.runtime.errors import UserError
+from recipelib.prompts import RowError
+from recipelib.runtime import UserError
 
 Entry = tuple[int, dict[str, Any] | RowError]
 

@@ -1,1 +1,49 @@
-"""encoding."""
+"""Text to ids and labels: chat templates, shortening, exact loss masks, prompts and clozes."""
+
+from recipelib.encoding.asking import (
+    Asked,
+    CausalAsker,
+    Cloze,
+    Demonstrate,
+    MaskedAsker,
+    ask,
+    asker_of,
+    record_of,
+    requests_without_content,
+)
+from recipelib.encoding.chat_template import ensure_chat_template
+from recipelib.encoding.cloze_rows import ClozeRows, Example, collate, encode_cloze_rows, example_of
+from recipelib.encoding.examples import EncodedRows, beginning, encode_rows
+from recipelib.encoding.prompt_encoder import IGNORED, Counts, DoesNotFit, PromptEncoder
+from recipelib.encoding.tokens import TextEncoder
+from recipelib.encoding.words import before_cloze, check_words, label_word_ids, word_encoder
+
+__all__ = [
+    "IGNORED",
+    "Asked",
+    "CausalAsker",
+    "Cloze",
+    "ClozeRows",
+    "Counts",
+    "Demonstrate",
+    "DoesNotFit",
+    "EncodedRows",
+    "Example",
+    "MaskedAsker",
+    "PromptEncoder",
+    "TextEncoder",
+    "ask",
+    "asker_of",
+    "before_cloze",
+    "beginning",
+    "check_words",
+    "collate",
+    "encode_cloze_rows",
+    "encode_rows",
+    "ensure_chat_template",
+    "example_of",
+    "label_word_ids",
+    "record_of",
+    "requests_without_content",
+    "word_encoder",
+]

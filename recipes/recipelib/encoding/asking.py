@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from recipelib.encoding.prompt_encoder import DoesNotFit, EncodedPrompt, PromptEncoder
-from recipelib.prompts.template import Demonstration, Question
-from recipelib.prompts.values import RowError
-from recipelib.runtime.errors import UserError
+from recipelib.prompts import Demonstration, Question, RowError
+from recipelib.runtime import UserError
 
 
 @dataclass

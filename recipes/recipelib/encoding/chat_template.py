@@ -12,8 +12,8 @@ from itertools import takewhile
 
 import jinja2
 
-from recipelib.prompts.conversations import Turn
-from recipelib.runtime.errors import UserError
+from recipelib.prompts import Turn
+from recipelib.runtime import UserError
 
 # Turns are told apart by their headers only: no new tokens, so no embeddings to train. A header
 # ends in a line break, behind which an answer begins with the tokens that it has by itself.

@@ -16,7 +16,7 @@ import torch
 
 from recipelib.encoding.asking import Asked, CausalAsker, Cloze, ClozeAsker, MaskedAsker
 from recipelib.encoding.examples import EncodedRows
-from recipelib.runtime.errors import UserError
+from recipelib.runtime import UserError
 
 Example = dict[str, Any]
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 
 from recipelib.encoding.prompt_encoder import IGNORED, Counts, DoesNotFit, PromptEncoder
-from recipelib.prompts.template import PromptTemplate, Question
-from recipelib.runtime.errors import UserError
+from recipelib.prompts import PromptTemplate, Question
+from recipelib.runtime import UserError
 
 
 @dataclass

@@ -9,16 +9,15 @@ prefix of the ids that were trained.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from recipelib.encoding.tokens import TextEncoder
-from recipelib.prompts.conversations import Turn
-from recipelib.prompts.template import Demonstration, PromptTemplate, Question
-from recipelib.prompts.values import RowError
-from recipelib.runtime.errors import UserError
+from recipelib.prompts import Demonstration, PromptTemplate, Question, RowError, Turn
+from recipelib.runtime import UserError
 
 IGNORED = -100  # the label that the loss skips
 RENDERINGS = ("text", "chat")
@@ -82,13 +81,28 @@ class PromptEncoder:
     ):
         if rendering not in RENDERINGS:
             raise UserError(f"--rendering {rendering}: must be text or chat")
+        self.text = TextEncoder(tokenizer, chat_template_kwargs)
+        self.max_length, self.rendering = max_length, rendering
+        self._take(template)
+
+    def with_template(self, template: PromptTemplate) -> PromptEncoder:
+        """An encoder that differs by its template only.
+
+        Raises:
+            UserError: as for any encoder, a template that does not fit the tokenizer.
+        """
+        other = copy.copy(self)
+        other._take(template)
+        return other
+
+    def _take(self, template: PromptTemplate) -> None:
+        tokenizer = self.text.tokenizer
         if template.messages and tokenizer.chat_template is None:
             raise UserError(
                 f"{template.path}: messages: a conversation needs a chat template and the "
                 f"tokenizer of {tokenizer.name_or_path} has none; pass a model that has"
             )
         self.template = template
-        self.text = TextEncoder(tokenizer, chat_template_kwargs)
         texts = [*template.prompts, *template.texts.values(), *(template.rationale or {}).values()]
         if token := next(filter(None, map(self.text.special_token, texts)), None):
             raise UserError(
@@ -96,8 +110,7 @@ class PromptEncoder:
                 "text never becomes one; take it out, and pass --rendering chat for a chat, or "
                 "write {{ mask }} for a mask"
             )
-        self.max_length = max_length
-        self.chat = rendering == "chat" or template.messages is not None
+        self.chat = self.rendering == "chat" or template.messages is not None
 
     # Prompt and answer
 

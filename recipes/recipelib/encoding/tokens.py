@@ -16,8 +16,8 @@ from typing import Any
 from tokenizers import AddedToken
 
 from recipelib.encoding.chat_template import ChatTemplate
-from recipelib.prompts.conversations import Turn
-from recipelib.runtime.errors import UserError
+from recipelib.prompts import Turn
+from recipelib.runtime import UserError
 
 # Two noncharacters, which Unicode keeps out of interchanged text; should they come all the same,
 # see `_guard`.

@@ -7,8 +7,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from recipelib.encoding.asking import CausalAsker, ClozeAsker, MaskedAsker
-from recipelib.prompts.template import PromptTemplate, Question
-from recipelib.runtime.errors import UserError
+from recipelib.prompts import PromptTemplate, Question
+from recipelib.runtime import UserError
 
 if TYPE_CHECKING:
     from recipelib.encoding.tokens import TextEncoder

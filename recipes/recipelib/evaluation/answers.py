@@ -6,13 +6,11 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from recipelib.encoding.asking import Demonstrate, ask, record_of
-from recipelib.encoding.prompt_encoder import PromptEncoder
+from recipelib.encoding import Demonstrate, PromptEncoder, ask, record_of
 from recipelib.evaluation.metrics import answer_key
 from recipelib.evaluation.scores import FewShotScore, score_records
-from recipelib.inference.generation import Written, generate
-from recipelib.inference.journal import Journal
-from recipelib.prompts.template import PromptTemplate, Question
+from recipelib.inference import Journal, Written, generate
+from recipelib.prompts import PromptTemplate, Question
 
 ANSWER_TOKENS = 32  # of the answer that is asked for behind written reasoning
 

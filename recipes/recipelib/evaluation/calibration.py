@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from recipelib.prompts.verbalizer import label_scores
+from recipelib.prompts import label_scores
 
 
 class Word(NamedTuple):

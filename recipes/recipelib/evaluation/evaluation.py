@@ -7,13 +7,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
-from recipelib.encoding.asking import CausalAsker
-from recipelib.encoding.prompt_encoder import PromptEncoder
+from recipelib.encoding import CausalAsker, PromptEncoder
 from recipelib.evaluation.answers import score_answers
 from recipelib.evaluation.labels import score_labels
 from recipelib.evaluation.losses import score_loss
 from recipelib.evaluation.scores import TaskScore
-from recipelib.runtime.errors import UserError
+from recipelib.runtime import UserError
 
 
 def evaluate_task(

@@ -8,26 +8,25 @@ paper tries all combinations, which only few classes allow.
 
 from __future__ import annotations
 
-import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from recipelib.data.rows import load_splits
-from recipelib.encoding.asking import Asked, CausalAsker, MaskedAsker
-from recipelib.encoding.cloze_rows import ClozeRows, Example, collate
-from recipelib.encoding.words import word_encoder
-from recipelib.inference.lockstep import Lockstep, gather_results, process_group
-from recipelib.models.head import logits_at
-from recipelib.prompts.schema import TEMPLATE_FOLDER, find_template
-from recipelib.prompts.template import PromptTemplate, Question
-from recipelib.prompts.values import class_name
-from recipelib.runtime.console import is_main_process, print_table, printable, progress_bar
-from recipelib.runtime.errors import UserError
-from recipelib.runtime.files import load_yaml
+from recipelib.encoding import (
+    Asked,
+    CausalAsker,
+    ClozeRows,
+    Example,
+    MaskedAsker,
+    collate,
+    word_encoder,
+)
+from recipelib.inference import Lockstep, gather_results, process_group
+from recipelib.models import logits_at
+from recipelib.prompts import Question
+from recipelib.runtime import UserError, progress_bar
 
 CANDIDATES = 100  # words per class that are tried
 SHOWN = 8  # words per class that are shown
@@ -50,35 +49,6 @@ class Found:
     train: float
     evaluation: float
     others: dict[str, list[tuple[str, float, float]]]
-
-
-def classes_from_rows(args, columns: Mapping[str, str], seed: int) -> PromptTemplate:
-    """The template of `args`; where it has a `label` but no `verbalizer`, each class that stands in
-    the training rows is its own word for now.
-
-    Raises:
-        UserError: rows that cannot be read, or too many different labels.
-    """
-    path = find_template(args.template)
-    fields = load_yaml(path)
-    if "label" not in fields or "verbalizer" in fields:
-        return PromptTemplate.load(args.template, columns=columns)
-    label = fields["label"]
-    # As text that is written, labels can be read before any of them is known.
-    free = {key: fields[key] for key in ("name", "dataset") if key in fields}
-    free |= {
-        "form": "generative",
-        "prompt": "label",
-        "answer": f"{{{{ {label} }}}}",
-        "columns": {**(fields.get("columns") or {}), **columns},
-    }
-    template = PromptTemplate(free, path)
-    train, _ = load_splits(template, args, seed)
-    found = sorted({class_name(row[template.column(label)]) for row in train.rows})
-    if len(found) > MOST_ROWS // 10:
-        raise UserError(f"{path}: label: {label} has {len(found)} values; name a column of classes")
-    fields |= {"columns": free["columns"], "verbalizer": {one: [one] for one in found}}
-    return PromptTemplate(fields, path)
 
 
 def search_label_words(
@@ -229,35 +199,3 @@ def _choose(likely: torch.Tensor, gold: torch.Tensor, tokens: list[list[int]]) -
         if chosen == before:
             break
     return chosen
-
-
-def save_label_words(found: Found, template: PromptTemplate, output_dir: str) -> Path:
-    """Write the template with the words, show them beside others, and say how to go on."""
-    path = Path(output_dir) / "template.yaml"
-    if is_main_process():
-        fields = {**template.fields, "verbalizer": {k: [word] for k, word in found.words.items()}}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if rows := fields.get("dataset", {}).get("path"):
-            beside = template.path.parent / rows
-            if beside.exists() and not (TEMPLATE_FOLDER / rows).exists():  # as seen from there
-                fields["dataset"] = {
-                    **fields["dataset"],
-                    "path": os.path.relpath(beside, output_dir),
-                }
-        PromptTemplate(fields, template.path).save(path)
-        shown = {
-            f"instead, {label}": printable(
-                ", ".join(f"{word} {train:.2f}/{held:.2f}" for word, train, held in some)
-            )
-            for label, some in found.others.items()
-        }
-        print_table(
-            "Label words (accuracy on training / evaluation rows, without training)",
-            {
-                **{label: printable(word) for label, word in found.words.items()},
-                "together": f"{found.train:.3f} / {found.evaluation:.3f}",
-                **shown,
-                "written to": f"{path}; edit it and pass it as --template",
-            },
-        )
-    return path

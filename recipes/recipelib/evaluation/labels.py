@@ -13,25 +13,23 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from recipelib.encoding.asking import (
+from recipelib.encoding import (
     Asked,
     CausalAsker,
+    ClozeRows,
     Demonstrate,
     MaskedAsker,
+    example_of,
     record_of,
     requests_without_content,
 )
-from recipelib.encoding.cloze_rows import ClozeRows, example_of
 from recipelib.evaluation.calibration import Word, candidate_scores, pair_scores
 from recipelib.evaluation.metrics import score_rows
 from recipelib.evaluation.scores import FewShotScore, TaskScore, score_records
-from recipelib.inference.cloze_scoring import score_examples
-from recipelib.inference.journal import Journal
-from recipelib.inference.scoring import log_likelihoods, masked_log_likelihoods
-from recipelib.models.head import bare_model
-from recipelib.prompts.template import Demonstration, Question
-from recipelib.prompts.verbalizer import combine_words
-from recipelib.runtime.errors import UserError
+from recipelib.inference import Journal, log_likelihoods, masked_log_likelihoods, score_examples
+from recipelib.models import bare_model
+from recipelib.prompts import Demonstration, Question, combine_words
+from recipelib.runtime import UserError
 
 
 class _Requests:

@@ -9,14 +9,11 @@ from itertools import groupby
 
 import numpy as np
 
-from recipelib.encoding.asking import Demonstrate
-from recipelib.encoding.examples import beginning
-from recipelib.encoding.prompt_encoder import IGNORED, Counts, DoesNotFit, PromptEncoder
+from recipelib.encoding import IGNORED, Counts, Demonstrate, DoesNotFit, PromptEncoder, beginning
 from recipelib.evaluation.scores import FewShotScore, TaskScore
-from recipelib.inference.journal import Journal
-from recipelib.inference.scoring import log_likelihoods
-from recipelib.prompts.template import Demonstration
-from recipelib.runtime.errors import UserError
+from recipelib.inference import Journal, log_likelihoods
+from recipelib.prompts import Demonstration
+from recipelib.runtime import UserError
 
 
 def score_loss(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from recipelib.runtime.errors import UserError
+from recipelib.runtime import UserError
 
 if TYPE_CHECKING:
     import evaluate

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from recipelib.encoding.asking import Asked
+from recipelib.encoding import Asked
 from recipelib.evaluation.metrics import score_rows
-from recipelib.prompts.template import PromptTemplate
+from recipelib.prompts import PromptTemplate
 
 
 @dataclass
@@ -23,6 +23,7 @@ class TaskScore:
         rows, left_out: rows scored, and rows whose prompt did not fit.
         seconds: how long it took.
         unreadable: rows in whose generated text no answer was found; they count as wrong.
+        tasks: of a mean over tasks the score of each.
     """
 
     metric: str
@@ -34,6 +35,7 @@ class TaskScore:
     left_out: int = 0
     seconds: float = 0.0
     unreadable: int = 0
+    tasks: dict[str, TaskScore] = field(default_factory=dict)
 
     def __str__(self) -> str:
         without = f", {self.unreadable} without an answer" if self.unreadable else ""

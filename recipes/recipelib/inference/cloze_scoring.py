@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from recipelib.encoding.cloze_rows import Example, collate
+from recipelib.encoding import Example, collate
 from recipelib.inference.lockstep import Lockstep
 from recipelib.inference.scoring import CPU_PASS_TOKENS, plan_padded, run_passes
 from recipelib.inference.token_tree import Pass
-from recipelib.models.head import logits_at
+from recipelib.models import logits_at
 
 
 def word_scores(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from recipelib.encoding.tokens import TextEncoder
+from recipelib.encoding import PromptEncoder, TextEncoder
 from recipelib.inference.lockstep import Lockstep
 from recipelib.inference.scoring import CPU_PASS_TOKENS, plan_padded, run_passes
 from recipelib.inference.token_tree import Pass
@@ -63,3 +63,20 @@ def embed_texts(
 
     found = run_passes(run, prompts, plan, compute, batch_tokens, description, None)
     return np.array([found[index] for index in range(len(prompts))])
+
+
+def embedding_similarity(
+    model, encoder: PromptEncoder
+) -> Callable[[Sequence[str], Sequence[str]], Callable[[Sequence[str]], np.ndarray]]:
+    """From the texts of a pool and queries a function that gives the cosine of some queries with
+    all of the pool: [queries, pool].
+    """
+
+    def similarity_of(pool: Sequence[str], queries: Sequence[str]):
+        texts = [*pool, *queries]
+        vectors = embed_texts(model, encoder.text, texts, max_length=encoder.max_length)
+        known = dict(zip(texts, vectors, strict=True))
+        stored = vectors[: len(pool)].T
+        return lambda some: [known[text] @ stored for text in some]
+
+    return similarity_of

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from recipelib.inference.lockstep import gather_results, process_group
-from recipelib.runtime.errors import UserError
+from recipelib.models import weights_identity
+from recipelib.runtime import UserError, say
 
 
 class Journal:
@@ -41,6 +42,27 @@ class Journal:
                     ) from None
                 self._known[key] = value
         gather_results({})  # all have read before anyone writes, so that all know the same
+
+    @classmethod
+    def of_run(cls, training, args, adapter: Path | None) -> Journal:
+        """The journal in the folder of a run, taken up or, without `args.resume`, emptied.
+
+        Args:
+            training: the trainer's arguments.
+            args: a recipe's, which name the model.
+            adapter: the folder of the adapter that is on it.
+        """
+        identity = {
+            "model": weights_identity(args.model_name_or_path, args.revision),
+            "adapter": adapter and weights_identity(str(adapter)),
+            "dtype": str(training.model_dtype[0]),
+        }
+        journal = cls(f"{training.output_dir}/partial", identity)
+        if args.resume:
+            say(f"resuming: {len(journal):,} results are there")
+        else:
+            journal.discard()
+        return journal
 
     def __len__(self) -> int:
         return len(self._known)

@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from recipelib.encoding.asking import Cloze
+from recipelib.encoding import Cloze
 from recipelib.inference.journal import Journal
 from recipelib.inference.lockstep import Lockstep, OutOfMemory, gather_results, own_share
 from recipelib.inference.shared_cache import KeptBeginning, can_share
 from recipelib.inference.token_tree import Pass, Tree, plan_passes
-from recipelib.runtime.console import progress_bar
-from recipelib.runtime.errors import UserError
+from recipelib.runtime import UserError, progress_bar
 
 Ids = Sequence[int]
 Request = tuple[Ids, Sequence[Ids]]  # a prompt, and its continuations

@@ -27,8 +27,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipelib.runtime.console import is_main_process
-from recipelib.runtime.errors import UserError, first_line
+from recipelib.runtime import UserError, first_line, is_main_process
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -10,12 +10,17 @@ from contextlib import contextmanager
 import torch
 from peft import PeftModel
 
-from recipelib.runtime.errors import UserError
+from recipelib.runtime import UserError
 
 
 def bare_model(model):
     """The transformers model inside of PEFT's wrapper."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def is_masked_model(model) -> bool:
+    """Whether a model is a masked language model."""
+    return type(bare_model(model)).__name__.endswith("ForMaskedLM")
 
 
 # Not variables of the hook's own, for whose every new length torch.compile would compile again.

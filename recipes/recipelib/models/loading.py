@@ -1,7 +1,6 @@
 """Tokenizer and model from a hub id, a local folder, a `.gguf` file, or the bundled default.
 
-The bundled model and `.gguf` files are prepared once by `recipelib.models.bundled`. Nothing heavy is
-imported before it is needed: `--help` has to be fast.
+The bundled model and `.gguf` files are prepared once (see `bundled.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from recipelib.models.bundled import (
     prepare_bundled,
     prepare_gguf,
 )
-from recipelib.runtime.errors import UserError, first_line
+from recipelib.runtime import UserError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +89,7 @@ def load_tokenizer(
     else:
         source = resolve_model(model_name_or_path)
     name = model_name_or_path or BUNDLED_NAME
-    with _hub_errors_in_one_line(name, source, revision):
+    with hub_errors_in_one_line(name, source, revision):
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(
@@ -114,7 +113,7 @@ def load_tokenizer(
     return tokenizer
 
 
-def load_model(
+def load_pretrained(
     model_name_or_path: str | None = None,
     *,
     dtype: torch.dtype | str = "auto",
@@ -134,7 +133,7 @@ def load_model(
             encoder-decoder model.
     """
     source = resolve_model(model_name_or_path)
-    with _hub_errors_in_one_line(model_name_or_path or BUNDLED_NAME, source, revision):
+    with hub_errors_in_one_line(model_name_or_path or BUNDLED_NAME, source, revision):
         if model_class is None:
             from transformers import AutoModelForCausalLM as model_class
 
@@ -156,6 +155,37 @@ def load_model(
     return model
 
 
+def load_model(
+    args, training, *, float32: bool = False, masked: bool = False, **options: Any
+) -> PreTrainedModel:
+    """The model that a recipe's arguments name, in the dtype that its trainer computes in. Then the
+    seed is set: what is drawn next, such as an adapter's start, depends on nothing that came before.
+
+    Args:
+        args: a recipe's `model_name_or_path`, `revision` and `attn_implementation`.
+        training: the trainer's arguments.
+        float32: for weights that are trained themselves; autocast or FSDP compute in less.
+        masked: a masked language model instead of a causal one.
+        options: further ones of `load_pretrained`, such as what `four_bit_loading` gives.
+    Raises:
+        UserError: as `load_pretrained`.
+    """
+    import torch
+    from transformers import AutoModelForMaskedLM, set_seed
+
+    model = load_pretrained(
+        args.model_name_or_path,
+        dtype=torch.float32 if float32 else training.model_dtype[0],
+        revision=args.revision,
+        attn_implementation=args.attn_implementation,
+        trust_remote_code=training.trust_remote_code,
+        model_class=AutoModelForMaskedLM if masked else None,
+        **options,
+    )
+    set_seed(training.seed)
+    return model
+
+
 def stored_config(model_name_or_path: str | None = None, *, revision: str | None = None) -> dict:
     """What the model's config.json says, without loading the model.
 
@@ -163,7 +193,7 @@ def stored_config(model_name_or_path: str | None = None, *, revision: str | None
         UserError: what `resolve_model` raises, or a hub that refuses.
     """
     source = resolve_model(model_name_or_path)
-    with _hub_errors_in_one_line(model_name_or_path or BUNDLED_NAME, source, revision):
+    with hub_errors_in_one_line(model_name_or_path or BUNDLED_NAME, source, revision):
         from transformers import PretrainedConfig
 
         return PretrainedConfig.get_config_dict(source, revision=revision or "main")[0]
@@ -199,7 +229,16 @@ def weights_identity(model_name_or_path: str | None, revision: str | None = None
     return [str(path.resolve()) if files else model_name_or_path, revision, found]
 
 
-# Local folders -----------------------------------------------------------------------------------
+def layer_names(model: PreTrainedModel, names: list[str]) -> list[str] | str:
+    """What PEFT's `target_modules` takes for the names of a command line.
+
+    Raises:
+        UserError: as `require_modules`.
+    """
+    if names == ["all-linear"]:
+        return "all-linear"
+    require_modules(model, names)
+    return names
 
 
 def require_modules(model: PreTrainedModel, names: Sequence[str]) -> None:
@@ -220,6 +259,9 @@ def require_modules(model: PreTrainedModel, names: Sequence[str]) -> None:
                 f"--target_modules {wanted}: the model has no such layer; it has "
                 f"{', '.join(sorted(known))}"
             )
+
+
+# Local folders -----------------------------------------------------------------------------------
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -260,7 +302,15 @@ def _check_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _hub_errors_in_one_line(name: str, source: str, revision: str | None) -> Iterator[None]:
+def hub_errors_in_one_line(name: str, source: str, revision: str | None) -> Iterator[None]:
+    """What is raised inside, while something is loaded from the hub or a folder, as one line.
+
+    Args:
+        name: as the user gave it.
+        source: a folder or hub id.
+    Raises:
+        UserError: what went wrong and the cure; a revision of a folder.
+    """
     from safetensors import SafetensorError
 
     if revision is not None and Path(source).is_dir():

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from recipelib.models.loading import stored_config
-from recipelib.runtime.errors import UserError, first_line
-from recipelib.runtime.launch import uses_fsdp
+from recipelib.runtime import UserError, first_line, uses_fsdp
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel, TrainingArguments
@@ -44,15 +43,17 @@ def four_bit_config(
     )
 
 
-def four_bit_loading(training: TrainingArguments) -> dict[str, Any]:
-    """What `load_model` needs besides, to quantize the model while it is loaded onto its device.
+def four_bit_loading(args, training: TrainingArguments) -> dict[str, Any]:
+    """What `load_pretrained` needs besides, to quantize the model while it is loaded onto its
+    device.
 
+    Args:
+        args: a recipe's `model_name_or_path` and `revision`; of the model only its config is read.
     Raises:
-        UserError: bitsandbytes is missing or does not work on this device, or FSDP would convert
-            the packed weights.
+        UserError: the model is quantized already, bitsandbytes is missing or does not work on this
+            device, or FSDP would convert the packed weights.
     """
-    import torch
-
+    _require_unquantized(args.model_name_or_path, args.revision)
     dtype = training.model_dtype[0]
     config = four_bit_config(dtype, torch.float16 if training.fp16 else None)
     gathered = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(training.mixed_precision, dtype)
@@ -75,7 +76,7 @@ def four_bit_loading(training: TrainingArguments) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": training.device}}
 
 
-def require_unquantized(model_name_or_path: str | None, revision: str | None = None) -> None:
+def _require_unquantized(model_name_or_path: str | None, revision: str | None = None) -> None:
     """Check that the model can still be quantized; only its config.json is read.
 
     Raises:

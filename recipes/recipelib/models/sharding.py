@@ -13,9 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers.distributed.fsdp import update_fsdp_plugin_peft
 
 from recipelib.models.head import bare_model
-from recipelib.runtime.console import say
-from recipelib.runtime.errors import UserError
-from recipelib.runtime.launch import uses_fsdp
+from recipelib.runtime import UserError, say, uses_fsdp
 
 FSDP_OFF = (
     "the accelerate config asks for FSDP, but accelerate did not turn it on; install the versions "

@@ -1,1 +1,22 @@
-"""prompts."""
+"""A task as text: the template file with its checks and its sandbox, label words, conversations."""
+
+from recipelib.prompts.conversations import Turn
+from recipelib.prompts.schema import TEMPLATE_FOLDER, find_template
+from recipelib.prompts.template import Demonstration, PromptTemplate, Question
+from recipelib.prompts.values import RowError, as_list, class_name
+from recipelib.prompts.verbalizer import COMBINE, combine_words, label_scores
+
+__all__ = [
+    "COMBINE",
+    "TEMPLATE_FOLDER",
+    "Demonstration",
+    "PromptTemplate",
+    "Question",
+    "RowError",
+    "Turn",
+    "as_list",
+    "class_name",
+    "combine_words",
+    "find_template",
+    "label_scores",
+]

@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 
 from recipelib.prompts.sandbox import SecurityError, compile_expression, compile_text, variables_of
-from recipelib.runtime.errors import UserError
+from recipelib.runtime import UserError
 
 TEMPLATE_FOLDER = Path(__file__).resolve().parents[3] / "data_templates"
 

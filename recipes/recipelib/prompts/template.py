@@ -23,8 +23,7 @@ from recipelib.prompts.conversations import Turn, read_tools, read_turns
 from recipelib.prompts.sandbox import SecurityError, compile_expression, compile_text, variables_of
 from recipelib.prompts.schema import CURE, TEXTS, check_fields, find_template, own_variables, plain
 from recipelib.prompts.values import RowError, as_list, class_name, read_entities
-from recipelib.runtime.errors import UserError
-from recipelib.runtime.files import load_yaml
+from recipelib.runtime import UserError, load_yaml
 
 # What a filter or an operator raises for a value that it was not made for.
 _MISFITS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, re.error)
@@ -128,6 +127,50 @@ class PromptTemplate:
         if columns and isinstance(own, dict):  # else the check says what is wrong with it
             fields["columns"] = {**own, **columns}
         return cls(fields, path)
+
+    def with_columns(self, columns: Mapping[str, str]) -> PromptTemplate:
+        """The template that reads some variables from other columns."""
+        if not columns:
+            return self
+        own = self.fields.get("columns") or {}
+        return PromptTemplate({**self.fields, "columns": {**own, **columns}}, self.path)
+
+    def without_rationale(self) -> PromptTemplate:
+        """The template for the bare answer.
+
+        Raises:
+            UserError: it has no rationale that could be left out.
+        """
+        self._require_rationale()
+        bare = {key: value for key, value in self.fields.items() if key != "rationale"}
+        return PromptTemplate(bare, self.path)
+
+    def with_rationale_behind(self) -> PromptTemplate:
+        """The template whose answer is followed by the reasoning, as one text that is trained.
+
+        Raises:
+            UserError: it has no rationale.
+        """
+        bare = self.without_rationale().fields
+        answer = f"{bare['answer']}\n{self.fields['rationale']['text'].lstrip(' ')}"
+        return PromptTemplate({**bare, "answer": answer}, self.path)
+
+    def with_instruction(self, instruction: str) -> PromptTemplate:
+        """The template with one more line of its `system` text."""
+        own = self.fields.get("system")
+        system = f"{own}\n{instruction}" if own is not None else instruction
+        return PromptTemplate({**self.fields, "system": system}, self.path)
+
+    def with_stop(self, stop: str) -> PromptTemplate:
+        """The template whose answers also end at a text."""
+        return PromptTemplate({**self.fields, "stop": [stop, *self.stop]}, self.path)
+
+    def _require_rationale(self) -> None:
+        if "rationale" not in self.fields:
+            raise UserError(
+                f"{self.path}: rationale: is missing; say there where the reasoning comes from, or "
+                "take recipes/lora_sft.py for the bare answer"
+            )
 
     def save(self, path: Path | str) -> None:
         """Write the fields, overrides included, as a template file."""

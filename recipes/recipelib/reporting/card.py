@@ -10,17 +10,54 @@ from pathlib import Path
 
 import yaml
 
-from recipelib.runtime.console import is_main_process, say
-from recipelib.runtime.errors import UserError, first_line
+from recipelib.adapters import BASE
+from recipelib.models import bare_model, is_masked_model
+from recipelib.runtime import UserError, first_line, is_main_process, say
 
 
-def _with_revision(snippet: str, model) -> str:
-    """The lines that load a run, with the revision of the base that an adapter was trained on."""
-    config = getattr(model, "active_peft_config", None)
-    if not getattr(config, "revision", None):
-        return snippet
-    base = f"from_pretrained({config.base_model_name_or_path!r}"
-    return snippet.replace(base, f"{base}, revision={config.revision!r}")
+def load_snippet(model, folder: str) -> str:
+    """Python that loads what a run has saved, without these recipes, for its model card.
+
+    Args:
+        model: as it was trained: adapted by PEFT or whole, with a soft verbalizer or without.
+        folder: where it was saved.
+    """
+    bare, config = bare_model(model), getattr(model, "active_peft_config", None)
+    kind = f"AutoModelFor{'Masked' if is_masked_model(model) else 'Causal'}LM"
+    lines, base = [f"from transformers import {kind}, AutoTokenizer"], f"{folder!r}"
+    if config is not None:
+        lines.insert(0, "from peft import PeftModel")
+        base = f"{bare.name_or_path!r}"
+        tuned = any(
+            parameter.requires_grad
+            for name, parameter in bare.named_parameters()
+            if not name.startswith("soft_verbalizer.")
+        )
+        if config.is_prompt_learning and tuned:  # together with the prompt
+            base = repr(f"{folder}/{BASE}")
+        elif config.revision:
+            base += f", revision={config.revision!r}"
+    if getattr(config, "peft_type", None) == "BOTTLENECK":
+        note = "a file of this folder: put it beside your script; PEFT learns the method"
+        lines.insert(0, f"import peft_bottleneck  # {note}")
+    lines += ["", f"model = {kind}.from_pretrained({base})"]
+    if config is not None:
+        lines.append(f"model = PeftModel.from_pretrained(model, {folder!r})")
+    lines.append(f"tokenizer = AutoTokenizer.from_pretrained({folder!r})")
+    if getattr(config, "is_prompt_learning", False) and config.peft_type != "PREFIX_TUNING":
+        place = f"logits[:, {config.num_virtual_tokens} + n]"
+        lines.append(f"# The prompt stands in front: behind the n-th token the model says {place}.")
+    if getattr(bare, "soft_verbalizer", None) is not None:
+        lines += [
+            "",
+            "import sys",
+            "",
+            'sys.path.append("recipes")  # of the collection',
+            "from recipelib.adapters import load_soft_verbalizer",
+            "",
+            f"load_soft_verbalizer({folder!r}, model)  # its logits are now those of the labels",
+        ]
+    return "\n".join(lines) + "\n"
 
 
 def publish(output_dir: str, training) -> None:

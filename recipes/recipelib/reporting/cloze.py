@@ -1,4 +1,4 @@
-"""What prompt tuning shows of its rows, and what it leaves of a score and of several draws."""
+"""What is left of a model that was scored through a cloze, and of several few-shot draws."""
 
 from __future__ import annotations
 
@@ -7,55 +7,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipelib.adapters.saved import BASE
-from recipelib.encoding.prompt_encoder import PromptEncoder
-from recipelib.evaluation.scores import TaskScore
-from recipelib.models.quantization import count_parameters
-from recipelib.runtime.console import is_main_process, print_table
-from recipelib.runtime.files import write_json, write_jsonl
-from recipelib.runtime.versions import versions
-from recipelib.training.memory import gib
-
-LOAD_SNIPPET = """\
-from transformers import {kind}, AutoTokenizer
-{peft}
-model = {kind}.from_pretrained({base!r})
-tokenizer = AutoTokenizer.from_pretrained({folder!r})
-"""
-LOAD_PROMPT = """\
-model = PeftModel.from_pretrained(model, {folder!r})
-# It stands in front: what the model says at the n-th token is logits[:, {virtual_tokens} + n].
-"""
-LOAD_VERBALIZER = """\
-
-import sys
-
-sys.path.append("recipes")  # of the collection
-from recipelib.evaluation.cloze_evaluation import load_soft_verbalizer
-
-load_soft_verbalizer({folder!r}, model)  # from now on its logits are those of the labels
-"""
+from recipelib.evaluation import TaskScore
+from recipelib.models import count_parameters
+from recipelib.runtime import gib, is_main_process, print_table, versions, write_json, write_jsonl
+from recipelib.task import ClozeTask
 
 
-def save_score(
-    result: TaskScore,
-    encoder: PromptEncoder,
-    training,
-    model,
-    model_name: str,
-    peak_memory_bytes: int,
-    method: Mapping[str, Any],
-) -> dict:
+def save_score(result: TaskScore, task: ClozeTask, training, model) -> dict:
     """Write predictions.jsonl, the template and metrics.json of a model that was scored only.
 
     Returns:
         The content of metrics.json.
     """
-    folder = Path(training.output_dir)
+    folder, encoder, peak_memory_bytes = Path(training.output_dir), task.encoder, task.memory.stop()
     metrics = {
-        "task": encoder.template.name,
-        "method": "prompt (zero-shot)",
-        "model": model_name,
+        "task": task.template.name,
+        "method": "cloze (zero-shot)",
+        "model": task.model_name,
         "metric": result.metric,
         "score": result.score,
         "stderr": result.stderr,
@@ -72,7 +40,7 @@ def save_score(
         "world_size": training.world_size,
         "seed": training.seed,
         "versions": versions(),
-        **method,
+        **task.facts,
     }
     if is_main_process():
         folder.mkdir(parents=True, exist_ok=True)
@@ -123,25 +91,3 @@ def save_draws(runs: Sequence[Mapping[str, Any]], output_dir: str) -> dict:
             },
         )
     return metrics
-
-
-def load_snippet(model, tune: str, masked: bool, soft: bool, folder: str) -> str:
-    """Code that loads what a run has saved, for its model card.
-
-    Args:
-        tune: what was tuned.
-        soft: whether there is a soft verbalizer.
-    """
-    prompted = tune != "model"
-    base = {"model": folder, "both": f"{folder}/{BASE}"}.get(tune)
-    text = LOAD_SNIPPET.format(
-        kind=f"AutoModelFor{'Masked' if masked else 'Causal'}LM",
-        peft="from peft import PeftModel\n" if prompted else "",
-        base=base or model.get_base_model().name_or_path,
-        folder=folder,
-    )
-    if prompted:
-        length = model.peft_config["default"].num_virtual_tokens
-        shift = 0 if tune == "prefix" else length
-        text += LOAD_PROMPT.format(folder=folder, virtual_tokens=shift)
-    return text + (LOAD_VERBALIZER.format(folder=folder) if soft else "")

@@ -11,17 +11,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from recipelib.encoding.asking import Asked
-from recipelib.encoding.prompt_encoder import PromptEncoder
-from recipelib.evaluation.calibration import probabilities
-from recipelib.evaluation.scores import FewShotScore
-from recipelib.models.quantization import count_parameters
+from recipelib.encoding import Asked
+from recipelib.evaluation import FewShotScore, probabilities
+from recipelib.models import count_parameters
 from recipelib.reporting.figures import calibration_error, plot_confusion, plot_reliability
-from recipelib.runtime.console import is_main_process, print_table, say
-from recipelib.runtime.errors import UserError
-from recipelib.runtime.files import write_json, write_jsonl
-from recipelib.runtime.versions import versions
-from recipelib.training.memory import gib
+from recipelib.runtime import (
+    UserError,
+    gib,
+    is_main_process,
+    print_table,
+    say,
+    versions,
+    write_json,
+    write_jsonl,
+)
+from recipelib.task import FewShotTask
 
 _SHOWN_CLASSES = 12
 _Z = 1.96  # of a 95 % interval
@@ -29,21 +33,12 @@ _Z = 1.96  # of a 95 % interval
 _SURE = {"uncalibrated": "sum", "calibrated": "calibrated"}
 
 
-def save_few_shot(
-    result: FewShotScore,
-    encoder: PromptEncoder,
-    training,
-    model,
-    facts: Mapping[str, Any],
-    *,
-    predict: str | None = None,
-) -> dict | None:
+def save_few_shot(result: FewShotScore, task: FewShotTask, args, training, model) -> dict | None:
     """Write predictions.jsonl, the figures, the template and, last, metrics.json; print a summary.
+    Of rows that were answered for --predict only the predictions are written.
 
     Args:
-        facts: what else metrics.json holds of the run: `model`, `adapter`, `shots`, `sampler`,
-            `score_by` and the `peak_memory_bytes` of this process are used here.
-        predict: the file whose rows were answered; only the predictions are written then.
+        args: of `icl_eval.py`.
 
     Returns:
         The content of metrics.json; None for rows without answers.
@@ -51,7 +46,7 @@ def save_few_shot(
     Raises:
         UserError: no row fits.
     """
-    folder, template = Path(training.output_dir), encoder.template
+    folder, encoder, template = Path(training.output_dir), task.encoder, task.template
     first, written = result.draws[0], ["predictions.jsonl"]
     records = [record for draw in result.draws for record in draw.records]
     if not first.rows:
@@ -59,12 +54,25 @@ def save_few_shot(
             f"--max_length {encoder.max_length}: none of the {first.left_out} rows fits, even "
             "without demonstrations; raise it"
         )
-    if predict:
-        target = folder / f"predictions_{Path(predict).stem}.jsonl"
+    if args.predict:
+        target = folder / f"predictions_{Path(args.predict).stem}.jsonl"
         if is_main_process():
             write_jsonl(target, records)
         say(f"{first.rows} rows answered, {first.left_out} left out as too long: {target}")
         return None
+    facts = {
+        "model": task.model_name,
+        "adapter": args.adapter,
+        "shots": task.shots,
+        "sampler": task.sampler if task.shots else None,
+        "score_by": args.score if result.by_score else None,
+        "reasoning": args.reasoning,
+        "samples": args.samples,
+        "temperature": args.temperature,
+        "eval_source": task.evaluation.source,
+        "train_rows": len(task.train.rows) if task.train else 0,
+        "peak_memory_bytes": task.memory.stop(),
+    }
     metrics = _metrics(result, encoder, training, model, facts)
     curves = {
         name: confidences(records, kind) for name, kind in _SURE.items() if kind in result.by_score

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from recipelib.runtime.files import replacing
+from recipelib.runtime import replacing
 
 BLUE, LIGHT_BLUE, ORANGE, RED, GRAY = "#0b5394", "#9fc5e8", "#d95f02", "#c00000", "#666666"
 # Sizes are in inches, of fonts in points. Texts are measured, so that none runs into another.

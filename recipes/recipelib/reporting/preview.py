@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from recipelib.encoding.asking import CausalAsker, Demonstrate, MaskedAsker
-from recipelib.encoding.cloze_rows import ClozeRows
-from recipelib.encoding.examples import EncodedRows
-from recipelib.encoding.prompt_encoder import IGNORED, Counts
-from recipelib.runtime.console import is_main_process, printable, say
+from recipelib.encoding import IGNORED, CausalAsker, Counts, Demonstrate, MaskedAsker
+from recipelib.runtime import is_main_process, printable, say
+from recipelib.task import ClozeTask, Task
 
 
-def preview(encoded: EncodedRows, tokenizer, count: int) -> None:
-    """Show training examples token by token as the model will see them, the supervised ones marked.
-
-    In a terminal they are colored; elsewhere they stand in ⟦ ⟧.
+def preview(task: Task, count: int) -> None:
+    """Show a task's first training examples token by token as the model will see them, the
+    supervised ones marked: colored in a terminal, elsewhere in ⟦ ⟧. Of a task that is asked through
+    a cloze its first rows, with the words that may fill it.
     """
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(highlight=False, soft_wrap=True)
-    for number, example in enumerate(encoded.examples[:count]):
+    if not is_main_process():
+        return
+    if isinstance(task, ClozeTask):
+        _preview_cloze(task, count)
+        return
+    console, tokenizer = Console(highlight=False, soft_wrap=True), task.tokenizer
+    for number, example in enumerate(task.encoded.examples[:count]):
         supervised = [label != IGNORED for label in example["labels"]]
         tokens = f"{len(supervised)} tokens, {sum(supervised)} supervised"
         console.rule(f"example {number + 1}: {tokens}")
@@ -99,26 +102,21 @@ def _prompts(
     return [], 0
 
 
-def preview_cloze(rows: ClozeRows, asker: CausalAsker | MaskedAsker, count: int) -> None:
-    """Show the texts of the first rows as the model will see them, with the words that may fill
-    their blank.
-    """
+def _preview_cloze(task: ClozeTask, count: int) -> None:
     from rich.console import Console
 
-    if not is_main_process():
-        return
     console = Console(highlight=False, soft_wrap=True)
-    decode = asker.encoder.text.tokenizer.decode
-    shown = zip(rows.asked[:count], rows.encoded.examples, strict=False)
-    for number, (one, example) in enumerate(shown, start=1):
+    decode = task.tokenizer.decode
+    shown = zip(task.scored.asked[:count], task.scored.encoded.examples, strict=False)
+    for number, (row, example) in enumerate(shown, start=1):
         sequences = len(example["lengths"])
         more = f" in {sequences} sequences" if sequences > 1 else ""
         console.rule(f"row {number}: {len(example['input_ids'])} tokens{more}")
-        for question, prompt in zip(one.questions, one.prompts, strict=True):
+        for question, prompt in zip(row.questions, row.prompts, strict=True):
             console.print(printable(decode(prompt.ids)), markup=False)
-            found: dict[str, list[str]] = {}
-            for request, words in asker.requests(question, prompt, ()):
+            fillings: dict[str, list[str]] = {}
+            for request, words in task.asker.requests(question, prompt, ()):
                 for ids, (label, *_) in zip(request[-1], words, strict=True):
-                    found.setdefault(label, []).append(decode(ids))
-            console.print(printable(f"⟦{found}⟧"), markup=False)
-        console.print(f"label: {one.questions[0].label}", markup=False)
+                    fillings.setdefault(label, []).append(decode(ids))
+            console.print(printable(f"⟦{fillings}⟧"), markup=False)
+        console.print(f"label: {row.questions[0].label}", markup=False)

@@ -1,73 +1,60 @@
-"""What a run shows before it trains and leaves in its folder when it is done."""
+"""What a finished run leaves in its folder, and shows."""
 
 from __future__ import annotations
 
 import math
 import shlex
-import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftModel
-
-from recipelib.encoding.examples import EncodedRows
-from recipelib.encoding.prompt_encoder import PromptEncoder
-from recipelib.evaluation.scores import TaskScore
-from recipelib.models.quantization import count_parameters, describe_quantization
-from recipelib.prompts.template import PromptTemplate
-from recipelib.reporting.card import _with_revision, model_card
+from recipelib.evaluation import TaskScore
+from recipelib.models import count_parameters, describe_quantization
+from recipelib.reporting.card import load_snippet, model_card, publish
 from recipelib.reporting.figures import plot_loss
-from recipelib.runtime.console import is_main_process, print_table, say
-from recipelib.runtime.files import write_json, write_jsonl
-from recipelib.runtime.versions import versions
-from recipelib.training.memory import MemoryEstimate, gib
+from recipelib.runtime import (
+    gib,
+    is_main_process,
+    print_table,
+    say,
+    versions,
+    write_json,
+    write_jsonl,
+)
+from recipelib.task import Task
 
 
 def save_run(
     trainer,
-    encoder: PromptEncoder,
-    encoded: EncodedRows,
+    task: Task,
     base: TaskScore,
     tuned: TaskScore,
     *,
     method: str,
-    model_name: str,
-    load_snippet: str,
-    estimated: MemoryEstimate,
-    peak_memory_bytes: int,
-    peak_resident_bytes: int,
-    train_seconds: float,
-    skipped_rows: int = 0,
-    templates: Sequence[PromptTemplate] = (),
     more: Mapping[str, Any] | None = None,
 ) -> dict:
-    """Write everything beside the weights: metrics.json last, so that where it stands the run is
-    whole.
+    """Write everything beside the weights, which are saved before: metrics.json last, so that where
+    it stands the run is whole. Then upload it, if that was asked for.
 
     Args:
-        encoder: how rows are asked; its template is kept as template.yaml.
-        templates: of a run with several tasks, each is kept as templates/NAME.yaml instead.
+        trainer: whatever has trained: its `args`, `model`, `figures()`, `save_state()` and
+            `state.log_history` are used.
         more: further figures for metrics.json.
     Returns:
         The content of metrics.json.
+    Raises:
+        UserError: the hub refused; the run itself is kept.
     """
     training, folder = trainer.args, Path(trainer.args.output_dir)
-    templates = list(templates) or [encoder.template]
-    task = "+".join(template.name for template in templates)
+    name = "+".join(template.name for template in task.templates)
     trainer.save_state()
-    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should load
     trainable, total = count_parameters(trainer.model)
-    counted = [trainer.tokens_seen, trainer.slots_seen, peak_memory_bytes, peak_resident_bytes]
-    processes = trainer.accelerator.gather(torch.tensor([counted], device=training.device))
-    tokens_seen, slots_seen = processes[:, :2].sum(0).tolist()
-    peak, resident = processes[:, 2:].amax(0).tolist()
+    took, counts, encoder = trainer.figures(), task.encoded.counts, task.encoder
     metrics = {
-        "task": task,
+        "task": name,
         "method": method,
-        "model": model_name,
+        "model": task.model_name,
         "metric": tuned.metric,
         "score": tuned.score,
         "stderr": tuned.stderr,
@@ -77,98 +64,103 @@ def save_run(
         "base_stderr": base.stderr,
         "eval_rows": tuned.rows,
         "eval_rows_left_out": tuned.left_out,
-        "train_rows": encoded.counts.rows,
-        "train_examples": encoded.counts.examples,
-        "train_examples_shortened": encoded.counts.shortened,
-        "train_examples_left_out": encoded.counts.left_out,
-        "bad_rows_skipped": skipped_rows,
-        "train_tokens": tokens_seen,
-        "supervised_tokens": encoded.counts.supervised_tokens,
-        "padding_fraction": 1 - tokens_seen / slots_seen if slots_seen else 0.0,
-        "tokens_per_second": tokens_seen / train_seconds if train_seconds else 0.0,
-        "train_seconds": train_seconds,
+        "train_rows": counts.rows,
+        "train_examples": counts.examples,
+        "train_examples_shortened": counts.shortened,
+        "train_examples_left_out": counts.left_out,
+        "bad_rows_skipped": task.skipped_rows,
+        "train_tokens": took.tokens,
+        "supervised_tokens": counts.supervised_tokens,
+        "padding_fraction": 1 - took.tokens / took.slots if took.slots else 0.0,
+        "tokens_per_second": took.tokens / took.seconds if took.seconds else 0.0,
+        "train_seconds": took.seconds,
         "eval_seconds": tuned.seconds,
-        "steps": trainer.state.global_step,
+        "steps": took.steps,
         "trainable_parameters": trainable,
         "total_parameters": total,
-        "peak_memory_bytes": peak,
-        "peak_resident_bytes": resident,
-        "estimated_memory_bytes": estimated.total,
+        "peak_memory_bytes": took.peak_memory_bytes,
+        "peak_resident_bytes": took.peak_resident_bytes,
+        "estimated_memory_bytes": took.estimated_memory_bytes,
         "quantization": describe_quantization(trainer.model),
         "rendering": "chat" if encoder.chat else "text",
         "chat_template_kwargs": encoder.text.chat_template_kwargs,
         "max_length": encoder.max_length,
-        "world_size": training.world_size,
-        "distributed_type": str(trainer.accelerator.distributed_type.value),
+        "world_size": took.world_size,
+        "distributed_type": took.distributed_type,
         "seed": training.seed,
         "versions": versions(),
         **(more or {}),
     }
-    losses = {log["step"]: log["loss"] for log in trainer.state.log_history if "loss" in log}
+    history = trainer.state.log_history
+    losses = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
     if bad := [step for step, loss in losses.items() if not math.isfinite(loss)]:
         say(
             f"warning: the loss is not finite from step {bad[0]} on, so nothing was learned: lower "
             "--learning_rate"
         )
     if is_main_process():
-        # What an earlier run of another kind left here would be taken for this one's.
-        (folder / "template.yaml").unlink(missing_ok=True)
-        shutil.rmtree(folder / "templates", ignore_errors=True)
-        if not isinstance(trainer.model, PeftModel):
-            for name in ("adapter_config.json", "adapter_model.safetensors"):
-                (folder / name).unlink(missing_ok=True)
-        for template in templates:
+        for template in task.templates:
             place = folder / "templates" / f"{template.name}.yaml"
-            place = place if len(templates) > 1 else folder / "template.yaml"
+            place = place if len(task.templates) > 1 else folder / "template.yaml"
             place.parent.mkdir(parents=True, exist_ok=True)
             template.save(place)
-        trainer.processing_class.save_pretrained(folder)
+        task.tokenizer.save_pretrained(folder)
         write_jsonl(folder / "predictions.jsonl", tuned.records)
         plot_loss(
-            trainer.state.log_history,
+            history,
             folder / "loss.png",
-            title=f"{task}: {method}",
-            subtitle=f"{model_name}, {encoded.counts.examples:,} examples, "
-            f"{metrics['steps']:,} steps",
+            title=f"{name}: {method}",
+            subtitle=f"{task.model_name}, {counts.examples:,} examples, {took.steps:,} steps",
         )
         command = shlex.join(["accelerate", "launch", *sys.argv])
         if training.hub_token:  # the card may be published
             command = command.replace(training.hub_token, "HUB_TOKEN")
         card = model_card(
-            title=f"{task} ({method})",
-            template_description=" ".join(template.description for template in templates),
-            base_model=model_name,
+            title=f"{name} ({method})",
+            template_description=" ".join(template.description for template in task.templates),
+            base_model=task.model_name,
             method=method,
             command=command,
             metrics=metrics,
             versions=metrics["versions"],
-            load_snippet=_with_revision(load_snippet, trainer.model),
-            library_name="peft" if isinstance(trainer.model, PeftModel) else "transformers",
+            load_snippet=load_snippet(trainer.model, training.output_dir),
+            library_name="peft" if (folder / "adapter_config.json").exists() else "transformers",
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_json(folder / "metrics.json", metrics)
+        estimated = gib(took.estimated_memory_bytes)
         print_table(
             "Done",
             {
                 "base model": base,
                 "tuned": tuned,
-                "training": f"{train_seconds:.0f} s, {metrics['tokens_per_second']:.0f} tokens/s, "
+                "training": f"{took.seconds:.0f} s, {metrics['tokens_per_second']:.0f} tokens/s, "
                 f"{metrics['padding_fraction']:.0%} padding",
-                "peak memory": f"{gib(peak)} GiB (estimated {gib(estimated.total)})",
+                "peak memory": f"{gib(took.peak_memory_bytes)} GiB (estimated {estimated})",
                 "written to": f"{folder}/: weights, metrics.json, predictions.jsonl, loss.png",
             },
         )
+    if training.publish:
+        publish(training.output_dir, training)
     return metrics
+
+
+def save_predictions(output_dir: str, result: TaskScore, kind: str) -> None:
+    """Write further predictions of a run to predictions_KIND.jsonl."""
+    if is_main_process():
+        write_jsonl(Path(output_dir) / f"predictions_{kind}.jsonl", result.records)
 
 
 def say_wrong(result: TaskScore, count: int = 3) -> None:
     """Show the first wrong answers; all of them stand in predictions.jsonl."""
-    wrong = [one for one in result.records if one["score"] is not None and one["score"] < 1]
+    wrong = [
+        record for record in result.records if record["score"] is not None and record["score"] < 1
+    ]
     shown = {
-        f"row {one['row']}": f"{one['prompt']}\n\n"
-        f"written: {one.get('generated', one['prediction'])}\n"
-        f"read: {one['prediction']}; right: {one['answer']}"
-        for one in wrong[:count]
+        f"row {record['row']}": f"{record['prompt']}\n\n"
+        f"written: {record.get('generated', record['prediction'])}\n"
+        f"read: {record['prediction']}; right: {record['answer']}"
+        for record in wrong[:count]
     }
     if shown:
         print_table(f"{len(wrong)} of {result.rows} are wrong, such as", shown)

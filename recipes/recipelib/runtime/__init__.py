@@ -1,1 +1,69 @@
-"""runtime."""
+"""Processes and launching, errors, the files of a run, the console: what everything else stands on."""
+
+from recipelib.runtime.checkpoints import (
+    TRAINED,
+    check_adapter,
+    check_trained,
+    checkpoint_kind,
+    clear_results,
+    clear_way,
+    find_checkpoint,
+    is_whole,
+    refuse_trained_run,
+)
+from recipelib.runtime.console import (
+    is_main_process,
+    print_table,
+    printable,
+    progress,
+    progress_bar,
+    say,
+)
+from recipelib.runtime.errors import UserError, first_line, one_line, require_at_least
+from recipelib.runtime.files import load_yaml, read_metrics, replacing, write_json, write_jsonl
+from recipelib.runtime.launch import (
+    check_joined,
+    end_process_group,
+    fsdp_option,
+    join_on_cpu,
+    use_all_cores,
+    uses_fsdp,
+)
+from recipelib.runtime.memory import MemoryMeter, gib
+from recipelib.runtime.versions import versions
+
+__all__ = [
+    "TRAINED",
+    "MemoryMeter",
+    "UserError",
+    "check_adapter",
+    "check_joined",
+    "check_trained",
+    "checkpoint_kind",
+    "clear_results",
+    "clear_way",
+    "end_process_group",
+    "find_checkpoint",
+    "first_line",
+    "fsdp_option",
+    "gib",
+    "is_main_process",
+    "is_whole",
+    "join_on_cpu",
+    "load_yaml",
+    "one_line",
+    "print_table",
+    "printable",
+    "progress",
+    "progress_bar",
+    "read_metrics",
+    "refuse_trained_run",
+    "replacing",
+    "require_at_least",
+    "say",
+    "use_all_cores",
+    "uses_fsdp",
+    "versions",
+    "write_json",
+    "write_jsonl",
+]

@@ -1,13 +1,16 @@
-"""Finding the checkpoint to go on from."""
+"""The folder of a run: the checkpoint to go on from, and what an earlier run has left there."""
 
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from recipelib.runtime.console import is_main_process, say
 from recipelib.runtime.errors import UserError
+from recipelib.runtime.files import read_metrics
 from recipelib.runtime.launch import fsdp_option, uses_fsdp
 
 # Of an adapter's settings: where it comes from, and what does not change its weights.
@@ -166,3 +169,58 @@ def clear_way(output_dir: str, checkpoint: str | None) -> None:
         for _, one in _checkpoints(folder):
             shutil.rmtree(one)
         (folder / "metrics.json").unlink()  # last: an interrupted clearing is taken up again
+
+
+TRAINED = "trained.safetensors"  # of a checkpoint: everything that is trained, by its name
+
+
+def check_trained(checkpoint: Path, trained: Mapping[str, str]) -> None:
+    """See that a checkpoint holds what a run trains, before it is gone on from.
+
+    Args:
+        trained: argument -> value, of all that decide what is trained.
+    Raises:
+        UserError: another recipe's, or other arguments.
+    """
+    try:
+        with safe_open(checkpoint / TRAINED, "pt") as file:
+            held = file.metadata() or {}
+    except (OSError, SafetensorError):
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: has no {TRAINED} of prompt_tuning.py; pass "
+            "a checkpoint of a run of this recipe"
+        ) from None
+    for name, value in trained.items():
+        if held.get(name) != value:
+            raise UserError(
+                f"--resume_from_checkpoint {checkpoint}: was trained with --{name} "
+                f"{held.get(name)}, and this run has {value}; go on with the same"
+            )
+
+
+def refuse_trained_run(output_dir: str) -> None:
+    """Refuse to write what was only scored over what was trained.
+
+    Raises:
+        UserError: a trained run is there.
+    """
+    if read_metrics(output_dir).get("trainable_parameters"):
+        raise UserError(f"--output_dir {output_dir}: holds a trained run; name another")
+
+
+def clear_results(output_dir: str, loaded_from: str) -> None:
+    """Remove what an earlier run of any kind has left of weights, templates and figures, before
+    this run's are written: nothing of it may pass for this run's, or be published with it.
+
+    Args:
+        loaded_from: the model's own folder, which is left alone.
+    """
+    folder = Path(output_dir)
+    if not is_main_process() or folder.resolve() == Path(loaded_from).resolve():
+        return
+    names = ["adapter_config.json", "config.json", "generation_config.json", "template.yaml"]
+    names += ["confusion.png", "reliability.png", "peft_bottleneck.py", "predictions_samples.jsonl"]
+    for file in [*(folder / name for name in names), *folder.glob("*.safetensors*")]:
+        file.unlink(missing_ok=True)
+    for name in ("base_model", "dropped", "merged", "templates"):
+        shutil.rmtree(folder / name, ignore_errors=True)

@@ -9,13 +9,10 @@ from pathlib import Path
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from recipelib.encoding.prompt_encoder import DoesNotFit, PromptEncoder
-from recipelib.inference.generation import generate
-from recipelib.models.sharding import reshard
-from recipelib.runtime.console import is_main_process
-from recipelib.runtime.errors import UserError
-from recipelib.runtime.files import write_jsonl
-from recipelib.runtime.launch import uses_fsdp
+from recipelib.encoding import DoesNotFit, PromptEncoder
+from recipelib.inference import generate
+from recipelib.models import reshard
+from recipelib.runtime import UserError, is_main_process, uses_fsdp, write_jsonl
 
 SAMPLES = "samples.jsonl"
 
@@ -116,6 +113,11 @@ class SampleWriter(TrainerCallback):
                 self.asked.append(self._ask(row))
             except DoesNotFit:
                 continue
+
+    @classmethod
+    def of(cls, task, every: int, rows: int = 2) -> SampleWriter:
+        """The callback for the first evaluation rows of a task."""
+        return cls(task.encoder, task.evaluation.rows[:rows], every)
 
     def _ask(self, row: Mapping) -> tuple[list[int], list[int], str]:
         encoder, reserve = self.encoder, self.max_new_tokens

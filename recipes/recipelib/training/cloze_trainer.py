@@ -1,17 +1,15 @@
-"""Training through the blank of a text: the loss over labels, and saving what PEFT has no way to
+"""Training through a cloze: the loss over labels, and saving what PEFT has no way to
 save: soft prompts that are sharded, networks in front of them, label embeddings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from peft import PeftModel, PromptEmbedding
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -21,50 +19,28 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from recipelib.adapters.saved import BASE, SOFT_VERBALIZER
-from recipelib.encoding.cloze_rows import Example, collate
-from recipelib.inference.cloze_scoring import word_scores
-from recipelib.models.head import bare_model, logits_at
-from recipelib.models.sharding import reshard
-from recipelib.prompts.verbalizer import combine_words
-from recipelib.runtime.errors import UserError
+from recipelib.adapters import BASE, SOFT_VERBALIZER
+from recipelib.encoding import Example, collate
+from recipelib.inference import word_scores
+from recipelib.models import bare_model, logits_at, reshard
+from recipelib.prompts import combine_words
+from recipelib.runtime import TRAINED, clear_results
 from recipelib.training.batches import micro_batches
 from recipelib.training.fake_step import MicroBatch
+from recipelib.training.memory import MemoryEstimate, estimate_memory
 from recipelib.training.trainer import RecipeTrainer
-
-TRAINED = "trained.safetensors"  # of a checkpoint: everything that is trained, by its name
 
 
 class ClozeTrainer(RecipeTrainer):
     """`RecipeTrainer` whose loss is the cross-entropy of the right label among the labels.
 
     Args:
-        examples: as `blank_rows.encode_cloze_rows` makes them.
-        combine: how words make a label's score.
-        held_out: examples of which the loss is computed while training.
-        trained: what is trained, as a checkpoint keeps it for `check_trained`.
+        task: a `ClozeTask`, or what has its `encoded`, `facts` and `trained_as`.
     """
 
-    def __init__(
-        self,
-        model,
-        training,
-        examples: Sequence[Example],
-        combine: str,
-        held_out: Sequence[Example] = (),
-        trained: Mapping[str, str] | None = None,
-        **options,
-    ):
+    def __init__(self, model, training, task, **options):
         training.remove_unused_columns = False
-        super().__init__(
-            model,
-            training,
-            train_dataset=Dataset.from_list(list(examples)),
-            eval_dataset=Dataset.from_list(list(held_out)) if held_out else None,
-            data_collator=collate,
-            **options,
-        )
-        self.combine, self.trained = combine, dict(trained or {})
+        super().__init__(model, training, task, data_collator=collate, **options)
         # A step's loss is a mean over its rows. Masked models' own loss ignores how many there
         # are, and comes out scaled by the accumulation steps.
         self._loss_shifts_labels = False
@@ -75,7 +51,7 @@ class ClozeTrainer(RecipeTrainer):
         step over all processes and accumulation steps.
         """
         words = word_scores(self.model, inputs, run=model)
-        scores = combine_words(words, inputs["word_labels"], self.combine)
+        scores = combine_words(words, inputs["word_labels"], self.task.facts["combine"])
         loss = F.cross_entropy(
             scores,
             inputs["labels"],
@@ -93,31 +69,9 @@ class ClozeTrainer(RecipeTrainer):
             self.tokens_seen += int(inputs["attention_mask"].sum())
         return (loss, {"scores": scores}) if return_outputs else loss
 
-    def optimizer_at(self, rates: Mapping[str, float]) -> torch.optim.Optimizer:
-        """The optimizer that the arguments ask for, with learning rates of their own for parameters
-        with these parts in their names.
-
-        Raises:
-            UserError: --optim names one that groups parameters itself.
-        """
-        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        if options.keys() & {"params", "model", "optimizer_dict"}:
-            raise UserError(f"--optim {self.args.optim}: groups parameters itself; try adamw_torch")
-        decayed = {*self.get_decay_parameter_names(self.model)}
-        groups: dict[tuple[float, float], list] = {}
-        for name, one in self.model.named_parameters():
-            if one.requires_grad:
-                own = (rate for part, rate in rates.items() if part in name)
-                decay = self.args.weight_decay if name in decayed else 0.0
-                rate = next(own, self.args.learning_rate)
-                groups.setdefault((rate, decay), []).append(one)
-        return kind(
-            [
-                {"params": some, "lr": rate, "weight_decay": decay}
-                for (rate, decay), some in groups.items()
-            ],
-            **options,
-        )
+    def _estimate(self) -> MemoryEstimate:
+        batch = heaviest_cloze_batch(self.task.encoded.examples, self.args)
+        return estimate_memory(self.model, self.args, batch, _loss_of_shapes)
 
     def trained_weights(self) -> dict[str, torch.Tensor]:
         """Everything that is trained, whole, by its name; on other processes than the main one, of
@@ -139,9 +93,11 @@ class ClozeTrainer(RecipeTrainer):
         weights = self.trained_weights()
         if not self.args.should_save:
             return
+        if not _internal_call:
+            clear_results(str(folder), bare_model(self.model).name_or_path)
         folder.mkdir(parents=True, exist_ok=True)
         if _internal_call:  # a checkpoint on the way
-            save_file(weights, folder / TRAINED, self.trained)
+            save_file(weights, folder / TRAINED, self.task.trained_as)
             return
         soft = {name: one for name, one in weights.items() if ".soft_verbalizer." in f".{name}"}
         if soft:
@@ -205,30 +161,6 @@ class ClozeTrainer(RecipeTrainer):
         set_model_state_dict(self.model, weights, options=options)
 
 
-def check_trained(checkpoint: Path, trained: Mapping[str, str]) -> None:
-    """See that a checkpoint holds what a run trains, before it is gone on from.
-
-    Args:
-        trained: argument -> value, of all that decide what is trained.
-    Raises:
-        UserError: another recipe's, or other arguments.
-    """
-    try:
-        with safe_open(checkpoint / TRAINED, "pt") as file:
-            held = file.metadata() or {}
-    except (OSError, SafetensorError):
-        raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: has no {TRAINED} of prompt_tuning.py; pass "
-            "a checkpoint of a run of this recipe"
-        ) from None
-    for name, value in trained.items():
-        if held.get(name) != value:
-            raise UserError(
-                f"--resume_from_checkpoint {checkpoint}: was trained with --{name} "
-                f"{held.get(name)}, and this run has {value}; go on with the same"
-            )
-
-
 class KeepBest(TrainerCallback):
     """Scores validation rows after every pass, and ends with the weights of the best pass.
 
@@ -243,7 +175,7 @@ class KeepBest(TrainerCallback):
     def __init__(self, model, score: Callable[[], tuple[float, ...]]):
         self.model, self.score = model, score
         self.best: tuple[float, ...] | None = None
-        self.scores: list[tuple[float, ...]] = []
+        self.scores: list[float] = []
         self._weights: list[torch.Tensor] = []
 
     def _parts(self) -> list[torch.Tensor]:
@@ -255,7 +187,7 @@ class KeepBest(TrainerCallback):
         """Score, and keep the weights if they are the best so far."""
         value = self.score()
         reshard(self.model)
-        self.scores.append(value)
+        self.scores.append(value[0])
         if self.best is None or value > self.best:
             self.best = value
             self._weights = [one.detach().to("cpu", copy=True) for one in self._parts()]
@@ -265,6 +197,19 @@ class KeepBest(TrainerCallback):
         """Go back to the best weights."""
         for one, best in zip(self._parts(), self._weights, strict=True):
             one.copy_(best)
+
+
+def keep_best(trainer: ClozeTrainer, task) -> list[float] | None:
+    """Let a trainer end with the weights of the pass that is best on the task's validation rows.
+
+    Returns:
+        The score of each pass, filled in while training; None without such rows.
+    """
+    if task.validation is None:
+        return None
+    best = KeepBest(trainer.model, lambda: task.validate(trainer.model))
+    trainer.add_callback(best)
+    return best.scores
 
 
 def heaviest_cloze_batch(examples: Sequence[Example], training) -> MicroBatch:
@@ -282,8 +227,8 @@ def heaviest_cloze_batch(examples: Sequence[Example], training) -> MicroBatch:
     return max(map(shape, batches), key=lambda one: one.rows * one.width)
 
 
-def rehearsed_loss(model, training, batch: MicroBatch) -> torch.Tensor:
-    """The loss of `ClozeTrainer` for the shapes of a batch, see `rehearsal.rehearse`."""
+def _loss_of_shapes(model, training, batch: MicroBatch) -> torch.Tensor:
+    """The loss of `ClozeTrainer` for the shapes of a batch, see `fake_step.step_peaks`."""
     tokens = torch.zeros(batch.rows, batch.width, dtype=torch.long, device=training.device)
     places = torch.zeros(batch.supervised, 2, dtype=torch.long, device=training.device)
     halved = training.bf16 or training.fp16

@@ -11,12 +11,13 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig
 
-from recipelib.runtime.console import say
-from recipelib.runtime.errors import UserError, require_at_least
-from recipelib.runtime.launch import (
+from recipelib.runtime import (
+    UserError,
     check_joined,
     fsdp_option,
     join_on_cpu,
+    require_at_least,
+    say,
     use_all_cores,
     uses_fsdp,
 )

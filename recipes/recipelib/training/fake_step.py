@@ -21,10 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
-from recipelib.encoding.prompt_encoder import IGNORED
-from recipelib.models.head import logits_at
-from recipelib.models.sharding import decoder_layers
-from recipelib.runtime.launch import fsdp_option
+from recipelib.encoding import IGNORED
+from recipelib.models import decoder_layers, logits_at
+from recipelib.runtime import fsdp_option
 from recipelib.training.batches import micro_batches
 from recipelib.training.packing import RowsApart
 
@@ -87,7 +86,7 @@ def heaviest_batch(examples: Sequence[dict], training) -> MicroBatch:
     )
 
 
-def rehearse(
+def step_peaks(
     model: nn.Module,
     training,
     batch: MicroBatch,
@@ -99,7 +98,7 @@ def rehearse(
     A copy of the model, of whose tensors there are only shapes (torch's FakeTensorMode), makes the
     forward and backward pass of `RecipeTrainer`. What is alive counts from the operator that makes
     it to the moment when nothing refers to it any more, as in `torch.cuda.max_memory_allocated`.
-    Where the decoder layers are all alike, two and three of them are rehearsed and the sums
+    Where the decoder layers are all alike, two and three of them are computed and the sums
     continued to all of them, which is exact.
 
     Args:

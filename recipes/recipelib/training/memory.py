@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from recipelib.models.sharding import decoder_layers
-from recipelib.runtime.launch import fsdp_option, uses_fsdp
-from recipelib.training.fake_step import Loss, MicroBatch, heaviest_batch, rehearse
+from recipelib.models import decoder_layers
+from recipelib.runtime import fsdp_option, gib, uses_fsdp
+from recipelib.training.fake_step import Loss, MicroBatch, heaviest_batch, step_peaks
 
 _BLOCKWISE = 1 + 4 / 256  # bytes: bitsandbytes keeps a float32 for 256 states of 8 bits
 
@@ -74,18 +70,13 @@ class MemoryEstimate:
         return f"{gib(self.total)} GiB = {' + '.join(terms)} (estimate{note})"
 
 
-def gib(size: float) -> str:
-    """Bytes in GiB, with two digits and without the unit."""
-    return f"{size / 2**30:.2f}"
-
-
 def estimate_memory(
     model: nn.Module, training, examples: Sequence[dict] | MicroBatch, loss: Loss | None = None
 ) -> MemoryEstimate:
     """What training will need in each process, for the accelerate config that launched it.
 
     Parameters, gradients and optimizer states are counted; activations and logits are those of a
-    rehearsal (`recipelib.training.fake_step`) of the largest micro-batch, so that the architecture, its
+    fake step (`fake_step.py`) of the largest micro-batch, so that the architecture, its
     attention kernel, adapters, autocast and recomputing count as they are. Takes a second or less.
 
     FSDP divides parameters, gradients and states by the number of processes. Whole beside them are
@@ -99,7 +90,7 @@ def estimate_memory(
         model: a PEFT model or a whole one before it is sharded, on any device, meta included.
         training: the trainer's arguments.
         examples: `input_ids` and `labels` of each; or the largest micro-batch of them.
-        loss: of the rehearsal, if it is not `RecipeTrainer`'s.
+        loss: of the fake step, if it is not `RecipeTrainer`'s.
     """
     batch = examples
     if not isinstance(batch, MicroBatch):
@@ -151,10 +142,10 @@ def estimate_memory(
     moments = [step]
     logging.disable(logging.ERROR)  # torch logs what it raises
     try:
-        peaks = rehearse(model, training, batch, parts, loss)
+        peaks = step_peaks(model, training, batch, parts, loss)
     except Exception as error:  # a model's own code may do anything, and an estimate ends no run
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:80]
-        notes.append(f"without activations, for the rehearsal failed: {reason}")
+        notes.append(f"without activations, for the fake step failed: {reason}")
         peaks = [Counter()]
     finally:
         logging.disable(logging.NOTSET)
@@ -189,76 +180,3 @@ def _optimizer_bytes(
 
 
 # The meter ---------------------------------------------------------------------------------------
-
-
-class _Mallinfo(ctypes.Structure):
-    """glibc's `struct mallinfo2`."""
-
-    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
-    _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
-
-
-class MemoryMeter:
-    """The memory that training takes beyond what the process held when the meter was made.
-
-    Make it before the model is loaded, and `restart` it when training starts. On a GPU it reports
-    `torch.cuda.max_memory_allocated` over all devices of this process.
-
-    On CPU a thread samples what is in use, which is the same in spirit: the resident memory less
-    what glibc's heap holds free. Those holes are left by aligned blocks, such as torch's, and may
-    add up to more than what is in use; how much depends on all that was allocated before. (With
-    the environment variable MALLOC_MMAP_THRESHOLD_=1000000 there are none, at the price of speed.)
-    A block that was never written is free but was not resident; so the heap's own count of what
-    is in use, with the file pages that are mapped, is sampled too, and the larger figure holds.
-    """
-
-    def __init__(self) -> None:
-        import psutil
-
-        self._process = psutil.Process()
-        try:
-            self._mallinfo = ctypes.CDLL(None).mallinfo2
-            self._mallinfo.restype = _Mallinfo
-        except (AttributeError, OSError, TypeError):  # no glibc, or one before 2.33
-            self._mallinfo = _Mallinfo
-        self._start = self._now()
-        self.restart()
-        self._stopped = threading.Event()
-        threading.Thread(target=self._watch, name="memory meter", daemon=True).start()
-
-    def restart(self) -> None:
-        """Forget the peak so far; what counts is still what exceeds the level of the start."""
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            for device in range(torch.cuda.device_count()):
-                torch.cuda.reset_peak_memory_stats(device)
-        self._peak = self._start
-
-    def _now(self) -> list[int]:
-        """Bytes: resident and not free; in use or mapped; resident."""
-        process, heap = self._process.memory_info(), self._mallinfo()
-        used = heap.uordblks + heap.hblkhd + getattr(process, "shared", 0)
-        return [process.rss - heap.fordblks, used, process.rss]
-
-    def _sample(self) -> None:
-        self._peak = [*map(max, self._peak, self._now())]
-
-    def _watch(self) -> None:
-        pause = 0.05
-        while not self._stopped.wait(pause):
-            start = time.thread_time()
-            self._sample()
-            # glibc walks through all holes, some milliseconds: it gets a hundredth of the time.
-            pause = max(0.05, 100 * (time.thread_time() - start))
-
-    def stop(self) -> int:
-        """End the sampling and return the peak in bytes."""
-        self._stopped.set()
-        self._sample()
-        if torch.cuda.is_available():
-            return sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
-        return max(self._peak[0] - self._start[0], self._peak[1] - self._start[1])
-
-    @property
-    def resident(self) -> int:
-        """The peak of the resident memory in bytes, the heap's holes included."""
-        return self._peak[2] - self._start[2]

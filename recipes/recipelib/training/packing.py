@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from recipelib.runtime.errors import UserError
+from recipelib.runtime import UserError
 
 # By how much logits may differ, relative to how much they vary: in float32, and in 16 bits.
 _TOLERANCE, _COARSE_TOLERANCE = 1e-3, 0.1

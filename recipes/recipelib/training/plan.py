@@ -2,40 +2,38 @@
 
 from __future__ import annotations
 
-from recipelib.encoding.examples import EncodedRows
-from recipelib.models.quantization import count_parameters, describe_quantization
-from recipelib.runtime.console import print_table
+from recipelib.models import count_parameters, describe_quantization
+from recipelib.runtime import print_table
 from recipelib.training.batches import expected_padding
 from recipelib.training.memory import MemoryEstimate
 
 
-def show_plan(
-    model_name: str,
-    model,
-    encoded: EncodedRows,
-    training,
-    sources: dict[str, str],
-    memory: MemoryEstimate,
-) -> None:
-    """The summary before training: what is trained, on what, and how much of it."""
+def show_plan(model, training, task, estimated: MemoryEstimate) -> None:
+    """Print what is trained, on what, and how much of it.
+
+    Args:
+        training: the trainer's arguments.
+        task: its `encoded` examples, its `sources` and the `model_name` are shown.
+        estimated: the memory that each process will need.
+    """
     dtype, why = training.model_dtype
     frozen = describe_quantization(model)
     trainable, total = count_parameters(model)
     if trainable == total and model.dtype != dtype:
         computed = str(dtype).removeprefix("torch.")
         dtype, why = model.dtype, f"which training needs; computed in {computed}"
-    counts, world = encoded.counts, training.world_size
+    counts, world = task.encoded.counts, training.world_size
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * world
-    lengths = [len(example["input_ids"]) for example in encoded.examples]
+    lengths = [len(example["input_ids"]) for example in task.encoded.examples]
     padding = expected_padding(lengths, training)
     left_out = f", {counts.left_out} left out: too long" if counts.left_out else ""
     print_table(
         "Before training",
         {
-            "model": f"{model_name}, {str(dtype).removeprefix('torch.')} ({why})",
+            "model": f"{task.model_name}, {str(dtype).removeprefix('torch.')} ({why})",
             **({"frozen weights": frozen} if frozen else {}),
             "parameters": f"{trainable:,} trainable of {total:,} ({trainable / total:.2%})",
-            **sources,
+            **task.sources,
             "examples": f"{counts.examples:,} from {counts.rows:,} rows; "
             f"{counts.shortened:,} shortened{left_out}",
             "tokens": f"{counts.tokens:,}, of which {counts.supervised_tokens:,} supervised; "
@@ -43,7 +41,7 @@ def show_plan(
             "batch": f"{batch} = {training.per_device_train_batch_size} per device x "
             f"{training.gradient_accumulation_steps} accumulated x {world} (processes)",
             "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type.value}",
-            "memory per process": memory,
+            "memory per process": estimated,
             "output": training.output_dir,
         },
     )

@@ -1,15 +1,19 @@
-"""What our trainers add to TRL's: defaults that fit the machine, a loss that projects the answers
-only, and packing that changes no loss.
+"""What our trainer adds to TRL's: it knows its task, its loss projects the answers only, and packing
+changes no loss.
 """
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -19,16 +23,28 @@ from transformers.distributed.fsdp import update_fsdp_plugin_peft
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 from trl import SFTTrainer
 
-from recipelib.encoding.prompt_encoder import IGNORED
-from recipelib.models.head import logits_at
-from recipelib.models.quantization import prepare_four_bit
-from recipelib.models.sharding import FSDP_OFF, check_shards, prepare_for_fsdp2, reshard
-from recipelib.runtime.checkpoints import clear_way
-from recipelib.runtime.console import is_main_process
-from recipelib.runtime.errors import UserError
-from recipelib.runtime.launch import uses_fsdp
+from recipelib.encoding import IGNORED
+from recipelib.models import (
+    FSDP_OFF,
+    bare_model,
+    check_shards,
+    logits_at,
+    prepare_for_fsdp2,
+    prepare_four_bit,
+    reshard,
+)
+from recipelib.runtime import (
+    UserError,
+    check_adapter,
+    clear_results,
+    clear_way,
+    is_main_process,
+    uses_fsdp,
+)
 from recipelib.training.batches import sampling_seed
+from recipelib.training.memory import MemoryEstimate, estimate_memory
 from recipelib.training.packing import RowsApart, row_lengths, rows_stay_apart
+from recipelib.training.plan import show_plan
 
 # PEFT reads transformers' old name for activation checkpointing; a user can do nothing about it.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -69,16 +85,67 @@ class LossBar(TrainerCallback):
         self.bar = None
 
 
+@dataclass(frozen=True)
+class TrainingFigures:
+    """What training took, over all processes.
+
+    Attributes:
+        steps: optimizer steps.
+        tokens, slots: without and with padding.
+        seconds: of training alone.
+        peak_memory_bytes: of the process that took the most, see `MemoryMeter`.
+        peak_resident_bytes: the same, by resident memory.
+        estimated_memory_bytes: what was estimated before.
+        world_size, distributed_type: as accelerate names them.
+    """
+
+    steps: int
+    tokens: int
+    slots: int
+    seconds: float
+    peak_memory_bytes: int
+    peak_resident_bytes: int
+    estimated_memory_bytes: int
+    world_size: int
+    distributed_type: str
+
+
 class RecipeTrainer(SFTTrainer):
-    """`SFTTrainer` whose vocabulary projection runs on supervised positions only, and which counts
-    tokens.
+    """`SFTTrainer` that knows its task. Its vocabulary projection runs on supervised positions
+    only, and it counts tokens, time and memory.
 
     With one-word answers the projection of all positions costs a fifth of the whole step on a small
     model; TRL's fused head avoids it under Triton only.
+
+    Under FSDP the model is sharded when the trainer is made and not when training starts, so that
+    `trainer.model` can be scored before: each process holds its part, and all have to make equally
+    many forward passes.
+
+    Args:
+        training: a `RecipeConfig`.
+        task: what is trained: its `encoded` examples, `tokenizer`, `held_out()` examples and the
+            `checkpoint` to go on from; its `memory` meter may be None.
+        rates: learning rates of their own, by a part of the parameters' names.
+        options: further ones of `SFTTrainer`.
+    Raises:
+        UserError: a checkpoint that is not this run's; what should be sharded is not; a model whose
+            rows cannot be packed.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, model, training, task, *, rates: Mapping[str, float] | None = None, **options
+    ):
+        check_adapter(task.checkpoint, model)
+        held_out = task.held_out() if training.eval_strategy != "no" else None
+        super().__init__(
+            model,
+            training,
+            train_dataset=Dataset.from_list(task.encoded.examples),
+            eval_dataset=Dataset.from_list(held_out) if held_out else None,
+            processing_class=task.tokenizer,
+            **options,
+        )
+        self.task = task
         if uses_fsdp() and not self.is_fsdp_enabled:
             raise UserError(FSDP_OFF)
         if getattr(self.model, "is_loaded_in_4bit", False):
@@ -87,28 +154,50 @@ class RecipeTrainer(SFTTrainer):
         self._loss_shifts_labels = True
         self.tokens_seen = 0  # without padding, by this process
         self.slots_seen = 0  # with padding
-        self._casting: list[BaseTunerLayer] | None = None  # see `_inputs_as_they_are`
+        self.seconds = 0.0
+        self._casting: list[BaseTunerLayer] | None = None  # see `_without_input_casts`
         self.rows_apart: bool | None = None  # with packing: whether sdpa is given row by row
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(LossBar)
-
-    def shard(self):
-        """Under FSDP, shard the model now and not when training starts, so that the model can be
-        scored before; otherwise do nothing.
-
-        Returns:
-            The model to score and to train. Where it is sharded, each process holds its part, all
-            processes have to make equally many forward passes.
-        Raises:
-            UserError: what should be sharded is not, or the model cannot be packed.
-        """
+        if rates:
+            self.optimizer = self._optimizer_at(rates)
+        self.estimated = self._estimate() if task.memory else None
         if self.is_fsdp_enabled:
             self._shard()
         if self.args.packing:
             coarse = self.args.bf16 or self.args.fp16
             self.rows_apart = rows_stay_apart(self.model, self.data_collator, coarse)
-        return self.model
+
+    def _estimate(self) -> MemoryEstimate:
+        """The memory that training will need, of the model before it is sharded."""
+        return estimate_memory(self.model, self.args, self.task.encoded.examples)
+
+    def _optimizer_at(self, rates: Mapping[str, float]) -> torch.optim.Optimizer:
+        """The optimizer that the arguments ask for, with learning rates of their own for parameters
+        with these parts in their names.
+
+        Raises:
+            UserError: --optim names one that groups parameters itself.
+        """
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        if options.keys() & {"params", "model", "optimizer_dict"}:
+            raise UserError(f"--optim {self.args.optim}: groups parameters itself; try adamw_torch")
+        decayed = {*self.get_decay_parameter_names(self.model)}
+        groups: dict[tuple[float, float], list] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                own = (rate for part, rate in rates.items() if part in name)
+                decay = self.args.weight_decay if name in decayed else 0.0
+                rate = next(own, self.args.learning_rate)
+                groups.setdefault((rate, decay), []).append(parameter)
+        return kind(
+            [
+                {"params": parameters, "lr": rate, "weight_decay": decay}
+                for (rate, decay), parameters in groups.items()
+            ],
+            **options,
+        )
 
     def _shard(self) -> None:
         plugin = self.accelerator.state.fsdp_plugin
@@ -130,14 +219,40 @@ class RecipeTrainer(SFTTrainer):
             check_shards(self.model, self.accelerator.num_processes)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
-        """Train; the model may have been scored since it was sharded. What a finished run left in
-        the folder goes only now.
+        """Show the plan and train, from the task's checkpoint unless another is given. The model
+        may have been scored since it was sharded. What a finished run left in the folder goes only
+        now.
         """
-        clear_way(self.args.output_dir, resume_from_checkpoint)
-        if self.args.packing and self.rows_apart is None:
-            self.shard()
+        checkpoint, memory = resume_from_checkpoint or self.task.checkpoint, self.task.memory
+        if memory:
+            show_plan(self.model, self.args, self.task, self.estimated)
+            memory.restart()
+        clear_way(self.args.output_dir, checkpoint)
         reshard(self.model)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        start = time.perf_counter()
+        found = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        self.seconds = time.perf_counter() - start
+        self._peak = memory.stop() if memory else 0
+        return found
+
+    def figures(self) -> TrainingFigures:
+        """What training took; all processes have to ask."""
+        resident = self.task.memory.resident if self.task.memory else 0
+        counted = [self.tokens_seen, self.slots_seen, self._peak, resident]
+        processes = self.accelerator.gather(torch.tensor([counted], device=self.args.device))
+        tokens, slots = processes[:, :2].sum(0).tolist()
+        peak, resident = processes[:, 2:].amax(0).tolist()
+        return TrainingFigures(
+            steps=self.state.global_step,
+            tokens=tokens,
+            slots=slots,
+            seconds=self.seconds,
+            peak_memory_bytes=peak,
+            peak_resident_bytes=resident,
+            estimated_memory_bytes=self.estimated.total if self.estimated else 0,
+            world_size=self.args.world_size,
+            distributed_type=str(self.accelerator.distributed_type.value),
+        )
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward pass of a micro-batch."""
@@ -149,7 +264,7 @@ class RecipeTrainer(SFTTrainer):
             self.model.get_input_embeddings().neftune_noise_alpha = (
                 self.neftune_noise_alpha * longer
             )
-        with self._keeping_apart(inputs), self._inputs_as_they_are():
+        with self._keeping_apart(inputs), self._without_input_casts():
             return super().training_step(model, inputs, num_items_in_batch)
 
     def prediction_step(self, model, inputs, *args, **kwargs):
@@ -161,16 +276,17 @@ class RecipeTrainer(SFTTrainer):
         return RowsApart(row_lengths(inputs)) if self.rows_apart else nullcontext()
 
     @contextmanager
-    def _inputs_as_they_are(self) -> Iterator[None]:
-        """Adapters get their input as it is, not in their own float32: autocast casts it back.
+    def _without_input_casts(self) -> Iterator[None]:
+        """Adapters get their input as it is, not cast to their own float32: autocast would cast it
+        back.
 
-        Forward and backward, which may recompute; not LoRA's variants, which do more than
-        products.
+        It holds for the forward pass and for the backward pass, which may recompute. LoRA's
+        variants do more than products and are left as they are.
         """
         if self._casting is None:
             modules = self.model.modules() if self.args.bf16 or self.args.fp16 else ()
-            adapters = [one for one in modules if isinstance(one, BaseTunerLayer)]
-            self._casting = [one for one in adapters if not getattr(one, "lora_variant", None)]
+            layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
+            self._casting = [layer for layer in layers if not getattr(layer, "lora_variant", None)]
         for layer in self._casting:
             layer.cast_input_dtype_enabled = False
         try:
@@ -193,9 +309,13 @@ class RecipeTrainer(SFTTrainer):
         `recipes/consolidate.py` puts together.
         """
         output_dir = output_dir or self.args.output_dir
+        if not _internal_call:
+            clear_results(output_dir, bare_model(self.model).name_or_path)
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if plugin is None or plugin.fsdp_version == 1:
             super().save_model(output_dir, _internal_call=_internal_call)
+            if not _internal_call and self.args.should_save:  # a pickle, which nobody should load
+                Path(output_dir, "training_args.bin").unlink(missing_ok=True)
         elif _internal_call and "SHARDED" in str(plugin.state_dict_type):
             if self.args.should_save:  # what the consolidated weights will need beside them
                 config = (
@@ -206,6 +326,8 @@ class RecipeTrainer(SFTTrainer):
                 config.save_pretrained(output_dir)
         else:
             self._save(output_dir, state_dict=self.whole_state_dict())
+            if not _internal_call and self.args.should_save:
+                Path(output_dir, "training_args.bin").unlink(missing_ok=True)
 
     def whole_state_dict(self) -> dict[str, torch.Tensor]:
         """The weights gathered from all processes (on the main one; the others get an empty dict);
@@ -219,9 +341,9 @@ class RecipeTrainer(SFTTrainer):
         weights = get_model_state_dict(self.model, options=options)
         # Of tied weights each came by itself: shared as in the model, they are saved once.
         names: dict[int, str] = {}
-        for name, one in self.model.named_parameters(remove_duplicate=False):
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if name in weights:
-                weights[name] = weights[names.setdefault(id(one), name)]
+                weights[name] = weights[names.setdefault(id(parameter), name)]
         return weights
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -231,7 +353,7 @@ class RecipeTrainer(SFTTrainer):
         targets = inputs["labels"][:, 1:]
         supervised = targets != IGNORED
         # Tokens with a mask; or a line with the positions and lengths of its rows.
-        batch = {name: one for name, one in inputs.items() if name != "labels"}
+        batch = {name: tensor for name, tensor in inputs.items() if name != "labels"}
         with logits_at(self.model, supervised.nonzero(), inputs["labels"].shape[1]):
             outputs = model(**batch, use_cache=False)
         loss = F.cross_entropy(

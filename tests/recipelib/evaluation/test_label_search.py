@@ -11,19 +11,15 @@ from tiny_bert import tiny_bert
 from tiny_models import MODELS
 from tokenizers_for_tests import tokenizer_for
 
+from recipelib.data.formats import classes_from_rows
 from recipelib.data.sources import locate
 from recipelib.encoding.asking import asker_of
 from recipelib.encoding.cloze_rows import encode_cloze_rows
 from recipelib.encoding.prompt_encoder import PromptEncoder
-from recipelib.evaluation.label_search import (
-    Found,
-    _choose,
-    classes_from_rows,
-    save_label_words,
-    search_label_words,
-)
+from recipelib.evaluation.label_search import Found, _choose, search_label_words
 from recipelib.evaluation.labels import score_cloze
 from recipelib.prompts.template import PromptTemplate
+from recipelib.reporting.label_words import save_label_words
 from recipelib.runtime.errors import UserError
 
 FIELDS = {

@@ -338,7 +338,7 @@ def write_gguf(path: Path, model: LlamaForCausalLM, without: str | None = None) 
 
 def test_a_gguf_converts_to_the_same_weights_with_chat_template(original, tmp_path):
     model_cache.convert_gguf(str(write_gguf(tmp_path / "a.gguf", original)), str(tmp_path / "out"))
-    model = models.load_model(str(tmp_path / "out"))
+    model = models.load_pretrained(str(tmp_path / "out"))
     ids = torch.tensor([[5, 60, 250, 7]])
     assert torch.allclose(model(ids).logits, original(ids).logits, atol=1e-5)
 
@@ -389,6 +389,6 @@ def test_a_gguf_is_kept_under_its_content_and_converted_in_another_process(
 def test_an_unreadable_gguf_is_one_line_and_leaves_nothing(cache, tmp_path):
     (tmp_path / "bad.gguf").write_bytes(b"no magic here" * 10)
     with pytest.raises(UserError, match=r"bad\.gguf: .*cannot convert it .*GGUF") as caught:
-        models.load_model(str(tmp_path / "bad.gguf"))
+        models.load_pretrained(str(tmp_path / "bad.gguf"))
     assert "\n" not in str(caught.value)
     assert left_in(cache) == []

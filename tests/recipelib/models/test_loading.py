@@ -42,7 +42,7 @@ def model_folder(saved_model, tmp_path) -> Path:
 
 
 def test_a_folder_loads_in_the_asked_dtype_and_pads_with_the_end_token(saved_model):
-    model = models.load_model(str(saved_model), dtype=torch.float64)
+    model = models.load_pretrained(str(saved_model), dtype=torch.float64)
     assert (type(model), model.dtype) == (LlamaForCausalLM, torch.float64)
     tokenizer = models.load_tokenizer(str(saved_model))
     assert tokenizer.is_fast
@@ -58,13 +58,13 @@ def test_a_folder_is_named_by_its_name_however_it_is_reached(saved_model, monkey
 
 def test_dtype_is_by_default_the_one_that_was_saved(saved_model, tmp_path):
     LlamaForCausalLM.from_pretrained(saved_model).to(torch.bfloat16).save_pretrained(tmp_path)
-    assert models.load_model(str(tmp_path)).dtype == torch.bfloat16
+    assert models.load_pretrained(str(tmp_path)).dtype == torch.bfloat16
 
 
 def test_another_class_and_its_arguments_reach_from_pretrained(saved_model):
     from transformers import AutoModelForSequenceClassification
 
-    model = models.load_model(
+    model = models.load_pretrained(
         str(saved_model),
         model_class=AutoModelForSequenceClassification,
         num_labels=3,
@@ -102,24 +102,24 @@ def test_a_slow_tokenizer_is_refused_with_the_cure(model_folder):
 @pytest.mark.parametrize("name", ["./x", "../x", "/nowhere/x", "~/nowhere/x", "a/b/c", "runs/"])
 def test_a_missing_folder_is_never_asked_of_the_hub(name):
     with pytest.raises(UserError, match=rf"^{name}: no such folder; check the path"):
-        models.load_model(name)
+        models.load_pretrained(name)
 
 
 def test_a_folder_without_config_says_what_is_missing(model_folder):
     (model_folder / "config.json").unlink()
     with pytest.raises(UserError, match=r"tiny-llama: no config\.json"):
-        models.load_model(str(model_folder))
+        models.load_pretrained(str(model_folder))
 
 
 def test_a_folder_without_weights_says_what_is_missing(model_folder):
     (model_folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"no weights \(model\.safetensors\)"):
-        models.load_model(str(model_folder))
+        models.load_pretrained(str(model_folder))
 
 
 def test_a_file_that_is_no_gguf_is_refused(model_folder):
     with pytest.raises(UserError, match=r"pass the folder that holds config\.json"):
-        models.load_model(str(model_folder / "model.safetensors"))
+        models.load_pretrained(str(model_folder / "model.safetensors"))
 
 
 def test_an_adapter_is_no_model_but_has_a_tokenizer(saved_model, tmp_path):
@@ -131,7 +131,7 @@ def test_an_adapter_is_no_model_but_has_a_tokenizer(saved_model, tmp_path):
     adapted.save_pretrained(tmp_path)
     models.load_tokenizer(str(saved_model)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"a PEFT adapter, .*merge it .* or pass the base model"):
-        models.load_model(str(tmp_path))
+        models.load_pretrained(str(tmp_path))
     ids = models.load_tokenizer(str(tmp_path))("the capital").input_ids
     assert ids == models.load_tokenizer(str(saved_model))("the capital").input_ids
 
@@ -141,13 +141,13 @@ def test_pickled_weights_are_refused_and_the_hint_converts_them(model_folder):
     torch.save(before, model_folder / "pytorch_model.bin")
     (model_folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"only pickled weights .*safetensors") as caught:
-        models.load_model(str(model_folder))
+        models.load_pretrained(str(model_folder))
     assert "\n" not in str(caught.value)
 
     python, flag, code = shlex.split(str(caught.value).split("once: ")[1])
     assert (python, flag) == ("python", "-c")
     exec(code)
-    after = models.load_model(str(model_folder)).state_dict()
+    after = models.load_pretrained(str(model_folder)).state_dict()
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
 
@@ -157,13 +157,13 @@ def test_the_hint_takes_no_code_from_a_config(model_folder, architectures):
     (model_folder / "config.json").write_text(json.dumps(config | {"architectures": architectures}))
     (model_folder / "model.safetensors").rename(model_folder / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"m = t\.AutoModelForCausalLM\.from_pretrained"):
-        models.load_model(str(model_folder))
+        models.load_pretrained(str(model_folder))
 
 
 def test_broken_weights_end_in_one_line(model_folder):
     (model_folder / "model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(UserError, match="tiny-llama: cannot be loaded") as caught:
-        models.load_model(str(model_folder))
+        models.load_pretrained(str(model_folder))
     assert "\n" not in str(caught.value)
 
 
@@ -176,12 +176,12 @@ def test_custom_code_is_not_run_without_leave(model_folder):
     (model_folder / "config.json").write_text(json.dumps(config))
     (model_folder / "code.py").write_text("raise SystemExit('custom code was run')")
     with pytest.raises(UserError, match=r"own Python code; pass --trust_remote_code"):
-        models.load_model(str(model_folder))
+        models.load_pretrained(str(model_folder))
 
 
 def test_a_revision_is_refused_where_it_would_be_ignored(saved_model):
     with pytest.raises(UserError, match="--revision applies to a hub id only"):
-        models.load_model(str(saved_model), revision="v2")
+        models.load_pretrained(str(saved_model), revision="v2")
 
 
 # The hub -----------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def test_a_refusal_of_the_hub_is_one_line_with_the_cure(case, auto, monkeypatch)
             raise OSError("what transformers says\nin several lines: " + str(error)) from error
 
     monkeypatch.setattr(auto, "from_pretrained", refuse)
-    load = models.load_tokenizer if auto is AutoTokenizer else models.load_model
+    load = models.load_tokenizer if auto is AutoTokenizer else models.load_pretrained
     with pytest.raises(UserError, match=f"^org/name: .*{expected}") as caught:
         load("org/name", revision="v9")
     assert "\n" not in str(caught.value)
@@ -246,7 +246,7 @@ def test_only_safetensors_and_no_custom_code_are_asked_of_the_hub(monkeypatch):
         return SimpleNamespace(config=LlamaConfig())
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fetch)
-    models.load_model("org/name", revision="v2", dtype="float32")
+    models.load_pretrained("org/name", revision="v2", dtype="float32")
     assert asked["n"] == "org/name"
     assert (asked["use_safetensors"], asked["trust_remote_code"]) == (True, False)
     assert (asked["revision"], asked["dtype"]) == ("v2", "float32")
@@ -254,7 +254,7 @@ def test_only_safetensors_and_no_custom_code_are_asked_of_the_hub(monkeypatch):
 
 def test_a_mistake_of_the_caller_keeps_its_traceback(saved_model):
     with pytest.raises(TypeError):
-        models.load_model(str(saved_model), no_such_argument=1)
+        models.load_pretrained(str(saved_model), no_such_argument=1)
 
 
 def test_a_missing_gguf_is_one_line():
@@ -276,7 +276,7 @@ def test_importing_loads_none_of_the_heavy_libraries():
 
 @pytest.mark.slow
 def test_the_bundled_model_knows_the_capital_of_france():
-    tokenizer, model = models.load_tokenizer(None), models.load_model(None)
+    tokenizer, model = models.load_tokenizer(None), models.load_pretrained(None)
     assert model.num_parameters() == 134_515_008
     assert model.dtype == torch.float32
 

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_llama import save_tiny_llama
 
 from recipelib.models import quantization
-from recipelib.models.loading import load_model
+from recipelib.models.loading import load_pretrained
 from recipelib.models.quantization import (
     count_parameters,
     describe_quantization,
@@ -153,7 +153,7 @@ def test_the_config_is_the_papers_and_stores_what_fsdp_can_shard(dtype):
 @pytest.fixture
 def packed(folder):
     """The tiny model in 4 bits, with a LoRA on each of its layers."""
-    model = load_model(str(folder), dtype=torch.float32, **four_bit_loading(settings()))
+    model = load_pretrained(str(folder), dtype=torch.float32, **four_bit_loading(settings()))
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian")
     return get_peft_model(model, lora)
 
@@ -164,8 +164,8 @@ def test_linear_layers_take_half_a_byte_per_weight_and_the_rest_keeps_its_dtype(
     from bitsandbytes.functional import dequantize_4bit
 
     loading = four_bit_loading(settings(model_dtype=(dtype, "")))
-    model = load_model(str(folder), dtype=dtype, **loading)
-    whole = dict(load_model(str(folder), dtype=torch.float32).named_modules())
+    model = load_pretrained(str(folder), dtype=dtype, **loading)
+    whole = dict(load_pretrained(str(folder), dtype=torch.float32).named_modules())
     layers = {name: one for name, one in model.named_modules() if hasattr(one, "quant_state")}
     assert len(layers) == 14  # seven in each of two blocks, without the head
     for name, layer in layers.items():
@@ -181,7 +181,7 @@ def test_linear_layers_take_half_a_byte_per_weight_and_the_rest_keeps_its_dtype(
 
 @needs_bitsandbytes
 def test_parameters_are_counted_as_if_they_were_whole(folder, packed):
-    whole = load_model(str(folder))
+    whole = load_pretrained(str(folder))
     base = count_parameters(whole)[1]
     adapter = sum(
         4 * sum(one.weight.shape) for name, one in whole.named_modules() if "proj" in name

@@ -22,8 +22,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from recipelib.runtime.memory import MemoryMeter, gib
 from recipelib.training import memory
-from recipelib.training.memory import MemoryEstimate, MemoryMeter, estimate_memory, gib
+from recipelib.training.memory import MemoryEstimate, estimate_memory
 
 MIB = 2**20
 ROOT = Path(__file__).resolve().parents[3]

@@ -1,0 +1,43 @@
+"""PiSSA's adapter as plain LoRA, which fits the untouched base model (Meng et al. 2024,
+arXiv:2404.02948, appendix C).
+
+PEFT converts it while it saves, by loading the start into the live model; a model that FSDP has
+sharded cannot be changed so, and here only files are.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+from recipelib.runtime import is_main_process
+
+
+def save_start(model, output_dir: str) -> None:
+    """Keep the adapter that PiSSA starts from, of which it has taken the product out of W."""
+    if is_main_process():
+        model.save_pretrained(f"{output_dir}/pissa_start")
+
+
+def save_as_lora(output_dir: str) -> None:
+    """Make PiSSA's saved adapter a plain LoRA of rank 2r that fits the untouched base:
+    W' + s B A = W + s (B A - B0 A0) with W' = W - s B0 A0, so A0 goes below A and -B0 beside B.
+    """
+    if not is_main_process():
+        return
+    file, start = f"{output_dir}/adapter_model.safetensors", f"{output_dir}/pissa_start"
+    trained, first = load_file(file), load_file(f"{start}/adapter_model.safetensors")
+    for name, weight in trained.items():
+        if ".lora_A." in name:
+            trained[name] = torch.cat([weight, first[name]])
+        elif ".lora_B." in name:
+            trained[name] = torch.cat([weight, -first[name]], dim=1)
+    save_file(trained, file, {"format": "pt"})
+    config = LoraConfig.from_pretrained(output_dir)
+    config.init_lora_weights, config.r = True, 2 * config.r
+    config.lora_alpha *= 2**0.5 if config.use_rslora else 2  # the scale s stays
+    config.save_pretrained(output_dir)
+    shutil.rmtree(start)

@@ -1,0 +1,89 @@
+"""The memory of a process: a meter for what training takes."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+
+
+def gib(size: float) -> str:
+    """Bytes in GiB, with two digits and without the unit."""
+    return f"{size / 2**30:.2f}"
+
+
+class _Mallinfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
+
+
+class MemoryMeter:
+    """The memory that training takes beyond what the process held when the meter was made.
+
+    Make it before the model is loaded, and `restart` it when training starts. On a GPU it reports
+    `torch.cuda.max_memory_allocated` over all devices of this process.
+
+    On CPU a thread samples what is in use, which is the same in spirit: the resident memory less
+    what glibc's heap holds free. Those holes are left by aligned blocks, such as torch's, and may
+    add up to more than what is in use; how much depends on all that was allocated before. (With
+    the environment variable MALLOC_MMAP_THRESHOLD_=1000000 there are none, at the price of speed.)
+    A block that was never written is free but was not resident; so the heap's own count of what
+    is in use, with the file pages that are mapped, is sampled too, and the larger figure holds.
+    """
+
+    def __init__(self) -> None:
+        import psutil
+
+        self._process = psutil.Process()
+        try:
+            self._mallinfo = ctypes.CDLL(None).mallinfo2
+            self._mallinfo.restype = _Mallinfo
+        except (AttributeError, OSError, TypeError):  # no glibc, or one before 2.33
+            self._mallinfo = _Mallinfo
+        self._start = self._now()
+        self.restart()
+        self._stopped = threading.Event()
+        threading.Thread(target=self._watch, name="memory meter", daemon=True).start()
+
+    def restart(self) -> None:
+        """Forget the peak so far; what counts is still what exceeds the level of the start."""
+        import torch
+
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            for device in range(torch.cuda.device_count()):
+                torch.cuda.reset_peak_memory_stats(device)
+        self._peak = self._start
+
+    def _now(self) -> list[int]:
+        """Bytes: resident and not free; in use or mapped; resident."""
+        process, heap = self._process.memory_info(), self._mallinfo()
+        used = heap.uordblks + heap.hblkhd + getattr(process, "shared", 0)
+        return [process.rss - heap.fordblks, used, process.rss]
+
+    def _sample(self) -> None:
+        self._peak = [*map(max, self._peak, self._now())]
+
+    def _watch(self) -> None:
+        pause = 0.05
+        while not self._stopped.wait(pause):
+            start = time.thread_time()
+            self._sample()
+            # glibc walks through all holes, some milliseconds: it gets a hundredth of the time.
+            pause = max(0.05, 100 * (time.thread_time() - start))
+
+    def stop(self) -> int:
+        """End the sampling and return the peak in bytes."""
+        import torch
+
+        self._stopped.set()
+        self._sample()
+        if torch.cuda.is_available():
+            return sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
+        return max(self._peak[0] - self._start[0], self._peak[1] - self._start[1])
+
+    @property
+    def resident(self) -> int:
+        """The peak of the resident memory in bytes, the heap's holes included."""
+        return self._peak[2] - self._start[2]
