@@ -18,7 +18,7 @@ from pathlib import Path
 
 
 def ours(folder: str, batch_size: int):
-    """`recipelib.inference.scoring` and `recipelib.inference.generation`, as `recipes/icl_eval.py` uses them."""
+    """`recipelib.inference`, as `recipes/icl_eval.py` uses it."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
     import torch
 

@@ -36,9 +36,7 @@ DEFAULTS = {
 class AdapterArguments(RecipeArguments):
     """Arguments of this method."""
 
-    bottleneck_size: int = option(
-        64, "Width m of the bottleneck: 8 to 256; with more data it can be wider.", least=1
-    )
+    bottleneck_size: int = option(64, "Width m: 8 to 256; with more data it can be wider.", least=1)
     placement: str = option(
         "both",
         "After attention and feed-forward sublayer (Houlsby), or one of them, at half the size.",
@@ -53,19 +51,15 @@ class AdapterArguments(RecipeArguments):
     act: str = option("gelu", "The activation between down and up, as transformers names it.")
     scaling: str = option("1.0", "Factor of what is added; learned: one per adapter, trained.")
     adapter_dropout: float = option(
-        0.0, "Dropout of what is added: 0.05 to 0.1 for few rows.", least=0, below=1
+        0.0, "Dropout of what is added, for few rows.", least=0, below=1
     )
     init_weights: str = option(
         "near_identity",
         "near_identity: small random weights, as the paper; identity: exactly the base model.",
         choices=["near_identity", "identity"],
     )
-    train_norms: bool = option(
-        False, "Train the model's layer norms, too, as the paper; all weights are float32 then."
-    )
-    top_layers: int | None = option(
-        None, "Adapters in so many layers at the top only: no backward pass below them.", least=1
-    )
+    train_norms: bool = option(False, "Train the layer norms, too, as the paper, all in float32.")
+    top_layers: int | None = option(None, "Adapters in so many layers at the top only.", least=1)
     target_modules: list[str] | None = option(
         None, "For models that are not known: the linear layers that end sublayers: o_proj fc2."
     )
@@ -73,13 +67,9 @@ class AdapterArguments(RecipeArguments):
         None, "Folder of an adapter that AdapterHub's adapters saved: start from it, as it is."
     )
     drop_adapters_below: int | None = option(
-        None,
-        "Also score without those below this layer, and keep that adapter (AdapterDrop 2021).",
-        least=1,
+        None, "Also score and keep those from this layer on (AdapterDrop 2021).", least=1
     )
-    load_in_4bit: bool = option(
-        False, "The frozen base in 4 bits, as QLoRA: a quarter of bf16's memory (Dettmers 2023)."
-    )
+    load_in_4bit: bool = option(False, "The frozen base in 4 bits, as QLoRA (Dettmers 2023).")
 
     def __post_init__(self):
         super().__post_init__()
@@ -88,12 +78,10 @@ class AdapterArguments(RecipeArguments):
         for name in own if self.adapterhub else ():
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise UserError(f"--{name}: an adapter of --adapterhub is as it is; leave it out")
-        if self.scaling != "learned":
-            try:
-                self.scaling = float(self.scaling)
-            except ValueError:
-                problem = "pass a number, or the word learned"
-                raise UserError(f"--scaling {self.scaling}: {problem}") from None
+        try:
+            self.scaling = self.scaling if self.scaling == "learned" else float(self.scaling)
+        except ValueError:
+            raise UserError(f"--scaling {self.scaling}: pass a number, or learned") from None
 
 
 def main(args: AdapterArguments, training) -> dict | None:
@@ -103,25 +91,15 @@ def main(args: AdapterArguments, training) -> dict | None:
         What metrics.json holds; None after --preview.
     """
     # Imported here, so that --help answers at once.
-    from peft import get_peft_model
-
-    from recipelib.adapters import (
-        BottleneckConfig,
-        errors_name_options,
-        load_adapterhub,
-        save_own_code,
-        stop_gradients_below,
-        top_layers,
-        without_adapters,
-    )
-    from recipelib.models import four_bit_loading, load_model, require_modules
+    from recipelib import adapters
+    from recipelib.models import four_bit_loading, load_model
     from recipelib.reporting import preview, save_run
     from recipelib.task import load_task
     from recipelib.training import RecipeTrainer
 
     # h + scaling * up(act(down(h))), after each sublayer; at first nearly h
-    with errors_name_options():
-        config = BottleneckConfig(
+    with adapters.errors_name_options():
+        config = adapters.BottleneckConfig(
             bottleneck_size=args.bottleneck_size,
             placement=args.placement,
             adapter_input=args.adapter_input,
@@ -139,42 +117,23 @@ def main(args: AdapterArguments, training) -> dict | None:
         return preview(task, args.preview)
     # PEFT adds adapters in float32, but trains norms in the model's dtype.
     model = load_model(args, training, float32=args.train_norms, **quantized)
-    require_modules(model, args.target_modules or ())
-    config.layers_to_transform = top_layers(model, args.top_layers, args.drop_adapters_below)
-    with errors_name_options():
-        if args.adapterhub:
-            model = load_adapterhub(
-                model, args.adapterhub, task_type="CAUSAL_LM", revision=args.revision
-            )
-        else:
-            model = get_peft_model(model, config, revision=args.revision)
-    if args.top_layers:
-        stop_gradients_below(model, config.layers_to_transform[0])
-    with without_adapters(model, args.drop_adapters_below):
-        pass  # there are some to drop, or one line says so
+    model = adapters.add_bottlenecks(
+        model, config, args.adapterhub, args.top_layers, args.drop_adapters_below, args.revision
+    )
     trainer = RecipeTrainer(model, training, task)
-
-    with without_adapters(model):
+    with adapters.without_adapters(model):
         base = task.score(trainer.model, "base model")
     trainer.train()
-    tuned = task.score(trainer.model, "tuned model")
+    tuned, more = task.score(trainer.model, "tuned model"), {}
     trainer.save_model()
-    save_own_code(training.output_dir)
-    more = (
-        score_dropped(trainer, task, args.drop_adapters_below) if args.drop_adapters_below else {}
-    )
+    adapters.save_own_code(training.output_dir)
+    if below := args.drop_adapters_below:
+        with adapters.without_adapters(model, below) as count:
+            rest = task.score(trainer.model, f"without {count} adapters below layer {below}")
+        adapters.save_without_adapters_below(training.output_dir, below)
+        figures = {"score": rest.score, "eval_seconds": rest.seconds}
+        more = {"dropped_adapters": {"below": below, "adapters": count, **figures}}
     return save_run(trainer, task, base, tuned, method="adapter", more=more)
-
-
-def score_dropped(trainer, task, below: int) -> dict:
-    """Score and keep the adapter without those of the lowest layers (AdapterDrop)."""
-    from recipelib.adapters import save_without_adapters_below, without_adapters
-
-    with without_adapters(trainer.model, below) as count:
-        rest = task.score(trainer.model, f"without {count} adapters below layer {below}")
-    save_without_adapters_below(trainer.args.output_dir, below)
-    figures = {"below": below, "adapters": count, "score": rest.score, "eval_seconds": rest.seconds}
-    return {"dropped_adapters": figures}
 
 
 if __name__ == "__main__":

@@ -56,16 +56,12 @@ class CotArguments(RecipeArguments):
         "Give only the answer.", "With --target mixed: what asks for the bare answer."
     )
     max_new_tokens: int | None = option(
-        None,
-        "Longest text when scored; by default a quarter more than the longest trained one.",
-        least=1,
+        None, "Longest text when scored; by default 5/4 of the longest trained one.", least=1
     )
     samples: int = option(
-        1,
-        "Also score by self-consistency: the majority of this many samples (Wang et al. 2023).",
-        least=1,
+        1, "Also score by self-consistency over so many samples (Wang et al. 2023).", least=1
     )
-    temperature: float = option(0.7, "Of these samples.")
+    temperature: float = option(0.7, "Of these samples; above 0.")
     full: bool = option(False, "Train all parameters instead of LoRA; lower --learning_rate.")
     r: int = option(16, "LoRA: rank of the update.", least=1)
     alpha: int = option(32, "LoRA: the update is scaled by alpha / r.", least=1)
@@ -120,30 +116,28 @@ def main(args: CotArguments, training) -> dict | None:
         voted = task.score(trainer.model, f"majority of {args.samples} samples", **draw)
         more["self_consistency"] = {"score": voted.score, "stderr": voted.stderr, **draw}
         save_predictions(training.output_dir, voted, "samples")
-    method = "cot full" if args.full else "cot lora"
+    method = f"cot {'full' if args.full else 'lora'}"
     metrics = save_run(trainer, task, base, tuned, method=method, more=more)
     say_wrong(tuned)
     return metrics
 
 
 def targets(template, args: CotArguments) -> tuple[list, list]:
-    """The templates that are trained on each row, and those that are asked, the one that counts
-    first.
+    """The templates that are trained on each row, and those that are asked, the main one first.
 
     Raises:
         UserError: the template has no rationale, or its samples would all be the same.
     """
-    reasoned, bare = template, template.without_rationale()
-    trained, asked = [reasoned], [reasoned]
+    bare = template.without_rationale()
+    trained = asked = [template]
     if args.target == "answer_only":
-        trained, asked = [bare], [bare]
+        trained = asked = [bare]
     elif args.target == "answer_rationale":
         # Asked for the answer only: what would follow is written after it and cannot change it.
         trained, asked = [template.with_rationale_behind()], [bare.with_stop("\n")]
     elif args.target == "mixed":
-        reasoned = reasoned.with_instruction(args.rationale_instruction)
-        bare = bare.with_instruction(args.answer_instruction)
-        trained = asked = [reasoned, bare]
+        reasoned = template.with_instruction(args.rationale_instruction)
+        trained = asked = [reasoned, bare.with_instruction(args.answer_instruction)]
     if args.samples > 1 and asked[0].label and not asked[0].rationale:
         raise UserError(
             f"--samples {args.samples}: without its rationale {template.name} is answered by the "

@@ -1,4 +1,4 @@
-"""Label words for a task that has none yet (LM-BFF, Gao et al. 2021, arXiv:2012.15723, section 4.1).
+"""Label words for a task that has none yet (LM-BFF, Gao et al. 2021, arXiv:2012.15723, sec. 4.1).
 
 A verbalizer names the words that stand for each label. Which words a model knows best for a label
 shows on a few labeled rows: those that it finds likely in the cloze of that label's rows, and that

@@ -1,11 +1,10 @@
 """PEFT's tuners and their files: bottleneck adapters, soft prompts, PiSSA's conversion, merging."""
 
 from recipelib.adapters.adapter_layers import (
+    add_bottlenecks,
     errors_name_options,
     save_own_code,
     save_without_adapters_below,
-    stop_gradients_below,
-    top_layers,
     without_adapters,
 )
 from recipelib.adapters.adapterhub import load_adapterhub
@@ -16,6 +15,7 @@ from recipelib.adapters.saved import (
     BASE,
     SOFT_VERBALIZER,
     base_of,
+    load_soft_verbalizer,
     load_tuned,
     resolve_adapter,
     with_adapter,
@@ -37,11 +37,13 @@ __all__ = [
     "SOFT_VERBALIZER",
     "BottleneckConfig",
     "SoftVerbalizer",
+    "add_bottlenecks",
     "base_of",
     "compute_prompt_once",
     "errors_name_options",
     "keys_and_values",
     "load_adapterhub",
+    "load_soft_verbalizer",
     "load_tuned",
     "merge_adapter",
     "prompt_shape",
@@ -55,8 +57,6 @@ __all__ = [
     "start_ids",
     "start_prefix",
     "start_prompt",
-    "stop_gradients_below",
-    "top_layers",
     "with_adapter",
     "without_adapters",
 ]

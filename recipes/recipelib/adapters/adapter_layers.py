@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from recipelib.adapters import bottleneck
-from recipelib.adapters.bottleneck import BottleneckLayer, layer_number
-from recipelib.models import decoder_layers
+from recipelib.adapters.adapterhub import load_adapterhub
+from recipelib.adapters.bottleneck import BottleneckConfig, BottleneckLayer, layer_number
+from recipelib.models import decoder_layers, require_modules
 from recipelib.runtime import UserError, is_main_process
 
 
@@ -34,33 +35,52 @@ def errors_name_options() -> Iterator[None]:
         raise UserError(f"--{text if named else f'target_modules: {text}'}") from None
 
 
-def top_layers(model, count: int | None, drop_below: int | None = None) -> list[int] | None:
-    """The numbers of so many layers at the top, as `layers_to_transform` takes them; None for all.
+def add_bottlenecks(
+    model,
+    config: BottleneckConfig,
+    adapterhub: str | None = None,
+    top_layers: int | None = None,
+    drop_below: int | None = None,
+    revision: str | None = None,
+) -> PeftModel:
+    """`get_peft_model` for bottleneck adapters, with what cannot work refused in a line.
 
     Args:
-        drop_below: the layer below which adapters will be dropped.
+        adapterhub: the folder of an adapter of AdapterHub's to start from, instead of `config`.
+        top_layers: how many layers at the top get adapters; all by default. Below them there is no
+            backward pass.
+        drop_below: the layer below which adapters will be dropped once they are trained.
+        revision: of the base model, for PEFT to write down.
     Raises:
-        UserError: the model has not so many layers, or no adapter would be below.
+        UserError: layers that the model does not have, or adapters that it cannot have.
     """
     layers = model.config.get_text_config().num_hidden_layers
-    for name, number in (("top_layers", count), ("drop_adapters_below", drop_below)):
+    for name, number in (("top_layers", top_layers), ("drop_adapters_below", drop_below)):
         if (number or 0) >= layers:
             raise UserError(f"--{name} {number}: the model has {layers} layers")
-    lowest = layers - (count or layers)
+    lowest = layers - (top_layers or layers)
     if drop_below and drop_below <= lowest:
         raise UserError(
             f"--drop_adapters_below {drop_below}: the lowest adapters are those of layer {lowest}"
         )
-    return list(range(lowest, layers)) if count else None
-
-
-def stop_gradients_below(model, layer: int) -> None:
-    """No backward pass below a layer. Where activations are recomputed, transformers would ask for
-    gradients down to the embeddings.
-    """
-    decoder_layers(model)[layer].register_forward_pre_hook(
-        lambda module, given: (given[0].detach(), *given[1:])
-    )
+    if isinstance(config.target_modules, set):
+        require_modules(model, sorted(config.target_modules))
+    if top_layers:
+        config.layers_to_transform = list(range(lowest, layers))
+    with errors_name_options():
+        if adapterhub:
+            model = load_adapterhub(model, adapterhub, task_type="CAUSAL_LM", revision=revision)
+        else:
+            model = get_peft_model(model, config, revision=revision)
+    if top_layers:
+        # Where activations are recomputed, transformers asks for gradients down to the embeddings.
+        decoder_layers(model)[lowest].register_forward_pre_hook(
+            lambda module, given: (given[0].detach(), *given[1:])
+        )
+    if drop_below:
+        with without_adapters(model, drop_below):
+            pass  # there are some to drop, or a line says so
+    return model
 
 
 @contextmanager

@@ -261,9 +261,10 @@ def score_rows(name: str, predictions: Sequence, references: Sequence) -> Scored
 
     Returns:
         The score (for `squad` the F1), its standard error, what each of the n rows is worth, and
-        what else the metric's `compute` gives, all from one pass over the rows. The error is the rows' standard deviation (ddof=1) / sqrt(n) where the score is their mean; for
-        `macro_f1` and `entity_f1` it is the deviation over 200 bootstrap samples of the rows (Efron
-        1979), always the same ones. It is NaN for a single row.
+        what else the metric's `compute` gives, all from one pass over the rows. The error is the
+        rows' standard deviation (ddof=1) / sqrt(n) where the score is their mean; for `macro_f1`
+        and `entity_f1` it is the deviation over 200 bootstrap samples of the rows (Efron 1979),
+        always the same ones. It is NaN for a single row.
 
     Raises:
         UserError, ValueError: as `load_metric`.

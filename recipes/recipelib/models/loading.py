@@ -159,7 +159,7 @@ def load_model(
     args, training, *, float32: bool = False, masked: bool = False, **options: Any
 ) -> PreTrainedModel:
     """The model that a recipe's arguments name, in the dtype that its trainer computes in. Then the
-    seed is set: what is drawn next, such as an adapter's start, depends on nothing that came before.
+    seed is set: what is drawn next, such as an adapter's start, depends on nothing before.
 
     Args:
         args: a recipe's `model_name_or_path`, `revision` and `attn_implementation`.

@@ -1,4 +1,4 @@
-"""A task as text: the template file with its checks and its sandbox, label words, conversations."""
+"""A task as text: the template file, its checks and its sandbox, label words, conversations."""
 
 from recipelib.prompts.conversations import Turn
 from recipelib.prompts.schema import TEMPLATE_FOLDER, find_template

@@ -1,4 +1,4 @@
-"""The figures of a run: its loss, the confusion matrix, the reliability diagram, a score over shots."""
+"""The figures of a run: its loss, the confusion matrix, the reliability diagram."""
 
 from __future__ import annotations
 

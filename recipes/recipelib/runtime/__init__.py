@@ -1,4 +1,4 @@
-"""Processes and launching, errors, the files of a run, the console: what everything else stands on."""
+"""Processes and launching, errors, the files of a run, the console: what all else stands on."""
 
 from recipelib.runtime.checkpoints import (
     TRAINED,

@@ -1,4 +1,4 @@
-"""The trainers with their arguments, and what belongs to a step: packing, batches, memory, callbacks."""
+"""The trainers, their arguments, and what belongs to a step: packing, batches, callbacks."""
 
 from recipelib.training.callbacks import SampleWriter, stop_early
 from recipelib.training.cloze_trainer import ClozeTrainer, keep_best

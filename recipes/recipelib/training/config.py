@@ -1,4 +1,4 @@
-"""The trainer's arguments, with defaults that fit the machine and what cannot work refused early."""
+"""The trainer's arguments: defaults that fit the machine, and what cannot work refused early."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What our trainer adds to TRL's: it knows its task, its loss projects the answers only, and packing
-changes no loss.
+"""What our trainer adds to TRL's: it knows its task, its loss projects the answers only, and
+packing changes no loss.
 """
 
 from __future__ import annotations

@@ -1,0 +1,210 @@
+"""A task that is asked and trained through label words: what follows a prompt, or fills a cloze."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from recipelib.data import few_shot_rows
+from recipelib.encoding import (
+    CausalAsker,
+    ClozeRows,
+    MaskedAsker,
+    asker_of,
+    before_cloze,
+    check_words,
+    encode_cloze_rows,
+    label_word_ids,
+)
+from recipelib.evaluation import TaskScore, score_cloze
+from recipelib.models import describe_model, is_masked, stored_config
+from recipelib.prompts import PromptTemplate, Question
+from recipelib.runtime import (
+    MemoryMeter,
+    UserError,
+    check_trained,
+    find_checkpoint,
+    is_main_process,
+    progress,
+    say,
+)
+from recipelib.task.task import Task, load_rows_of, load_template, make_encoder, refuse_predict
+
+
+@dataclass(kw_only=True)
+class ClozeTask(Task):
+    """A task with label words, asked and trained through the words' likelihood.
+
+    Attributes:
+        asker: how the model is asked.
+        masked: whether that is a masked language model.
+        question: one of the task's, to see the words in their place.
+        words: label -> the ids of its words as they stand there.
+        scored: the evaluation rows as they are computed.
+        facts: what a run's metrics.json keeps of how it is asked.
+        trained_as: the arguments that decide what is trained, for a checkpoint to be compared with.
+        validation: rows to choose the best pass by; None without few-shot draws.
+    """
+
+    asker: CausalAsker | MaskedAsker
+    masked: bool
+    question: Question
+    words: Mapping[str, list[list[int]]]
+    scored: ClozeRows
+    facts: dict[str, Any]
+    trained_as: dict[str, str]
+    validation: ClozeRows | None = None
+
+    def held_out(self) -> list[dict]:
+        """The evaluation rows, to follow their loss while training."""
+        return self.scored.encoded.examples
+
+    def encode(self, rows: Sequence[Mapping], **options: Any) -> ClozeRows:
+        """Rows as they are computed."""
+        soft = self.facts["verbalizer"] == "soft"
+        return encode_cloze_rows(self.asker, rows, soft=soft, **options)
+
+    def score(self, model, name: str | None, rows: ClozeRows | None = None) -> TaskScore:
+        """Fill the cloze of every evaluation row, or of others, and say how well the model did;
+        without a name nothing is said.
+        """
+        found = score_cloze(
+            model,
+            self.asker,
+            rows or self.scored,
+            combine=self.facts["combine"],
+            calibrate=self.facts["calibrate"],
+            batch_tokens=self.budget["batch_tokens"],
+            description=name and f"scoring {name}",
+        )
+        if name:
+            say(f"{name}: {found}")
+        return found
+
+    def score_untouched(self, model) -> TaskScore:
+        """The score of the model as it is: by the label words, even if labels will have embeddings
+        of their own.
+        """
+        rows = encode_cloze_rows(self.asker, self.evaluation.rows)
+        return self.score(model, "untouched model", rows)
+
+    def validate(self, model) -> tuple[float, float]:
+        """The score of the validation rows, and the mean log-likelihood of their labels, which
+        decides between equals.
+        """
+        found = self.score(model, None, self.validation)
+        right = [record["log_likelihoods"][record["answer"]] for record in found.records]
+        return found.score, sum(right) / len(right)
+
+    def draws(self, args, training) -> Iterator[tuple[ClozeTask, Any]]:
+        """The task and the trainer's arguments of each run: one over all training rows, or one
+        for each few-shot draw, in a folder of its own.
+        """
+        for draw, folder in enumerate(_folders(args, training)):
+            run = copy.copy(training)
+            run.accelerator_config = copy.deepcopy(training.accelerator_config)  # it is written to
+            run.seed, run.output_dir = training.seed + draw, folder
+            rows, validation = self.train.rows, None
+            if args.per_class:
+                rows, chosen = few_shot_rows(self.template, rows, args.per_class, run.seed)
+                validation = self.encode(chosen)
+            encoded = self.encode(rows, progress=progress("encoding")).encoded
+            memory = MemoryMeter()
+            yield replace(self, encoded=encoded, validation=validation, memory=memory), run
+
+
+def _folders(args, training) -> list[str]:
+    if args.draws == 1:
+        return [training.output_dir]
+    return [f"{training.output_dir}/draw_{draw}" for draw in range(args.draws)]
+
+
+def load_cloze_task(
+    args,
+    training,
+    template: PromptTemplate | None = None,
+    *,
+    virtual_tokens: int = 0,
+    trained_as: Sequence[str] = (),
+    trains: bool = True,
+) -> ClozeTask:
+    """As `load_task`, for what is asked and trained through label words; training rows are encoded
+    when they are drawn.
+
+    Args:
+        args: a recipe's `ClozeArguments`.
+        virtual_tokens: of a soft prompt, for which room is left.
+        trained_as: names of the arguments that decide what is trained.
+        trains: False where the model is only scored.
+    Raises:
+        UserError: as `load_task`, or no label words.
+    """
+    refuse_predict(args)
+    _refuse_cloze_options(args, training)
+    template = template or load_template(args)
+    if not template.label:
+        raise UserError(f"{template.path}: verbalizer: is missing; a cloze is read by its words")
+    train, evaluation = load_rows_of(template, args, training.seed)
+    masked = is_masked(stored_config(args.model_name_or_path, revision=args.revision))
+
+    def room(tokenizer) -> int:
+        fits = min(training.max_length, tokenizer.model_max_length)
+        if virtual_tokens >= fits:
+            raise UserError(f"--virtual_tokens {virtual_tokens}: {fits} tokens fit; ask for fewer")
+        return fits - virtual_tokens
+
+    encoder = make_encoder(template, args, training, room=room)
+    asker = asker_of(encoder, masked, args.cloze)
+    question = template.questions(train.rows[0])[0]
+    words = label_word_ids(asker, question)
+    before = before_cloze(asker, question, next(iter(template.verbalizer.values()))[0])
+    for note in check_words(template, encoder.text, words, before):
+        say(note)
+    task = ClozeTask(
+        encoder=encoder,
+        train=train,
+        evaluation=evaluation,
+        model_name=describe_model(args.model_name_or_path),
+        budget={"batch_tokens": args.eval_batch_tokens},
+        asker=asker,
+        masked=masked,
+        question=question,
+        words=words,
+        scored=encode_cloze_rows(asker, evaluation.rows, soft=args.soft_verbalizer),
+        facts={
+            "masked": masked,
+            "cloze": masked or args.cloze,
+            "verbalizer": "soft" if args.soft_verbalizer else "hard",
+            "combine": args.combine,
+            "calibrate": args.calibrate,
+        },
+        trained_as={name: str(getattr(args, name)) for name in trained_as},
+    )
+    if args.preview:
+        return task
+    for draw, folder in enumerate(_folders(args, training)) if trains else ():
+        if args.per_class:  # fails where the rows are too few
+            few_shot_rows(template, train.rows, args.per_class, training.seed + draw)
+        task.checkpoint = find_checkpoint(
+            folder,
+            training.resume_from_checkpoint,
+            check=lambda found: check_trained(found, task.trained_as),
+        )
+    if args.draws > 1 and is_main_process():  # until all are done again
+        Path(training.output_dir, "metrics.json").unlink(missing_ok=True)
+    task.memory = MemoryMeter()
+    return task
+
+
+def _refuse_cloze_options(args, training) -> None:
+    if args.per_class and training.resume_from_checkpoint:
+        raise UserError("--resume_from_checkpoint: few-shot runs are short; leave it out")
+    if training.packing:
+        raise UserError("--packing: rows with a cloze are padded; leave it out")
+    if training.load_best_model_at_end:
+        raise UserError("--load_best_model_at_end: --per_class keeps the best pass; leave it out")
+    if args.draws > 1 and training.publish:
+        raise UserError("--push_to_hub: which of the draws? Upload one, or train one")

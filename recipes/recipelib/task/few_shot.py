@@ -1,0 +1,105 @@
+"""A task that a frozen model is asked with demonstrations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from recipelib.adapters import base_of, resolve_adapter
+from recipelib.data import load_asked
+from recipelib.encoding import CausalAsker, MaskedAsker, asker_of
+from recipelib.models import describe_model, is_masked, most_positions, stored_config
+from recipelib.runtime import (
+    MemoryMeter,
+    UserError,
+    progress,
+    read_metrics,
+    refuse_trained_run,
+    say,
+)
+from recipelib.task.task import Task, load_template, make_encoder
+
+
+@dataclass(kw_only=True)
+class FewShotTask(Task):
+    """A task that a frozen model is asked with demonstrations; nothing is trained.
+
+    Attributes:
+        train: the rows that demonstrations are drawn from; None without demonstrations.
+        evaluation: the rows that are asked.
+        asker: how the model is asked for one of several labels.
+        masked: whether that is a masked language model.
+        shots, sampler: how many demonstrations stand in a prompt, and which.
+        writes: whether answers are written, or chosen by their likelihood.
+        adapter: the folder of the adapter to put on the model.
+    """
+
+    asker: CausalAsker | MaskedAsker
+    masked: bool
+    shots: int
+    sampler: str
+    writes: bool
+    adapter: Path | None
+
+
+def load_few_shot_task(args, training) -> FewShotTask:
+    """As `load_task`, for rows that are asked with demonstrations before them.
+
+    Args:
+        args: of `icl_eval.py`; an adapter's base model is filled in.
+    Raises:
+        UserError: as `load_task`, or options that do not fit the task or the model.
+    """
+    template, adapter = load_template(args), None
+    if args.reasoning == "none" and template.rationale:
+        template = template.without_rationale()
+    shots = template.demonstrations["k"] if args.shots is None else args.shots
+    if args.reasoning == "trigger":
+        shots = 0
+    pool, asked = load_asked(
+        template, args, training.seed, shots=shots, progress=progress("checking")
+    )
+    if args.adapter:
+        adapter = resolve_adapter(args.adapter)
+        base, revision = base_of(adapter)
+        if not args.model_name_or_path:
+            args.model_name_or_path, args.revision = base, args.revision or revision
+        rendering = read_metrics(str(adapter)).get("rendering", args.rendering)
+        if rendering != args.rendering:
+            say(f"warning: the adapter was trained with --rendering {rendering}: ask so, too")
+    refuse_trained_run(training.output_dir)
+    config = stored_config(args.model_name_or_path, revision=args.revision)
+    masked = is_masked(config)
+    if masked and args.reasoning == "trigger":
+        raise UserError("--reasoning trigger: a masked model writes nothing; pass a causal model")
+    # Closed answers are scored; what a model reasons or answers freely is written.
+    writes = not template.label or args.reasoning == "trigger"
+    writes = writes or (template.rationale is not None and not masked)
+    if args.samples > 1 and not writes:
+        raise UserError(
+            f"--samples {args.samples}: {template.name} is answered by the likeliest label, which "
+            "is always the same; leave it out, or add --reasoning trigger"
+        )
+    if args.score != "sum" and writes:
+        raise UserError(
+            f"--score {args.score}: answers of {template.name} are written; leave it out"
+        )
+
+    def room(tokenizer) -> int:
+        return min(training.max_length, tokenizer.model_max_length, most_positions(config))
+
+    encoder = make_encoder(template, args, training, room=room)
+    return FewShotTask(
+        encoder=encoder,
+        train=pool,
+        evaluation=asked,
+        model_name=describe_model(args.model_name_or_path),
+        budget={"batch_tokens": args.eval_batch_tokens, "description": "scoring"},
+        memory=MemoryMeter(),
+        asker=asker_of(encoder, masked, cloze=False),
+        masked=masked,
+        shots=shots,
+        sampler=args.sampler or template.demonstrations["sampler"],
+        writes=writes,
+        adapter=adapter,
+    )

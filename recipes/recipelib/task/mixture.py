@@ -1,0 +1,161 @@
+"""Several tasks that are trained together, or only scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from recipelib.data import draw_rows, parse_columns, template_for
+from recipelib.encoding import EncodedRows, encode_rows
+from recipelib.evaluation import TaskScore, mean_score
+from recipelib.models import describe_model
+from recipelib.prompts import PromptTemplate
+from recipelib.runtime import UserError, progress, say
+from recipelib.task.task import (
+    Task,
+    begin,
+    load_rows_of,
+    make_encoder,
+    refuse_predict,
+    say_how_many,
+)
+
+
+@dataclass(kw_only=True)
+class Mixture(Task):
+    """Tasks that are trained together, and tasks that are only scored.
+
+    Attributes:
+        tasks: all of them; `train` is None for those that are only scored.
+        shares: by trained task the rows and supervised tokens that it gives one pass.
+    """
+
+    tasks: list[Task]
+    shares: dict[str, dict[str, int]]
+
+    @property
+    def _trained(self) -> list[Task]:
+        return [task for task in self.tasks if task.train]
+
+    @property
+    def templates(self) -> list[PromptTemplate]:
+        """The templates that are trained."""
+        return [task.template for task in self._trained]
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """How many rows each task gives, for the plan."""
+        return {name: f"{share['rows']:,} rows" for name, share in self.shares.items()}
+
+    @property
+    def skipped_rows(self) -> int:
+        """Bad training rows that were left out."""
+        return sum(task.skipped_rows for task in self._trained)
+
+    def held_out(self) -> list[dict]:
+        """The trained tasks' evaluation rows as training examples."""
+        return [example for task in self._trained for example in task.held_out()]
+
+    def score(self, model, name: str, **options: Any) -> TaskScore:
+        """The mean over the trained tasks; its `tasks` has the score of each, held out or not."""
+        scores = {}
+        for task in self.tasks:
+            kind = "" if task.train else " (held out)"
+            scores[task.template.name] = task.score(
+                model, f"{name}, {task.template.name}{kind}", **options
+            )
+        found = mean_score({task.name: scores[task.name] for task in self.templates})
+        return replace(found, tasks=scores)
+
+    def compare(self, base: TaskScore, tuned: TaskScore) -> dict[str, dict]:
+        """What metrics.json says of each task."""
+        return {
+            task.template.name: {
+                "metric": tuned.tasks[task.template.name].metric,
+                "score": tuned.tasks[task.template.name].score,
+                "stderr": tuned.tasks[task.template.name].stderr,
+                "base_score": base.tasks[task.template.name].score,
+                "eval_rows": tuned.tasks[task.template.name].rows,
+                "heldout": task.train is None,
+            }
+            for task in self.tasks
+        }
+
+
+def load_tasks(args, training, named: Sequence[str], heldout: Sequence[str] = ()) -> list[Task]:
+    """Several tasks with their rows, which are not encoded yet (see `mix`): those to be trained,
+    then those that are only scored.
+
+    Args:
+        args: of a recipe; its `columns` may name a task: sst2.text=review.
+        named, heldout: each TEMPLATE or TEMPLATE=DATA; auto=DATA guesses the template.
+    Raises:
+        UserError: arguments or rows that will not do.
+    """
+    refuse_predict(args)
+    items, encoder, tasks, used = [*named, *heldout], None, [], set()
+    if args.template and args.dataset and len(items) > 1:
+        raise UserError("--dataset: goes with one task; write TEMPLATE=DATA for each of several")
+    for place, item in enumerate(items):
+        template_name, _, data = item.partition("=")
+        data = data or (args.dataset if args.template else None)
+        if template_name == "auto":
+            template, guess = template_for(data, args.train_split)
+            say(f"{data}: {guess}")
+        else:
+            template = PromptTemplate.load(template_name)
+        columns = {}
+        for given in args.columns:
+            task, dot, mapping = given.partition(".")
+            if not dot and len(items) > 1:
+                raise UserError(f"--columns {given}: of which task? Write TASK.variable=column")
+            if not dot or task == template.name:
+                columns |= parse_columns([mapping if dot else given])
+                used.add(given)
+        template = template.with_columns(columns)
+        if template.name in [task.template.name for task in tasks]:
+            raise UserError(f"--template {item}: a task {template.name!r} is there; rename one")
+        train, evaluation = load_rows_of(template, replace(args, dataset=data), training.seed)
+        if encoder is None:
+            encoder = make_encoder(template, args, training, plain_chat=True)
+        tasks.append(
+            Task(
+                encoder=encoder.with_template(template),
+                train=train if place < len(named) else None,
+                evaluation=evaluation,
+                model_name=describe_model(args.model_name_or_path),
+                budget={
+                    "max_new_tokens": args.max_new_tokens,
+                    "batch_tokens": args.eval_batch_tokens,
+                },
+            )
+        )
+    if unused := [given for given in args.columns if given not in used]:
+        raise UserError(f"--columns {unused[0]}: there is no such task")
+    return tasks
+
+
+def mix(tasks: list[Task], counts: Sequence[int], args, training) -> Mixture:
+    """One pass over so many rows of each task that is trained, encoded."""
+    trained = [task for task in tasks if task.train]
+    say_how_many(sum(counts), sum(task.train.available for task in trained))
+    encoded, shares = EncodedRows(), {}
+    for task, count in zip(trained, counts, strict=True):
+        rows = draw_rows(task.train.rows, count, training.seed)
+        part = encode_rows(task.encoder, rows, seed=training.seed, progress=progress("encoding"))
+        encoded.extend(part)
+        shares[task.template.name] = {"rows": count, "supervised": part.counts.supervised_tokens}
+    first = trained[0]
+    mixture = Mixture(
+        tasks=tasks,
+        shares=shares,
+        encoder=first.encoder,
+        train=None,
+        evaluation=first.evaluation,
+        model_name=first.model_name,
+        budget=first.budget,
+        encoded=encoded,
+    )
+    begin(mixture, args, training)
+    return mixture

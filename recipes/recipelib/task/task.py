@@ -1,0 +1,207 @@
+"""What every recipe begins with: a template, checked rows, a tokenizer and prepared examples; and
+how the task is scored, before and after training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from recipelib.data import Rows, load_splits, overlap, parse_columns
+from recipelib.encoding import EncodedRows, PromptEncoder, encode_rows, ensure_chat_template
+from recipelib.evaluation import TaskScore, evaluate_task
+from recipelib.models import describe_model, load_tokenizer
+from recipelib.prompts import PromptTemplate
+from recipelib.runtime import MemoryMeter, UserError, find_checkpoint, progress, say
+
+
+@dataclass(kw_only=True)
+class Task:
+    """A template with its rows, prepared for a model.
+
+    Attributes:
+        encoder: encodes rows as they are asked; its template is the one that counts.
+        train, evaluation: checked rows; `train` is None for a task that is only scored.
+        model_name: of the model, for reports.
+        budget: how much of a model's time scoring takes: `max_new_tokens`, `batch_tokens`.
+        trained: the encoders of what is trained; the task's own where that is empty.
+        encoded: the training examples.
+        checkpoint: the one to go on from; None for a fresh start.
+        memory: measures what is taken from now on; None where nothing will be trained.
+    """
+
+    encoder: PromptEncoder
+    train: Rows | None
+    evaluation: Rows
+    model_name: str
+    budget: Mapping[str, Any]
+    trained: Sequence[PromptEncoder] = ()
+    encoded: EncodedRows = field(default_factory=EncodedRows)
+    checkpoint: str | None = None
+    memory: MemoryMeter | None = None
+
+    @property
+    def template(self) -> PromptTemplate:
+        """The task's template."""
+        return self.encoder.template
+
+    @property
+    def templates(self) -> list[PromptTemplate]:
+        """The templates that a run keeps."""
+        return [self.template]
+
+    @property
+    def tokenizer(self):
+        """The model's tokenizer."""
+        return self.encoder.text.tokenizer
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Where the rows come from, for the plan."""
+        return {"train": self.train.source, "eval": self.evaluation.source}
+
+    @property
+    def skipped_rows(self) -> int:
+        """Bad training rows that were left out."""
+        return self.train.skipped
+
+    def held_out(self) -> list[dict]:
+        """The evaluation rows as training examples, to follow their loss while training."""
+        parts = [encode_rows(one, self.evaluation.rows) for one in self.trained or [self.encoder]]
+        return [example for part in parts for example in part.examples]
+
+    def score(
+        self, model, name: str, *, template: PromptTemplate | None = None, **options: Any
+    ) -> TaskScore:
+        """Ask a model about the evaluation rows and say how well it did.
+
+        Args:
+            model: causal, on its device; under FSDP sharded, then all processes have to call.
+            name: what the model is called: "base model".
+            template: ask so instead of by the task's own template.
+            options: further ones of `evaluate_task`.
+        """
+        encoder = self.encoder.with_template(template) if template else self.encoder
+        found = evaluate_task(
+            model,
+            encoder,
+            self.evaluation.rows,
+            description=f"scoring {name}",
+            **{**self.budget, **options},
+        )
+        say(f"{name}: {found}")
+        return found
+
+
+def load_task(
+    args,
+    training,
+    template: PromptTemplate | None = None,
+    *,
+    trained: Sequence[PromptTemplate] = (),
+) -> Task:
+    """Load what a recipe's arguments name, check all of it and prepare the training examples. No
+    model is loaded.
+
+    Args:
+        args: a recipe's `RecipeArguments`.
+        training: its `RecipeConfig`.
+        template: the task, if it is not simply `args.template`.
+        trained: templates by which each row is trained, instead of this one.
+    Raises:
+        UserError: a mistake in the arguments, the template or the rows; no row fits.
+    """
+    refuse_predict(args)
+    template = template or load_template(args)
+    train, evaluation = load_rows_of(template, args, training.seed)
+    say_how_many(len(train.rows), train.available)
+    encoder = make_encoder(template, args, training)
+    encoders = [encoder.with_template(one) for one in trained] or [encoder]
+    encoded = EncodedRows()
+    for one in encoders:
+        bar = progress("encoding")
+        encoded.extend(encode_rows(one, train.rows, seed=training.seed, progress=bar))
+    task = Task(
+        encoder=encoder,
+        train=train,
+        evaluation=evaluation,
+        model_name=describe_model(args.model_name_or_path),
+        # Written answers may be a quarter longer than those trained, unless the user says.
+        budget={
+            "max_new_tokens": args.max_new_tokens or encoded.longest_target * 5 // 4,
+            "batch_tokens": args.eval_batch_tokens,
+        },
+        trained=encoders,
+        encoded=encoded,
+    )
+    begin(task, args, training)
+    return task
+
+
+def load_template(args) -> PromptTemplate:
+    """The template that a recipe's arguments name, with their columns."""
+    return PromptTemplate.load(args.template, columns=parse_columns(args.columns))
+
+
+def load_rows_of(template: PromptTemplate, args, seed: int) -> tuple[Rows, Rows]:
+    """Training and evaluation rows of a template, checked; rows that are both are said."""
+    train, evaluation = load_splits(template, args, seed, progress=progress("checking"))
+    if shared := overlap(train, evaluation, template):
+        say(
+            f"warning: {template.name}: {shared} evaluation rows are training rows too; the score "
+            "will flatter"
+        )
+    return train, evaluation
+
+
+def make_encoder(
+    template: PromptTemplate,
+    args,
+    training,
+    *,
+    plain_chat: bool = False,
+    room: Callable[[Any], int] | None = None,
+) -> PromptEncoder:
+    """Encodes a template's questions with the tokenizer of a recipe's model.
+
+    Args:
+        plain_chat: whether a tokenizer without a chat template is given a plain one.
+        room: from a tokenizer the most tokens that a text may have, if not `max_length`.
+    """
+    tokenizer = load_tokenizer(
+        args.model_name_or_path,
+        revision=args.revision,
+        trust_remote_code=training.trust_remote_code,
+    )
+    if plain_chat and args.rendering == "chat" and ensure_chat_template(tokenizer):
+        say("the tokenizer has no chat template: a plain one is used, and saved with the model")
+    return PromptEncoder(
+        template,
+        tokenizer,
+        room(tokenizer) if room else training.max_length,
+        args.rendering,
+        args.chat_template_kwargs,
+    )
+
+
+def begin(task: Task, args, training) -> None:
+    """Look for a checkpoint, and measure memory from here on: the model comes next."""
+    if not args.preview:
+        task.checkpoint = find_checkpoint(training.output_dir, training.resume_from_checkpoint)
+        task.memory = MemoryMeter()
+
+
+def refuse_predict(args) -> None:
+    """Refuse to train where rows are to be answered, which `run_recipe` does."""
+    if args.predict:
+        raise UserError(
+            "--predict: is for the command line; from Python call answer_file(args, training) of "
+            "recipelib.reporting"
+        )
+
+
+def say_how_many(count: int, available: int) -> None:
+    """Say that not all rows are trained on, where that is so."""
+    if count < available:
+        say(f"training on {count:,} of {available:,} rows; --max_train_samples -1 takes all")
