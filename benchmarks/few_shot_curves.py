@@ -33,7 +33,7 @@ from recipelib.models.loading import describe_model
 from recipelib.runtime.console import printable
 from recipelib.runtime.errors import UserError
 from recipelib.runtime.files import write_json
-from recipelib.runtime.versions import versions
+from recipelib.runtime.installed import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "icl_eval.py"

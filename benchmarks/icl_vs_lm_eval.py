@@ -42,7 +42,7 @@ from recipelib.models.bundled import bundled_folder
 from recipelib.models.loading import describe_model, resolve_model
 from recipelib.runtime.console import printable
 from recipelib.runtime.errors import UserError
-from recipelib.runtime.versions import versions
+from recipelib.runtime.installed import versions
 
 HERE = Path(__file__).resolve().parent
 REQUIREMENTS = HERE / "requirements-lm-eval.txt"

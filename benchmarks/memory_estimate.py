@@ -6,7 +6,7 @@
 
 Trains LoRA (rank 16) and all parameters for a few steps on rows of random tokens, alone and in two
 processes under FSDP2, each in a fresh process. `estimated` is what a recipe shows before training,
-`measured` the largest process's peak while it trains (`recipelib.training.memory.MemoryMeter`), `resident` the
+`measured` the largest process's peak while it trains (`MemoryMeter`), `resident` the
 same with the holes in glibc's heap. The last line is one JSON object; `largest_error` is the
 largest difference between estimated and measured, as a part of measured.
 """

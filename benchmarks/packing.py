@@ -10,7 +10,7 @@ Both train all parameters (or LoRA, rank 16) with `RecipeTrainer` on the same in
 same steps of the same 8 rows, in turn, each in a process of its own whose first step does not
 count. Instructions are of mixed length: many short, few long, so that a batch is mostly padding.
 Tokens are those of the rows, without padding. Peak memory is what training takes beyond what the
-process held before it loaded the model (`recipelib.training.memory.MemoryMeter`), beside the estimate that a
+process held before it loaded the model (`MemoryMeter`), beside the estimate that a
 recipe shows before it trains.
 
 The benchmark fails unless both saw equally many tokens and had the same loss in every step: rows
@@ -39,7 +39,7 @@ from recipelib.models.loading import describe_model
 from recipelib.runtime.console import printable
 from recipelib.runtime.errors import UserError
 from recipelib.runtime.files import write_json, write_jsonl
-from recipelib.runtime.versions import versions
+from recipelib.runtime.installed import versions
 
 ROWS_PER_STEP = 8
 STEPS, QUICK_STEPS, ROUNDS = 20, 6, 2

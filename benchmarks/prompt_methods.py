@@ -34,7 +34,7 @@ from recipelib.prompts.template import PromptTemplate
 from recipelib.runtime.console import printable
 from recipelib.runtime.errors import UserError
 from recipelib.runtime.files import write_json, write_jsonl
-from recipelib.runtime.versions import versions
+from recipelib.runtime.installed import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = "movie_reviews"

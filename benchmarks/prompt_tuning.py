@@ -30,7 +30,7 @@ from recipelib.models.loading import describe_model
 from recipelib.runtime.console import printable
 from recipelib.runtime.errors import UserError
 from recipelib.runtime.files import write_json
-from recipelib.runtime.versions import versions
+from recipelib.runtime.installed import versions
 
 ROWS_PER_STEP, VIRTUAL_TOKENS = 8, 16
 STEPS, QUICK_STEPS, ROUNDS, WARM_UP = 30, 12, 3, 2

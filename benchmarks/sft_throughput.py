@@ -45,7 +45,7 @@ from recipelib.models.loading import describe_model, resolve_model
 from recipelib.runtime.console import printable
 from recipelib.runtime.errors import UserError
 from recipelib.runtime.files import write_jsonl
-from recipelib.runtime.versions import versions
+from recipelib.runtime.installed import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, ROWS_PER_STEP = 400, 8

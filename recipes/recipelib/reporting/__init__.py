@@ -4,7 +4,7 @@ from recipelib.reporting.cloze import save_draws, save_score
 from recipelib.reporting.few_shot import save_few_shot
 from recipelib.reporting.label_words import save_label_words
 from recipelib.reporting.predicting import answer_file
-from recipelib.reporting.preview import preview, preview_prompts, say_first_prompt
+from recipelib.reporting.previews import preview, preview_prompts, say_first_prompt
 from recipelib.reporting.run import save_predictions, save_run, say_wrong
 
 __all__ = [

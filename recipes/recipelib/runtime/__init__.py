@@ -21,6 +21,7 @@ from recipelib.runtime.console import (
 )
 from recipelib.runtime.errors import UserError, first_line, one_line, require_at_least
 from recipelib.runtime.files import load_yaml, read_metrics, replacing, write_json, write_jsonl
+from recipelib.runtime.installed import versions
 from recipelib.runtime.launch import (
     check_joined,
     end_process_group,
@@ -30,7 +31,6 @@ from recipelib.runtime.launch import (
     uses_fsdp,
 )
 from recipelib.runtime.memory import MemoryMeter, gib
-from recipelib.runtime.versions import versions
 
 __all__ = [
     "TRAINED",

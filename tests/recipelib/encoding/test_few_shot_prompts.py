@@ -8,7 +8,7 @@ from tokenizers_for_tests import tokenizer_for
 from recipelib.encoding.asking import CausalAsker, MaskedAsker
 from recipelib.encoding.prompt_encoder import PromptEncoder
 from recipelib.prompts.template import PromptTemplate
-from recipelib.reporting.preview import preview_prompts, say_first_prompt
+from recipelib.reporting.previews import preview_prompts, say_first_prompt
 
 TOKENIZER, MODEL = tokenizer_for("gpt2"), tiny_llama(300)
 

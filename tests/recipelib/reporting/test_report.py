@@ -14,7 +14,7 @@ from recipelib.reporting.card import model_card
 from recipelib.reporting.figures import plot_loss
 from recipelib.runtime.console import print_table
 from recipelib.runtime.files import write_json, write_jsonl
-from recipelib.runtime.versions import versions
+from recipelib.runtime.installed import versions
 
 fewer = settings(max_examples=50, deadline=None)
 

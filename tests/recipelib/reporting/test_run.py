@@ -24,7 +24,7 @@ from recipelib.models.quantization import count_parameters
 from recipelib.prompts.template import PromptTemplate
 from recipelib.reporting import run as results
 from recipelib.reporting.card import publish
-from recipelib.reporting.preview import preview
+from recipelib.reporting.previews import preview
 from recipelib.reporting.run import save_run
 from recipelib.runtime.errors import UserError
 from recipelib.training.memory import MemoryEstimate
