@@ -132,18 +132,24 @@ def class_figures(records: Sequence[Mapping], labels: Sequence[str]) -> dict[str
     """Precision, recall and F1 of each class over the records of all draws, 0 where there is
     nothing to divide by, and how many rows the class has.
     """
-    gold = Counter(one["answer"] for one in records)
-    said = Counter(one["prediction"] for one in records)
-    hits = Counter(one["answer"] for one in records if one["prediction"] == one["answer"])
-    rows = Counter(answer for _, answer in {(one["row"], one["answer"]) for one in records})
+    from sklearn.metrics import precision_recall_fscore_support
+
+    golds = [record["answer"] for record in records]
+    predictions = [record["prediction"] or "" for record in records]  # none is no class
+    *figures, _ = precision_recall_fscore_support(
+        golds, predictions, labels=list(labels), zero_division=0
+    )
+    rows = Counter(
+        answer for _, answer in {(record["row"], record["answer"]) for record in records}
+    )
     return {
         label: {
-            "precision": hits[label] / max(said[label], 1),
-            "recall": hits[label] / max(gold[label], 1),
-            "f1": 2 * hits[label] / max(said[label] + gold[label], 1),
+            "precision": float(precision),
+            "recall": float(recall),
+            "f1": float(f1),
             "rows": rows[label],
         }
-        for label in labels
+        for label, precision, recall, f1 in zip(labels, *figures, strict=True)
     }
 
 
