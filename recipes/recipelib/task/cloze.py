@@ -195,7 +195,8 @@ def load_cloze_task(
         )
     if args.draws > 1 and is_main_process():  # until all are done again
         Path(training.output_dir, "metrics.json").unlink(missing_ok=True)
-    task.memory = MemoryMeter()
+    if not trains:
+        task.memory = MemoryMeter()  # else each draw has its own
     return task
 
 
