@@ -1,5 +1,5 @@
-"""What prompt tuning gains by reading the cloze's mask only: our trainer beside a plain loop of PEFT and
-transformers' Trainer, which computes the logits of all places, on the CPU in float32.
+"""What prompt tuning gains by reading only the places that answer: our trainer beside a plain loop
+of PEFT and transformers' Trainer, which computes the logits of all places, on the CPU in float32.
 
     python benchmarks/soft_prompt_speed.py                    # about ten minutes on two cores
     python benchmarks/soft_prompt_speed.py --quick            # fewer steps, one round
