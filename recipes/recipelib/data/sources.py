@@ -1,7 +1,7 @@
 """Where rows are (a file, a folder, the hub) and how each kind is read: rows as they come, good or
 bad.
 
-Text formats are in `text_rows.py`; the check against the template is in `data.py`.
+Text formats are in `text_rows.py`; the check against the template is in `rows.py`.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Rows -> texts with a blank, as they are computed to score every label word in it.
 
 A row is one or several sequences. A masked model fills a word of several tokens from left to right,
-one mask for each (see `masked.py`). For a causal one the words follow the prompt; or they stand
+one mask for each (see `scoring.py`). For a causal one the words follow the prompt; or they stand
 where the cloze has its mask, and the rest of it follows. There, the tokens of one sequence are read
 wherever they begin another word, too.
 """

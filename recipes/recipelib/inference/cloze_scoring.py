@@ -1,7 +1,7 @@
 """How likely each label word is to fill the blank of a text, with gradients: the scores of prompt
 tuning.
 
-Only the states at the places that are read (see `blank_rows.py`) go through the model's head.
+Only the states at the places that are read (see `cloze_rows.py`) go through the model's head.
 """
 
 from __future__ import annotations

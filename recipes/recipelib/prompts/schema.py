@@ -1,7 +1,7 @@
 """Reads a template file and checks it: every mistake is one line that names the file, the key and
 the cure.
 
-The fields are described in README.md ("One template") and, with their meaning for a row, in
+The fields are described in data_templates/README.md and, with their meaning for a row, in
 `template.py`.
 """
 

@@ -5,7 +5,7 @@ from typing import Any
 
 
 class RowError(ValueError):
-    """What is wrong with one row, and its cure; `data.py` adds the file and the row's number."""
+    """What is wrong with one row, and its cure; `rows.py` adds the file and the row's number."""
 
 
 def as_list(value: Any) -> list:

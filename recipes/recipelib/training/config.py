@@ -22,7 +22,7 @@ from recipelib.runtime import (
     uses_fsdp,
 )
 
-# Arguments of SFTConfig about what the recipes do themselves, in `encoding.py` and in the loss.
+# Arguments of SFTConfig about what the recipes do themselves, in `encoding` and in the loss.
 _NOT_OURS = (
     "assistant_only_loss",
     "chat_template_path",
