@@ -13,7 +13,7 @@ import torch
 from scoring_process import CASES, RENDERINGS, TOKENIZER, encoder_for, outspoken_llama
 
 from recipelib.encoding.prompt_encoder import PromptEncoder
-from recipelib.evaluation import evaluation
+from recipelib.evaluation import answers
 from recipelib.evaluation.evaluation import evaluate_task
 from recipelib.inference.generation import Written
 from recipelib.prompts.template import PromptTemplate
@@ -51,7 +51,7 @@ def written_by(monkeypatch, texts: list[str]) -> dict:
         assert len(prompts) == len(texts)
         return [[Written(text, 0.0)] for text in texts]
 
-    monkeypatch.setattr(evaluation, "generate", generate)
+    monkeypatch.setattr(answers, "generate", generate)
     return asked
 
 
@@ -213,7 +213,7 @@ def test_entities_are_asked_by_type_and_scored_as_pairs_of_type_and_text(monkeyp
     said = [dict.fromkeys(names, " none") for _ in rows]
     said[0] |= {"location": " Paris", "person": " Hilton || Ed Lee || Paris\nText:"}
     said[1] |= {"location": " Rome", "product": " M&amp;M ,"}
-    written_by(monkeypatch, [answers[name] for answers in said for name in names])
+    written_by(monkeypatch, [texts[name] for texts in said for name in names])
     result = evaluate_task(MODEL, PromptEncoder(template, TOKENIZER, 400), rows)
     first, second = result.records
     people = ["person", "Hilton"], ["person", "Ed Lee"]

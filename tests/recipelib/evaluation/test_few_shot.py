@@ -8,7 +8,7 @@ from template_fields import ASK
 from recipelib.data.demonstrations import Demonstrations
 from recipelib.encoding.asking import CausalAsker
 from recipelib.encoding.prompt_encoder import PromptEncoder
-from recipelib.evaluation import few_shot
+from recipelib.evaluation import answers, labels
 from recipelib.evaluation.answers import score_answers, vote
 from recipelib.evaluation.labels import score_labels
 from recipelib.evaluation.losses import score_losses
@@ -66,7 +66,7 @@ def test_what_draws_and_rows_have_in_common_is_asked_once(monkeypatch):
         asked.extend(requests)
         return [[-1.0] * len(continuations) for _, continuations in requests]
 
-    monkeypatch.setattr(asker, "likelihoods", likelihoods)
+    monkeypatch.setattr(labels, "log_likelihoods", likelihoods)
     rows = [{"sentence": f"a fine film {number}", "label": "positive"} for number in range(3)]
     result = score_labels(MODEL, asker, rows, draws_for("movie_reviews", 2, shots=3))
     # For each draw three rows and two inputs without content; once the input without anything.
@@ -97,9 +97,9 @@ def test_a_pair_that_is_asked_per_word_is_won_by_the_surest_yes():
         assert set(one["scores"]["calibrated"]) == set(encoder.template.verbalizer)
 
 
-def written_by(monkeypatch, *answers: list[list[str]]):
+def written_by(monkeypatch, *texts: list[list[str]]):
     """Has answers written, call by call, instead of what the model would; gives the prompts."""
-    calls, waiting = [], list(answers)
+    calls, waiting = [], list(texts)
 
     def generate(model, tokenizer, prompts, **options):
         calls.append([tokenizer.decode(ids) for ids in prompts])
@@ -107,7 +107,7 @@ def written_by(monkeypatch, *answers: list[list[str]]):
         assert len(texts) == len(prompts)
         return [[Written(text, -float(at)) for at, text in enumerate(some)] for some in texts]
 
-    monkeypatch.setattr(few_shot, "generate", generate)
+    monkeypatch.setattr(answers, "generate", generate)
     return calls
 
 

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny_llama import tiny_llama
+from tiny_task import examples_task
 from tokenizers_for_tests import tokenizer_for
 
 from recipelib.adapters.bottleneck import BottleneckConfig
@@ -44,8 +44,7 @@ def train(kind: str, folder) -> tuple[dict[str, torch.Tensor], set[torch.dtype]]
         save_strategy="no",
         disable_tqdm=True,
     )
-    data = Dataset.from_list(ROWS)
-    RecipeTrainer(model, training, train_dataset=data, processing_class=TOKENIZER).train()
+    RecipeTrainer(model, training, examples_task(ROWS, TOKENIZER)).train()
     trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
     assert {one.dtype for one in trained.values()} == {torch.float32}
     given = {*seen}
@@ -60,7 +59,7 @@ def test_an_adapter_s_input_is_not_copied_to_float32_and_nothing_else_changes(
 ):
     found, seen = train(kind, tmp_path)
     assert seen == {torch.bfloat16}
-    monkeypatch.setattr(RecipeTrainer, "_inputs_as_they_are", lambda self: nullcontext())
+    monkeypatch.setattr(RecipeTrainer, "_without_input_casts", lambda self: nullcontext())
     wanted, copied = train(kind, tmp_path)
     assert copied == {torch.float32}
     assert found.keys() == wanted.keys()

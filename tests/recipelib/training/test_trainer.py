@@ -1,6 +1,5 @@
 """The trainer's loss is the model's own however rows are batched; its arguments fit the machine."""
 
-import copy
 import json
 from functools import cached_property
 
@@ -9,6 +8,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny_llama import tiny_llama
+from tiny_task import examples_task
 from tokenizers_for_tests import tokenizer_for
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 from transformers.trainer_pt_utils import LabelSmoother
@@ -59,7 +59,7 @@ ROWS = examples(16)
 SUPERVISED = [sum(label != -100 for label in row["labels"]) for row in ROWS]
 
 
-def trainer_for(tmp_path, model=None, rows=ROWS, **options) -> RecipeTrainer:
+def trainer_for(tmp_path, model=None, rows=ROWS, rates=None, **options) -> RecipeTrainer:
     defaults = {
         "output_dir": str(tmp_path),
         "per_device_train_batch_size": 8,
@@ -69,13 +69,9 @@ def trainer_for(tmp_path, model=None, rows=ROWS, **options) -> RecipeTrainer:
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    return RecipeTrainer(
-        model or tiny_llama(VOCABULARY),
-        RecipeConfig(**{**defaults, **options}),
-        train_dataset=Dataset.from_list(rows),
-        eval_dataset=Dataset.from_list(rows),
-        processing_class=copy.deepcopy(TOKENIZER),
-    )
+    task = examples_task(rows, TOKENIZER)
+    model = model or tiny_llama(VOCABULARY)
+    return RecipeTrainer(model, RecipeConfig(**{**defaults, **options}), task, rates=rates)
 
 
 def own_loss(model, rows) -> torch.Tensor:
@@ -270,7 +266,7 @@ def test_evaluating_gives_the_loss_and_counts_no_tokens_before_and_after_trainin
     trainer = trainer_for(tmp_path, per_device_eval_batch_size=16, num_train_epochs=1)
     losses = []
     for seen in (0, sum(len(row["input_ids"]) for row in ROWS)):
-        losses.append(trainer.evaluate()["eval_loss"])
+        losses.append(trainer.evaluate(Dataset.from_list(ROWS))["eval_loss"])
         assert trainer.tokens_seen == seen
         with torch.no_grad():
             assert losses[-1] == pytest.approx(own_loss(trainer.model, ROWS).item(), abs=1e-5)
@@ -296,7 +292,7 @@ def test_a_tasks_loss_is_the_trainers_on_the_same_rows(tmp_path):
     encoder = PromptEncoder(template, TOKENIZER, 100)
     encoded = encode_rows(encoder, rows)
     trainer = trainer_for(tmp_path, rows=encoded.examples)
-    expected = trainer.evaluate()["eval_loss"]
+    expected = trainer.evaluate(trainer.train_dataset)["eval_loss"]
     assert evaluate_task(trainer.model, encoder, rows).score == pytest.approx(expected, abs=1e-5)
 
 
@@ -324,7 +320,7 @@ def parse(*argv: str) -> RecipeConfig:
 
 def test_a_cpu_computes_in_float32_without_being_told(monkeypatch):
     for gpu in (False, True):
-        monkeypatch.setattr("recipelib.training.trainer.fast_bf16", lambda gpu=gpu: gpu)
+        monkeypatch.setattr("recipelib.training.config.fast_bf16", lambda gpu=gpu: gpu)
         config = parse("--use_cpu", "true")
         assert config.bf16 is False
         assert config.fp16 is False
