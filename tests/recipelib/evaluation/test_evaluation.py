@@ -15,6 +15,7 @@ from scoring_process import CASES, RENDERINGS, TOKENIZER, encoder_for, outspoken
 from recipelib.encoding.prompt_encoder import PromptEncoder
 from recipelib.evaluation import answers
 from recipelib.evaluation.evaluation import evaluate_task
+from recipelib.evaluation.losses import score_losses
 from recipelib.inference.generation import Written
 from recipelib.prompts.template import PromptTemplate
 from recipelib.runtime.errors import UserError
@@ -383,3 +384,20 @@ def test_two_processes_give_each_row_once_in_order_with_the_same_scores(tmp_path
         if case == "movie_reviews, one":  # the other process has nothing to do
             assert sorted(passes) == [0, 1]
     assert max(one["passes"] for one in alone.values()) > 4
+
+
+# Losses
+
+
+def test_losses_are_taken_behind_demonstrations():
+    encoder = encoder_for("alpaca")
+    rows = CASES["alpaca"].rows
+
+    def shown(number, row):
+        return [("### Instruction:\nname a color\n\n### Response:", "\nred")]
+
+    plain, behind = score_losses(MODEL, encoder, rows, [None, shown]).draws
+    assert plain.score != pytest.approx(behind.score, abs=1e-3)
+    for one, other in zip(plain.records, behind.records, strict=True):
+        assert one["answer"] == other["answer"]
+        assert "name a color" in other["prompt"]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from optional_packages import needs_bitsandbytes
 from peft import LoraConfig, get_peft_model
-from tiny_llama import save_tiny_llama
+from tiny_llama import save_tiny_llama, tiny_llama
+from transformers import LlamaForCausalLM
 
 from recipelib.models import quantization
 from recipelib.models.loading import load_pretrained
@@ -162,7 +163,9 @@ def test_the_config_is_the_papers_and_stores_what_fsdp_can_shard(dtype):
 @pytest.fixture
 def packed(folder):
     """The tiny model in 4 bits, with a LoRA on each of its layers."""
-    model = load_pretrained(str(folder), dtype=torch.float32, **four_bit_loading(BUNDLED, settings()))
+    model = load_pretrained(
+        str(folder), dtype=torch.float32, **four_bit_loading(BUNDLED, settings())
+    )
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian")
     return get_peft_model(model, lora)
 
@@ -225,3 +228,14 @@ def test_an_adapter_that_was_rounded_is_trained_in_float32_and_the_base_stays(pa
     prepare_four_bit(packed)
     assert {one.dtype for one in packed.parameters() if one.requires_grad} == {torch.float32}
     assert packed.get_input_embeddings().weight.dtype == torch.bfloat16
+
+
+def test_parameters_that_are_tied_count_once():
+    tied = tiny_llama(300)
+    config = type(tied.config)(**{**tied.config.to_dict(), "tie_word_embeddings": False})
+    separate = LlamaForCausalLM(config)
+    assert count_parameters(separate)[1] - count_parameters(tied)[1] == 300 * 32
+    assert count_parameters(tied) == (count_parameters(tied)[1],) * 2
+    tied.requires_grad_(False)
+    tied.model.norm.requires_grad_(True)
+    assert count_parameters(tied)[0] == 32

@@ -1,7 +1,6 @@
 """Training in bfloat16: adapters stay in float32 and cost no copies; one precision a process."""
 
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from tiny_task import examples_task
 from tokenizers_for_tests import tokenizer_for
 
 from recipelib.adapters.bottleneck import BottleneckConfig
-from recipelib.models import sharding
 from recipelib.training.config import RecipeConfig
 from recipelib.training.trainer import RecipeTrainer
 
@@ -69,19 +67,3 @@ def test_an_adapter_s_input_is_not_copied_to_float32_and_nothing_else_changes(
 
 def test_variants_of_lora_keep_their_casts(tmp_path):
     assert train("dora", tmp_path)[1] == {torch.float32}
-
-
-def test_a_model_that_is_scored_is_sharded_in_the_precision_that_the_trainer_will_ask_for(
-    monkeypatch,
-):
-    asked = []
-
-    def accelerator(**options):
-        asked.append(options)
-        return SimpleNamespace(state=SimpleNamespace(fsdp_plugin=None))
-
-    monkeypatch.setattr(sharding, "Accelerator", accelerator)
-    monkeypatch.setattr(sharding, "uses_fsdp", lambda: True)
-    with pytest.raises(sharding.UserError, match="did not turn it on"):
-        sharding.place_model(torch.nn.Linear(2, 2), SimpleNamespace(mixed_precision="bf16"))
-    assert asked == [{"mixed_precision": "bf16"}]
