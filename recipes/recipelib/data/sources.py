@@ -175,8 +175,7 @@ def open_source(place: Path | Hub, split: str, template: PromptTemplate, answers
         _refuse_unknown(file)
         entries += _read_file(file, template, answers)
         with file.open("rb") as opened:
-            while block := opened.read(1 << 20):
-                digest.update(block)
+            hashlib.file_digest(opened, lambda: digest)
     if not entries:
         raise UserError(f"{name}: holds no rows; pass a file with at least one")
     columns = dict.fromkeys(column for _, row in entries if isinstance(row, dict) for column in row)

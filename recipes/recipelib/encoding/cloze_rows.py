@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from recipelib.encoding.asking import Asked, CausalAsker, Cloze, ClozeAsker, MaskedAsker
 from recipelib.encoding.examples import EncodedRows
@@ -185,10 +186,11 @@ def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         for length in example["lengths"]:
             sequences.append(torch.tensor(example["input_ids"][start : start + length]))
             start += length
-    pad = torch.nn.utils.rnn.pad_sequence
     return {
-        "input_ids": pad(sequences, batch_first=True),
-        "attention_mask": pad([torch.ones_like(one) for one in sequences], batch_first=True),
+        "input_ids": pad_sequence(sequences, batch_first=True),
+        "attention_mask": pad_sequence(
+            [torch.ones_like(sequence) for sequence in sequences], batch_first=True
+        ),
         "places": torch.tensor(list(places)),
         "reads": torch.tensor(reads),
         "word_labels": torch.tensor(examples[0]["word_labels"]),

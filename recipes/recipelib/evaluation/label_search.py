@@ -36,7 +36,7 @@ _ROUNDS = 10
 
 
 @dataclass
-class Found:
+class LabelWords:
     """What the search came to.
 
     Attributes:
@@ -57,7 +57,7 @@ def search_label_words(
     train: ClozeRows,
     evaluation: ClozeRows,
     seed: int = 42,
-) -> Found:
+) -> LabelWords:
     """A word for each class that tells the training rows apart; the evaluation rows are only
     scored.
 
@@ -99,7 +99,7 @@ def search_label_words(
             tried.append((word, *accuracies(picked)))
         others[label] = sorted(tried, key=lambda one: -one[1])[:SHOWN]
     best = {label: words[number][chosen[number]][0] for number, label in enumerate(classes)}
-    return Found(best, *accuracies(chosen), others)
+    return LabelWords(best, *accuracies(chosen), others)
 
 
 @torch.no_grad()

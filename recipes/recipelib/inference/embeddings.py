@@ -9,7 +9,7 @@ import torch
 
 from recipelib.encoding import PromptEncoder, TextEncoder
 from recipelib.inference.lockstep import Lockstep
-from recipelib.inference.scoring import CPU_PASS_TOKENS, plan_padded, run_passes
+from recipelib.inference.scoring import CPU_PASS_TOKENS, padded, plan_padded, run_passes
 from recipelib.inference.token_tree import Pass
 
 
@@ -40,22 +40,16 @@ def embed_texts(
         batch_tokens = min(batch_tokens, CPU_PASS_TOKENS)
 
     def compute(some: Sequence[list[int]], one: Pass) -> np.ndarray:
-        width = max(map(len, some))
-        ids = torch.zeros(len(some), width, dtype=torch.long)
-        mask = torch.zeros(len(some), width, dtype=torch.long)
-        for number, prompt in enumerate(some):
-            ids[number, : len(prompt)] = torch.tensor(prompt)
-            mask[number, : len(prompt)] = 1
-        mask = mask.to(run.device)
+        ids, mask = padded(some, run.device)
         states = run(
-            input_ids=ids.to(run.device),
+            input_ids=ids,
             attention_mask=mask,
             use_cache=False,
             logits_to_keep=1,
             output_hidden_states=[-1],  # the others would be kept for nothing
         ).hidden_states[-1]
         # The last columns: a soft prompt stands in front.
-        sums = (states[:, -width:].float() * mask[:, :, None]).sum(1)
+        sums = (states[:, -ids.shape[1] :].float() * mask[:, :, None]).sum(1)
         return torch.nn.functional.normalize(sums, dim=-1).cpu().numpy()
 
     def plan(some: Sequence[list[int]], budget: int) -> list[Pass]:

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from recipelib.inference.journal import Journal
 from recipelib.inference.lockstep import Lockstep
 from recipelib.inference.row_cache import RowCache, rows_fit
-from recipelib.inference.scoring import plan_padded, run_passes
+from recipelib.inference.scoring import padded, plan_padded, run_passes
 from recipelib.inference.shared_cache import (
     KeptBeginning,
     SharedCache,
@@ -272,12 +272,7 @@ class WholeWriter:
 
     def _begin(self, prompts: Sequence[list[int]]) -> torch.Tensor:
         """Logits behind prompts, padded on the left so that all answers begin in one column."""
-        width = max(map(len, prompts))
-        ids = torch.zeros(len(prompts), width, dtype=torch.long, device=self.run.device)
-        self._mask = torch.zeros_like(ids)
-        for place, prompt in enumerate(prompts):
-            ids[place, width - len(prompt) :] = torch.tensor(prompt)
-            self._mask[place, width - len(prompt) :] = 1
+        ids, self._mask = padded(prompts, self.run.device, "left")
         self._cache = DynamicCache(config=self.run.model.config)
         return self._feed(ids)
 
@@ -303,9 +298,7 @@ class WholeWriter:
 
     def _whole(self, texts: Sequence[list[int]]) -> torch.Tensor:
         """Logits behind texts, padded on the right, where it changes nothing for any model."""
-        ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
-        for place, text in enumerate(texts):
-            ids[place, : len(text)] = torch.tensor(text)
-        logits = self.run(input_ids=ids.to(self.run.device), use_cache=False).logits
+        ids, _ = padded(texts, self.run.device)
+        logits = self.run(input_ids=ids, use_cache=False).logits
         before = logits.shape[1] - ids.shape[1]  # places of a soft prompt
         return logits[range(len(texts)), [before + len(text) - 1 for text in texts]]

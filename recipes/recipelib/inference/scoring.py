@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from recipelib.encoding import Cloze
 from recipelib.inference.journal import Journal
@@ -198,6 +199,17 @@ def plan_padded(lengths: Sequence[int], budget: int) -> list[Pass]:
     return passes
 
 
+def padded(
+    rows: Sequence[Ids], device: torch.device, side: str = "right"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask [rows, width] of rows that are padded on a side."""
+    tensors = [torch.tensor(row) for row in rows]
+    ids = pad_sequence(tensors, batch_first=True, padding_side=side)
+    mask = [torch.ones_like(row) for row in tensors]
+    mask = pad_sequence(mask, batch_first=True, padding_side=side)
+    return ids.to(device), mask.to(device)
+
+
 class WholeScorer:
     """Scores requests, whose continuations differ in their last tokens only, in a padded batch."""
 
@@ -210,12 +222,8 @@ class WholeScorer:
     def score(self, requests: Sequence[Request], one: Pass) -> list[list[float]]:
         """The log-likelihoods of the continuations of each request of a pass."""
         rows = [[*prompt, *continuations[0][:-1]] for prompt, continuations in requests]
-        width = max(map(len, rows))
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        mask = torch.zeros(len(rows), width, dtype=torch.long)
-        for number, row in enumerate(rows):
-            ids[number, : len(row)] = torch.tensor(row)
-            mask[number, : len(row)] = 1
+        ids, mask = padded(rows, self.run.device)
+        width = ids.shape[1]
         places = [
             (number, column)
             for number, (prompt, _) in enumerate(requests)
@@ -225,9 +233,7 @@ class WholeScorer:
         columns = sorted({column for _, column in places})
         device = self.run.device
         keep = {} if self._prompted else {"logits_to_keep": torch.tensor(columns, device=device)}
-        logits = self.run(
-            input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **keep
-        ).logits
+        logits = self.run(input_ids=ids, attention_mask=mask, use_cache=False, **keep).logits
         if logits.shape[1] != len(columns):  # a model that does not know logits_to_keep
             logits = logits[:, -width:][:, columns]
         where = {column: number for number, column in enumerate(columns)}
@@ -281,15 +287,10 @@ def masked_log_likelihoods(
         batch_tokens = min(batch_tokens, CPU_PASS_TOKENS)
 
     def compute(some: Sequence, one: Pass) -> list[list[float]]:
-        width = max(len(ids) for ids, _, _ in some)
-        ids = torch.zeros(len(some), width, dtype=torch.long)
-        mask = torch.zeros(len(some), width, dtype=torch.long)
-        for number, (row, _, _) in enumerate(some):
-            ids[number, : len(row)] = torch.tensor(row)
-            mask[number, : len(row)] = 1
-        logits = run(input_ids=ids.to(run.device), attention_mask=mask.to(run.device)).logits
+        ids, mask = padded([row for row, _, _ in some], run.device)
+        logits = run(input_ids=ids, attention_mask=mask).logits
         # The last columns: a soft prompt stands in front.
-        read = [logits.shape[1] - width + place for _, place, _ in some]
+        read = [logits.shape[1] - ids.shape[1] + place for _, place, _ in some]
         log_probs = logits[list(range(len(some))), read].float().log_softmax(-1)
         return [row[tokens].tolist() for row, (_, _, tokens) in zip(log_probs, some, strict=True)]
 

@@ -138,12 +138,8 @@ def _prepare(target: Path, provide: Callable[[Path], Path]) -> None:
 @functools.cache
 def _sha256(path: Path, size: int, mtime_ns: int) -> str:
     """The file's sha256; its size in bytes and time of change tell a changed file apart."""
-    digest = hashlib.sha256()
-    with _bar(f"Checking {path.name}", size) as show, path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-            show(file.tell())
-    return digest.hexdigest()
+    with _bar(f"Checking {path.name}"), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # Fetching the bundled model ----------------------------------------------------------------------

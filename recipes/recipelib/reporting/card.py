@@ -8,8 +8,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import yaml
-
 from recipelib.adapters import BASE
 from recipelib.models import bare_model, is_masked_model
 from recipelib.runtime import UserError, first_line, is_main_process, say
@@ -132,22 +130,24 @@ def model_card(
     Returns:
         Markdown. No text given can end a code block, start a new table cell or leave the YAML.
     """
+    from huggingface_hub import ModelCardData
+
     metric = metrics.get("metric")
-    front = {
-        "base_model": base_model if _is_hub_id(base_model) else None,
-        "library_name": library_name,
-        "license": license,
-        "pipeline_tag": pipeline_tag,
-        "tags": [method],
-        "metrics": [metric] if metric else None,
-    }
-    front = {key: value for key, value in front.items() if value is not None}
+    front = ModelCardData(
+        base_model=base_model if _is_hub_id(base_model) else None,
+        library_name=library_name,
+        license=license,
+        pipeline_tag=pipeline_tag,
+        tags=[method],
+        metrics=[metric] if metric else None,
+    )
     rows = _figure(metrics.get("eval_rows"))
     before, after = _figure(metrics.get("base_score")), _figure(metrics.get("score"))
     error = _figure(metrics.get("stderr"))
     used = "\n".join(f"- {_plain(name)} {_plain(version)}" for name, version in versions.items())
     return f"""---
-{yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=10**6)}---
+{front.to_yaml()}
+---
 
 # {_plain(title)}
 
