@@ -290,6 +290,9 @@ def score_rows(name: str, predictions: Sequence, references: Sequence) -> Scored
 def _refuse_missing(name: str, predictions: Sequence, references: Sequence) -> None:
     if len(predictions) == 0:
         raise ValueError(f"metric {name}: there are no rows to score")
+    if len(predictions) != len(references):
+        counts = f"{len(predictions)} predictions and {len(references)} references"
+        raise ValueError(f"metric {name}: {counts}; give each prediction its own")
     for number, row in enumerate(zip(predictions, references, strict=False), 1):
         if None in row:  # evaluate looks at the first row only
             raise ValueError(f"metric {name}, evaluated row {number}: None instead of a value")

@@ -36,7 +36,7 @@ def plot_confusion(
         golds, predictions: [n] labels; a prediction that is none of them, such as None, has a
             column of its own.
         labels: the classes in order.
-        path, title, subtitle: as in `report.plot_loss`.
+        path, title, subtitle: as in `plot_loss`.
     """
     from matplotlib.colors import to_rgb
 
@@ -120,7 +120,7 @@ def plot_reliability(
 
     Args:
         curves: name -> the confidence [n] of each prediction, and whether it is right; one or two.
-        path, title, subtitle: as in `report.plot_loss`.
+        path, title, subtitle: as in `plot_loss`.
     """
     left, room = 0.75, max(_inches(name, 10) for name in curves)
     figure = _figure(title, subtitle, left + 5.5 + 0.3 + room + _EDGE, 6.75, left)
@@ -168,7 +168,7 @@ def plot_shots(
 
     Args:
         panels: task -> way of scoring -> shots -> the score of each draw; at most three ways.
-        path, title, subtitle: as in `report.plot_loss`.
+        path, title, subtitle: as in `plot_loss`.
         chance: task -> what answering with the most frequent class would score.
     """
     chance = chance or {}
@@ -376,8 +376,7 @@ def plot_loss(
     panels[-1].xaxis.set_major_locator(MaxNLocator(9, steps=[1, 2, 5, 10], integer=True))
     panels[-1].xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     panels[-1].set_xlabel("step", fontsize=10, color=GRAY)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+    _save(figure, path)
 
 
 def shortened(text: str, width: int) -> str:
