@@ -165,8 +165,8 @@ def _candidates(
                 break
         if len(words) < classes:  # each class takes a different one
             raise UserError(
-                f"{template.path}: {len(words)} words of one token can fill the cloze for {name!r}; "
-                "put a space in front of it"
+                f"{template.path}: {len(words)} words of one token can fill the cloze for "
+                f"{name!r}; put a space in front of it"
             )
         candidates.append(list(words.values()))
     return candidates
