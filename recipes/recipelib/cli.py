@@ -150,7 +150,7 @@ class ClozeArguments(RecipeArguments):
             raise UserError("--calibrate: --soft_verbalizer has no words; leave one of them out")
 
 
-# Options that recipes had once: where to go instead.
+# Options that recipes no longer have -> what to run instead.
 _MOVED = {
     ("--merge",): "run 'python recipes/merge.py OUTPUT_DIR' afterwards",
     ("--search_label_words",): "run recipes/search_label_words.py",
@@ -207,7 +207,8 @@ def _converted(
         hints: option -> type.
         source: what an error calls the place that the values come from.
     """
-    actions = {action.dest: action for action in reversed(parser._actions)}  # not --no_bf16
+    # Reversed, so that the first action of a name counts: --bf16, not --no_bf16.
+    actions = {action.dest: action for action in reversed(parser._actions)}
     values = {}
     for key, value in given.items():
         if key not in actions:
