@@ -214,7 +214,8 @@ def _converted(
         hints: option -> type.
         source: what an error calls the place that the values come from.
     """
-    actions = {action.dest: action for action in reversed(parser._actions)}  # not --no_bf16
+    # Reversed, so that the first action of a name counts: --bf16, not --no_bf16.
+    actions = {action.dest: action for action in reversed(parser._actions)}
     values = {}
     for key, value in given.items():
         if moved := _moved(key, value, actions):

@@ -207,7 +207,9 @@ class ClozeAsker(CausalAsker):
 
 
 def asker_of(encoder: PromptEncoder, masked: bool, cloze: bool) -> CausalAsker | MaskedAsker:
-    """Asks a masked model by the cloze, and a causal one by the cloze if `cloze`, or the prompt."""
+    """The asker of a model: a masked one is asked by the cloze, a causal one by the prompt, or by
+    the cloze if `cloze`.
+    """
     return MaskedAsker(encoder) if masked else (ClozeAsker if cloze else CausalAsker)(encoder)
 
 

@@ -85,7 +85,7 @@ def write_json(path: str | os.PathLike, data: object) -> None:
 
 
 def read_metrics(folder: Path | str) -> dict:
-    """What a run's metrics.json holds; empty where there is none.
+    """What a run's metrics.json holds; empty if there is no such file.
 
     Raises:
         UserError: the file is not JSON.
