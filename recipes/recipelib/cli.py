@@ -28,10 +28,10 @@ def option(
     """A dataclass field with its help text; a list becomes a default factory.
 
     Args:
-        least, below: limits of a number; None as a value is none of them.
+        least, below: a number must be at least `least`, and less than `below`; None passes.
         more: metadata for the parser, such as `choices`.
     """
-    # argparse formats the help
+    # argparse would take a % in the help for a format.
     metadata = {"help": help.replace("%", "%%"), "least": least, "below": below, **more}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -138,7 +138,7 @@ class ClozeArguments(RecipeArguments):
     )
     per_class: int | None = option(
         None,
-        "Few-shot: draw so many training rows per class, and as many to choose the best pass.",
+        "Few-shot: draw this many training rows per class, and as many to choose the best pass.",
         least=1,
     )
     draws: int = option(1, "With --per_class: draws of rows, each with its own run.", least=1)
@@ -168,7 +168,9 @@ def _moved(name: str, value: Any, known: Container[str]) -> str | None:
 
 
 def _print_help(arguments: type, description: str, defaults: Mapping[str, Any]) -> None:
-    """The recipe's own arguments first, then the common ones; no library is imported for it."""
+    """Print the recipe's own arguments, then the common ones and those of the trainer that the
+    recipe sets. No library is imported for it.
+    """
     common = {argument.name for argument in dataclasses.fields(RecipeArguments)}
     parser = argparse.ArgumentParser(
         description=description,
@@ -187,7 +189,7 @@ def _print_help(arguments: type, description: str, defaults: Mapping[str, Any]) 
         choices = argument.metadata.get("choices") or ()
         if any(not re.search(rf"\b{choice}\b", text) for choice in choices):
             shown = f" One of {', '.join(choices)}.{shown}"
-        # A flag has no metavar, so none is printed; nothing is parsed here.
+        # As a flag, so that no metavar is printed; this parser only prints.
         groups[name in common].add_argument(f"--{name}", action="store_true", help=text + shown)
     trainer = parser.add_argument_group("the trainer's, as this recipe sets them (all: --help_all)")
     for name, value in defaults.items():
@@ -197,7 +199,7 @@ def _print_help(arguments: type, description: str, defaults: Mapping[str, Any]) 
 
 
 def _closest(name: str, known: Iterable[str], dashes: str = "") -> str:
-    starts = [key for key in known if name and key.startswith(name)]  # no abbreviation is taken
+    starts = [key for key in known if name and key.startswith(name)]  # abbreviations are refused
     close = difflib.get_close_matches(name, known, 1, cutoff=0.75) or starts
     return f"did you mean {dashes}{close[0]}?" if close else "see --help and --help_all"
 
@@ -205,10 +207,12 @@ def _closest(name: str, known: Iterable[str], dashes: str = "") -> str:
 def _converted(
     parser: argparse.ArgumentParser, given: Mapping[str, Any], hints: Mapping[str, Any], source: str
 ) -> dict:
-    """Values that do not come from the command line, checked and converted as those are.
+    """Values from elsewhere, checked and converted like those of the command line.
 
     Args:
-        source: what an error calls the place that they come from.
+        given: option -> value.
+        hints: option -> type.
+        source: what an error calls the place that the values come from.
     """
     actions = {action.dest: action for action in reversed(parser._actions)}  # not --no_bf16
     values = {}
@@ -243,8 +247,8 @@ def arguments(recipe: ModuleType, **options: Any) -> tuple[Any, Any]:
         lora_sft.main(*arguments(lora_sft, template="sst2", max_steps=10))
 
     Args:
-        recipe: the module, also a copy of it.
-        options: the recipe's and the trainer's, by their names on the command line.
+        recipe: the recipe's module, or a copy of it.
+        options: the recipe's and the trainer's options, by their names on the command line.
     Raises:
         UserError: an unknown option, or a value that does not fit.
     """
@@ -265,12 +269,12 @@ def parse_arguments(
 
     Args:
         arguments: the recipe's dataclass.
-        description: the recipe's docstring, the head of its --help.
-        defaults: the trainer's arguments that this recipe sets otherwise.
+        description: the recipe's docstring, with which its --help begins.
+        defaults: the trainer's arguments whose defaults this recipe changes.
         argv: the command line; `sys.argv[1:]` by default.
         given: options that are set before the command line is read.
     Raises:
-        UserError: an unknown or malformed argument or key of the --config file.
+        UserError: an unknown or malformed argument, or key of the --config file.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "--help" in argv or "-h" in argv:
@@ -283,7 +287,7 @@ def parse_arguments(
             if moved := _moved(name.replace("-", "_"), value or following, known):
                 raise UserError(f"--{moved}")
 
-    # Where it is installed it recommends, on some CPUs, a package for a path that we keep shut.
+    # On some CPUs bitsandbytes recommends a package for a code path that we turn off.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from trl import TrlParser
 
@@ -291,7 +295,7 @@ def parse_arguments(
 
     class Parser(TrlParser):
         def add_argument(self, *names: str, least=None, below=None, **options):
-            return super().add_argument(*names, **options)  # limits are the dataclass's to check
+            return super().add_argument(*names, **options)  # the dataclass checks the limits
 
         def error(self, message: str):
             raise UserError(f"command line: {message}")
@@ -317,7 +321,7 @@ def parse_arguments(
         parsed, training, rest = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
-    # The trainer's own checks: a value, a file or a package that is missing.
+    # The trainer checks its values itself, and may miss a file or a package.
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise UserError(f"arguments: {' '.join(str(error).split())}") from None
     if rest:
@@ -335,8 +339,8 @@ def run_recipe(
     *,
     trains: bool = True,
 ) -> None:
-    """Parse the command line and run `main`, or answer the rows of --predict with what a run has
-    left. A user's mistake ends in one line and exit code 2.
+    """Parse the command line and run `main`, or answer the rows of --predict with the result of an
+    earlier run. A user's mistake ends in one line and exit code 2.
 
     Args:
         trains: False for a recipe that trains nothing: it answers --predict itself.

@@ -1,4 +1,4 @@
-"""Rows from the hub, folders and files, checked against a template; mixtures, demonstrations."""
+"""Rows from the hub, folders and files, checked by a template; draws, mixtures, demonstrations."""
 
 from recipelib.data.demonstrations import Demonstrations, nearest_rows
 from recipelib.data.drawing import draw_rows, few_shot_rows, mixture_counts

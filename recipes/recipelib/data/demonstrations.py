@@ -1,4 +1,4 @@
-"""Which solved examples stand before a question."""
+"""Chooses the solved examples that stand before a question."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ from recipelib.data.rows import row_key
 from recipelib.prompts import Demonstration, PromptTemplate, Question, as_list
 from recipelib.runtime import UserError
 
-# [queries] texts -> [queries, pool] similarities.
+# From [queries] texts to [queries, pool] similarities.
 Similarity = Callable[[Sequence[str]], np.ndarray]
 
 
 class Demonstrations:
-    """Draws demonstrations from training rows; call it with a row that is asked.
+    """Draws demonstrations from training rows; call it with the row that is asked about.
 
-    What is asked itself, or a duplicate of it, never stands among its demonstrations, and no two of
-    them are duplicates: the next row in the order takes the place.
+    A row that asks the same as that row is never among its demonstrations, and no two
+    demonstrations ask the same: the next row in the order takes the place.
 
     Args:
-        rows: the pool.
-        shots: how many.
-        sampler: `first` rows, `random` ones, `balanced` (equally many of each class, in random
-            order; of a class that runs out all), or `nearest`: the most similar ones of each row,
-            the nearest last.
-        draw: the number of the draw. `first` and `nearest` keep their rows and, but for draw 0,
-            change their order.
-        seed: of all draws.
-        nearest: for each row that will be asked, by its number, the places of the pool's rows, the
-            nearest first, one more than the shots (see `rank`); for that sampler only.
-        solve: how a question is shown with its answer; by default the prompt and the answer, its
-            rationale included.
+        rows: the pool, from which demonstrations are drawn.
+        shots: how many demonstrations stand before a question.
+        sampler: which rows of the pool: the `first`; `random` ones; `balanced`: equally many of
+            each class, in random order, or all rows of a class that has fewer; or `nearest`: those
+            most similar to the row that is asked about, the nearest last.
+        draw: the number of the draw. For `first` and `nearest` every draw has the same
+            demonstrations, and draws after 0 shuffle their order.
+        seed: the seed that all draws share.
+        nearest: for the sampler `nearest` only: for each row that will be asked about, in order,
+            the places of pool rows, the nearest first, one more than the shots (see `rank`).
+        solve: how a question is shown with its answer; by default its prompt, and its answer with
+            the rationale.
     Raises:
-        UserError: more shots than different rows, `balanced` without classes, or conversations.
+        UserError: more shots than different rows, `balanced` without classes, or a template of
+            conversations.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Demonstrations:
         self._seed = f"{seed}-{draw}"
         self._nearest = nearest
         self._reorders = sampler == "balanced" or (draw > 0 and sampler != "random")
-        self._solve = solve or (lambda one: (template.prompt(one), one.target))
+        self._solve = solve or (lambda question: (template.prompt(question), question.target))
         self._keys = [row_key(template, row) for row in rows]
         generator = random.Random(self._seed)
         order = list(range(len(rows)))
@@ -78,29 +79,31 @@ class Demonstrations:
             for place in order:
                 label = template.read_class(rows[place][template.column(template.label)])
                 classes[label].append(place)
-            # Where the shots do not divide evenly, the draw decides which classes get one more.
+            # If the shots do not divide evenly, the draw decides which classes get one more.
             self._queues = list(classes.values())
             generator.shuffle(self._queues)
-        self._choose(self._queues, None)  # fails where the rows are too few
+        self._choose(self._queues, None)  # refuses a pool with too few rows
         self._solved: dict[tuple[int, ...], list[Demonstration]] = {}
 
     def __call__(self, number: int, row: Mapping[str, Any]) -> list[Demonstration]:
-        """The demonstrations of a row, which is the `number`-th that is asked.
+        """The demonstrations for the row with this number among those asked about, from 0.
 
         Raises:
-            UserError: without this row too few different ones are left.
+            UserError: too few different rows are left without this one.
         """
         queues = self._queues if self._nearest is None else [self._nearest[number]]
         chosen = tuple(self._choose(queues, row_key(self.template, row)))
         if chosen not in self._solved:
             self._solved[chosen] = [
-                self._solve(self._question(place, at))
-                for at, place in enumerate(self._arrange(chosen))
+                self._solve(self._question(place, position))
+                for position, place in enumerate(self._arrange(chosen))
             ]
         return self._solved[chosen]
 
     def _choose(self, queues: Sequence[Sequence[int]], asked: str | None) -> list[int]:
-        """Places that do not ask `asked`, the first of each queue, then the second, and so on."""
+        """As many places as shots, none of whose rows asks `asked`: the first of each queue, then
+        the second of each, and so on.
+        """
         others = [(place for place in queue if self._keys[place] != asked) for queue in queues]
         by_turns = (place for turn in zip_longest(*others) for place in turn if place is not None)
         chosen = list(islice(by_turns, self.shots))
@@ -119,30 +122,33 @@ class Demonstrations:
             random.Random(f"{self._seed}-order").shuffle(places)
         return places
 
-    def _question(self, place: int, at: int) -> Question:
-        """Of a row that asks several questions one: by turns one whose answer says yes, or names
-        something, and one of the others.
+    def _question(self, place: int, position: int) -> Question:
+        """One question of a row that may ask several. At even positions its answer says yes (pairs)
+        or names something (entities), at odd positions it does not, as far as the row has both.
         """
-        says: dict[bool, list[Question]] = {True: [], False: []}
-        for one in self.template.questions(self.rows[place]):
-            yes = one.asked == one.label if self.template.asks_each_word else bool(one.references)
-            says[yes].append(one)
-        wanted = at % 2 == 0
-        some = says[wanted] or says[not wanted]
-        return random.Random(f"{self._seed}-{place}").choice(some)
+        by_answer: dict[bool, list[Question]] = {True: [], False: []}
+        for question in self.template.questions(self.rows[place]):
+            if self.template.asks_each_word:
+                yes = question.asked == question.label
+            else:
+                yes = bool(question.references)
+            by_answer[yes].append(question)
+        wanted = position % 2 == 0
+        questions = by_answer[wanted] or by_answer[not wanted]
+        return random.Random(f"{self._seed}-{place}").choice(questions)
 
 
 def row_text(template: PromptTemplate, row: Mapping[str, Any]) -> str:
     """What a row says, without the template's own words."""
     values = template.variables(row)
-    parts = (as_list(values.get(name, "")) for name in sorted(template.prompt_variables))
-    return "\n".join(" ".join(map(str, part)) for part in parts)
+    lists = (as_list(values.get(name, "")) for name in sorted(template.prompt_variables))
+    return "\n".join(" ".join(map(str, elements)) for elements in lists)
 
 
 def bm25(pool: Sequence[str], k1: float = 1.5, b: float = 0.75) -> Similarity:
-    """Okapi BM25 (Robertson and Zaragoza 2009) of queries and the texts of a pool, whose words are
-    compared without case. The rarity of a word is log(1 + (N - n + 0.5) / (n + 0.5)) for n of N
-    texts that hold it, so that none counts against a text.
+    """Okapi BM25 (Robertson and Zaragoza 2009) between queries and the texts of a pool; words are
+    compared without case. The weight of a word that n of N texts hold is
+    log(1 + (N - n + 0.5) / (n + 0.5)), which is never negative.
     """
     from sklearn.feature_extraction.text import CountVectorizer
 
@@ -167,12 +173,12 @@ def bm25(pool: Sequence[str], k1: float = 1.5, b: float = 0.75) -> Similarity:
 def rank(
     similarity: Similarity, queries: Sequence[str], keys: Sequence[str], most: int, chunk: int = 64
 ) -> list[list[int]]:
-    """For each query the places of the pool's `most` most similar rows, the nearest first; of
-    equals the first, of duplicates one.
+    """For each query, the places of the `most` most similar rows of the pool, the nearest first.
+    Equally similar rows keep the pool's order; of rows with the same key only the first counts.
 
     Args:
-        keys: of each row of the pool what it asks (`row_key`).
-        chunk: queries that are compared with the whole pool at once.
+        keys: what each row of the pool asks (`row_key`).
+        chunk: how many queries are compared with the whole pool at once.
     """
     places = np.array(_distinct(range(len(keys)), keys), dtype=int)
     ranked = []
@@ -190,12 +196,12 @@ def nearest_rows(
     shots: int,
     similarity_of: Callable[[Sequence[str], Sequence[str]], Similarity] | None = None,
 ) -> list[list[int]]:
-    """For each row that is asked the places of the pool's rows that are most like it, the nearest
-    first, one more than the shots: a row may be in the pool itself.
+    """For each row that is asked about, the places of the pool's most similar rows, the nearest
+    first; one more than the shots, because the row may be in the pool itself.
 
     Args:
-        similarity_of: from the texts of the pool and of the rows how similar they are; by default
-            by their words (`bm25`).
+        similarity_of: makes a `Similarity` from the texts of the pool and of the rows that are
+            asked about; by default it compares their words (`bm25`).
     """
     texts, queries = ([row_text(template, row) for row in rows] for rows in (pool, asked))
     similarity = similarity_of(texts, queries) if similarity_of else bm25(texts)
@@ -204,7 +210,7 @@ def nearest_rows(
 
 
 def _distinct(order: Iterable[int], keys: Sequence[str]) -> list[int]:
-    """The places in the order without those whose key stood before."""
+    """The places in order, without those whose key an earlier place has."""
     first: dict[str, int] = {}
     for place in order:
         first.setdefault(keys[place], place)

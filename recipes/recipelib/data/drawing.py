@@ -1,4 +1,4 @@
-"""How many rows each task of a mixture gives, and which."""
+"""Draws rows: how many of each task in a mixture, and which; few-shot rows of each class."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def mixture_counts(sizes: Sequence[int], mixing: str, total: int | None = None) 
     Args:
         sizes: how many rows each task has, at least one.
         mixing: "size", "equal", or a temperature T as text: shares in proportion to size ** (1 / T)
-            (Raffel et al. 2020, arXiv:1910.10683, section 3.5.2), which is "size" at 1 and comes
-            close to "equal" for a large T.
-        total: rows of all tasks together; by default as many as there are.
+            (Raffel et al. 2020, arXiv:1910.10683, section 3.5.2), which is "size" at T = 1 and
+            comes close to "equal" for a large T.
+        total: rows of the epoch, all tasks together; by default the sum of `sizes`.
     Raises:
-        UserError: another `mixing`, or fewer rows than tasks.
+        UserError: any other `mixing`, or fewer rows than tasks.
     """
     try:
         exponent = {"size": 1.0, "equal": 0.0}.get(mixing)
@@ -34,18 +34,19 @@ def mixture_counts(sizes: Sequence[int], mixing: str, total: int | None = None) 
         raise UserError(f"--max_train_samples {total}: fewer than the {len(sizes)} tasks; raise it")
     weights = [size**exponent for size in sizes]
     shares = [total * weight / sum(weights) for weight in weights]
-    # Rounded so that the sum stays, and no task goes without a row.
+    # Rounded down, but to at least one row. Rows still missing go to the shares that lost most;
+    # rows too many are taken from the largest counts.
     counts = [max(1, int(share)) for share in shares]
-    order = sorted(range(len(sizes)), key=lambda one: int(shares[one]) - shares[one])
-    for one in order[: max(0, total - sum(counts))]:
-        counts[one] += 1
+    order = sorted(range(len(sizes)), key=lambda task: int(shares[task]) - shares[task])
+    for task in order[: max(0, total - sum(counts))]:
+        counts[task] += 1
     while sum(counts) > total:
         counts[counts.index(max(counts))] -= 1
     return counts
 
 
 def draw_rows(rows: Sequence[Mapping[str, Any]], count: int, seed: int) -> list[Mapping[str, Any]]:
-    """So many rows of a task: each as often as the others, or once more."""
+    """`count` rows of a task: each as often as every other, or once more."""
     drawn: list[Mapping[str, Any]] = []
     generator = random.Random(seed)
     while len(drawn) < count:
@@ -61,8 +62,9 @@ def draw_rows(rows: Sequence[Mapping[str, Any]], count: int, seed: int) -> list[
 def few_shot_rows(
     template: PromptTemplate, rows: Sequence[Mapping], per_class: int, seed: int
 ) -> tuple[list[Mapping], list[Mapping]]:
-    """A draw of so many rows of each class to train on, and as many others to choose by, both in
-    random order (as LM-BFF, Gao et al. 2021, section 3.1).
+    """A draw of `per_class` rows of each class to train on, and as many others to choose the best
+    pass by (as LM-BFF, Gao et al. 2021, section 3.1). The training rows are in random order, the
+    others class by class.
 
     Raises:
         UserError: a class has too few rows.
@@ -72,13 +74,13 @@ def few_shot_rows(
     by_label: dict[str, list[Mapping]] = {label: [] for label in template.verbalizer}
     for row in rows:
         by_label[template.questions(row)[0].label].append(row)
-    for label, some in by_label.items():
-        if len(some) < 2 * per_class:
+    for label, rows_of_label in by_label.items():
+        if len(rows_of_label) < 2 * per_class:
             raise UserError(
                 f"--per_class {per_class}: takes {2 * per_class} rows of each class, half of them "
-                f"to choose by, and {label!r} has {len(some)}; ask for fewer"
+                f"to choose by, and {label!r} has {len(rows_of_label)}; ask for fewer"
             )
-        drawn = draw.sample(some, 2 * per_class)
+        drawn = draw.sample(rows_of_label, 2 * per_class)
         train += drawn[:per_class]
         validation += drawn[per_class:]
     draw.shuffle(train)

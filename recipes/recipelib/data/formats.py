@@ -1,8 +1,7 @@
-"""Data sets that need no template, because their columns say how they are meant.
+"""Makes a template for a data set whose columns say how it is meant.
 
-Conversations of OpenAI's and ShareGPT's kind, instructions of Alpaca's and Dolly's, prompts with
-completions or responses. The template that comes out is one like any other, and is saved with the
-run.
+These are conversations as OpenAI or ShareGPT writes them, instructions as Alpaca or Dolly does, and
+prompts with completions or responses. The template is like any other and is saved with the run.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ def template_for(dataset: str, split: str | None = None) -> tuple[PromptTemplate
 
     Args:
         dataset: a file, a folder with a file per split, or a hub id.
-        split: whose first row is looked at; by default "train". A file has one split.
+        split: the split whose first row is read; by default "train". A file has one split.
     Returns:
-        The template, named after the data set, and what it was taken for, to be shown.
+        The template, named after the data set, and a line that says what the data was taken for.
     Raises:
         UserError: no such data, or columns that say nothing.
     """
@@ -45,33 +44,40 @@ def template_for(dataset: str, split: str | None = None) -> tuple[PromptTemplate
 def guess_template(
     row: Mapping[str, Any], source: str, name: str = "instructions"
 ) -> tuple[PromptTemplate, str]:
-    """A template for rows like this one, and what they were taken for.
+    """A template for rows like this one, and a line that says what they were taken for.
 
     Args:
         source: what an error calls the data.
-        name: of the template.
+        name: the template's name.
     Raises:
-        UserError: the columns are none of those known.
+        UserError: the columns are of no known kind.
     """
-    found = _conversation(row) or _instruction(row) or _completion(row)
-    if found is None:
+    guess = _conversation(row) or _instruction(row) or _completion(row)
+    if guess is None:
         columns = ", ".join(map(repr, row)) or "none"
         raise UserError(
             f"{source}: the columns {columns} do not tell what is asked and what is answered; "
             f"pass --template, or name them {_KNOWN}"
         )
-    kind, used, fields = found
-    guess = f"taken for {kind} ({', '.join(column for column in used if column in row)})"
+    kind, used, fields = guess
+    description = f"taken for {kind} ({', '.join(column for column in used if column in row)})"
     if others := [column for column in row if column not in used]:
-        guess += f"; not used: {', '.join(others)}"
-    fields = {"name": name, "description": guess, "form": "generative", **fields, "metric": "loss"}
-    return PromptTemplate(fields, "guessed.yaml"), guess
+        description += f"; not used: {', '.join(others)}"
+    fields = {
+        "name": name,
+        "description": description,
+        "form": "generative",
+        **fields,
+        "metric": "loss",
+    }
+    return PromptTemplate(fields, "guessed.yaml"), description
 
 
-_Found = tuple[str, list[str], dict[str, Any]]  # what it is, its columns, fields of the template
+# What the rows are taken for, the columns that are used, the fields of the template.
+_Guess = tuple[str, list[str], dict[str, Any]]
 
 
-def _conversation(row: Mapping[str, Any]) -> _Found | None:
+def _conversation(row: Mapping[str, Any]) -> _Guess | None:
     for column in ("messages", "conversations"):
         if turn := _first_turn(row.get(column)):
             kind = "ShareGPT's conversations" if "from" in turn else "OpenAI's messages"
@@ -87,7 +93,7 @@ def _first_turn(value: Any) -> Mapping[str, Any] | None:
     return turn if isinstance(turn, Mapping) and ("role" in turn or "from" in turn) else None
 
 
-def _instruction(row: Mapping[str, Any]) -> _Found | None:
+def _instruction(row: Mapping[str, Any]) -> _Guess | None:
     """Alpaca's columns (Taori et al. 2023), or Dolly's (Conover et al. 2023)."""
     inputs = [column for column in ("input", "context") if column in row]
     outputs = [column for column in ("output", "response") if column in row]
@@ -108,8 +114,10 @@ def _instruction(row: Mapping[str, Any]) -> _Found | None:
     )
 
 
-def _completion(row: Mapping[str, Any]) -> _Found | None:
-    """A completion follows its prompt as it stands, as TRL joins them; a response after a line."""
+def _completion(row: Mapping[str, Any]) -> _Guess | None:
+    """A prompt with a completion, which follows it directly, as TRL joins them; or with a response,
+    which follows after an empty line.
+    """
     answers = [column for column in ("completion", "response") if column in row]
     texts = [row.get(column) for column in ("prompt", *answers)]
     if len(answers) != 1 or not all(isinstance(text, str) for text in texts):
@@ -120,8 +128,8 @@ def _completion(row: Mapping[str, Any]) -> _Found | None:
 
 
 def classes_from_rows(args: Any, seed: int) -> PromptTemplate:
-    """The template of `args`; where it has a `label` but no `verbalizer`, each class that stands in
-    the training rows is its own word for now.
+    """The template of `args`. If it has a `label` but no `verbalizer`, each class in the training
+    rows gets its own name as its label word.
 
     Raises:
         UserError: rows that cannot be read, or too many different labels.
@@ -131,7 +139,7 @@ def classes_from_rows(args: Any, seed: int) -> PromptTemplate:
     if "label" not in fields or "verbalizer" in fields:
         return PromptTemplate.load(args.template, columns=columns)
     label = fields["label"]
-    # As text that is written, labels can be read before any of them is known.
+    # To read the rows before any label is known, the label is taken for a text to be written.
     free = {key: fields[key] for key in ("name", "dataset") if key in fields}
     free |= {
         "form": "generative",

@@ -1,5 +1,5 @@
-"""Rows of a task from the hub, a folder or a file, checked against its template before any model is
-loaded.
+"""Loads the rows of a task from the hub, a folder or a file, and checks them against its template
+before any model is loaded.
 """
 
 import difflib
@@ -17,7 +17,7 @@ from recipelib.runtime import UserError, one_line, say
 
 _SHOWN_BAD_ROWS = 20
 _MOST_HELD_OUT = 1000
-# Runs with different seeds are scored on the same rows.
+# One seed for all runs: they are scored on the same rows, whatever their own seed.
 _EVALUATION_SEED = 0
 
 Progress = Callable[[Iterable], Iterable]
@@ -31,8 +31,8 @@ class Rows:
         rows: column -> value, as plain Python values.
         source: for reports: "stanfordnlp/sst2@main, split train", or the file as the user gave it.
         sha256: of the file, or of the shards one after the other; None for the hub.
-        skipped: bad rows that were left out.
-        available: rows from which these were drawn.
+        skipped: how many bad rows were left out.
+        available: how many rows these were drawn from.
     """
 
     rows: list[dict[str, Any]]
@@ -44,8 +44,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class _Table:
-    """`count` rows; `read(places, limit)` gives at most `limit` of those at the places, in this
-    order, and how many bad ones were left out.
+    """A split with `count` rows. `read(places, limit)` returns the rows at these places, in this
+    order and at most `limit`, and how many bad rows were left out.
     """
 
     source: str
@@ -67,21 +67,23 @@ def load_rows(
     progress: Progress = iter,
     option: str = "--dataset",
 ) -> Rows:
-    """The rows of a split, each one checked against the template.
+    """The rows of a split, each checked against the template.
 
     Args:
         dataset: a file, a folder with files named after their splits, or a hub id (`owner/name`,
-            `owner/name:config`); None for the template's own. What exists here goes before the hub.
-        split: which rows of a folder or a hub data set; a file is read whole.
-        max_samples: draw this many at random; with the same seed, fewer are the first of more.
+            `owner/name:config`); None for the template's own. A file or folder that exists goes
+            before a hub id.
+        split: the split of a folder or a hub data set; a file is read whole.
+        max_samples: draw this many rows at random; with the same seed, a smaller draw is the
+            beginning of a larger one.
         skip_bad_rows: leave bad rows out and count them, instead of raising.
         answers: whether rows have to bring their answers; False for rows to predict.
         revision: of a hub data set.
         progress: wraps the rows while they are checked, for a progress bar.
-        option: of the command line, that `dataset` was given by.
+        option: the command-line option that gave `dataset`, for errors.
     Raises:
-        UserError: no such data, a column that is missing throughout, or bad rows: the first twenty,
-            a line each.
+        UserError: no such data, a column that no row has, or bad rows: the first twenty, a line
+            each.
     """
     place = locate(template, dataset, revision, option)
     table = _open(template, place, split, skip_bad_rows, answers, progress)
@@ -89,7 +91,7 @@ def load_rows(
 
 
 def load_questions(template: PromptTemplate, args: Any) -> Rows:
-    """The rows of `args.predict`, a file, which need no answers; as `load_rows`."""
+    """The rows of the file `args.predict`, which need no answers; raises as `load_rows`."""
     return load_rows(
         template,
         args.predict,
@@ -103,23 +105,23 @@ def load_questions(template: PromptTemplate, args: Any) -> Rows:
 def load_splits(
     template: PromptTemplate, args: Any, seed: int, *, progress: Progress = iter
 ) -> tuple[Rows, Rows]:
-    """Training and evaluation rows that share none.
+    """Training rows and evaluation rows, which have no row in common.
 
-    Where both would come from the same rows (a single file, one split, or no evaluation split
-    named nor there), a tenth of them, at least one and at most 1,000, is drawn for evaluation and
-    kept out of training.
+    Where both would come from the same rows (a single file, the same split for both, or no
+    evaluation split that is named or exists), a tenth of these, at least one and at most 1,000, is
+    drawn for evaluation and kept out of training.
 
     Args:
         args: a recipe's `dataset`, `train_split`, `eval_split`, `max_train_samples`,
             `max_eval_samples` and `skip_bad_rows`.
-        seed: of the draw of training rows; evaluation rows are the same for every seed.
+        seed: draws the training rows; evaluation rows are the same for every seed.
     Raises:
-        UserError: as `load_rows`, or a single row for both.
+        UserError: as `load_rows`, or there is a single row for both.
     """
     place = locate(template, args.dataset, None)
     train_split = args.train_split or template.dataset.get("train") or "train"
     eval_split = args.eval_split or template.dataset.get("eval")
-    if eval_split is None:  # nobody names one: a validation file is taken, else rows are held out
+    if eval_split is None:  # none named: take a validation file, else hold out training rows
         eval_split = "validation" if has_split(place, "validation") else train_split
     splits = (train_split, eval_split)
     limits = (args.max_train_samples, args.max_eval_samples)
@@ -155,14 +157,14 @@ def load_splits(
 def load_asked(
     template: PromptTemplate, args: Any, seed: int, *, shots: int, progress: Progress = iter
 ) -> tuple[Rows | None, Rows]:
-    """The training rows from which demonstrations are drawn, and the rows that are asked.
+    """The training rows from which demonstrations are drawn, and the rows that are asked about.
 
-    The latter are those that a trained method is scored on (`load_splits`), or the rows of
+    The latter are the rows that a trained method is scored on (`load_splits`), or those of
     `args.predict`, which need no answers.
 
     Args:
         args: as in `load_splits`, and `predict`.
-        shots: with 0 the training rows need not exist; they are then None.
+        shots: how many demonstrations; with 0 the training rows need not exist and may be None.
     Raises:
         UserError: as `load_splits`.
     """
@@ -191,7 +193,7 @@ def load_asked(
 
 
 def row_key(template: PromptTemplate, row: Mapping[str, Any]) -> str:
-    """What a row asks, to be compared with what others ask."""
+    """What a row asks, as text: rows that ask the same have the same key."""
     values = template.variables(row)
     names = sorted(template.prompt_variables)
     return json.dumps([values.get(name) for name in names], sort_keys=True, default=str)
@@ -239,7 +241,7 @@ def _open(
         entries = progress(source.read(places))
         return _check(template, entries, source.name, skip_bad_rows, answers, limit)
 
-    # A draw from the hub checks the rows that it draws and no others: there may be millions.
+    # Of a hub data set, which may have millions of rows, only those that are drawn are checked.
     if isinstance(place, Hub):
         return _Table(
             source.name,
@@ -287,7 +289,7 @@ def _check(
     answers: bool,
     limit: int | None = None,
 ) -> tuple[list[dict[str, Any]], int]:
-    """The good rows, `limit` at most, and how many bad ones stood before them."""
+    """The good rows, at most `limit`, and how many bad rows were met on the way."""
     rows, bad = [], []
     for where, row in entries:
         try:
@@ -319,8 +321,8 @@ def _list_bad(bad: list[str]) -> str:
 
 
 def _draw(count: int, seed: int) -> list[int]:
-    """0 to count - 1 in random order, by the one method of `random` that keeps its numbers in every
-    version of Python.
+    """0 to count - 1 in random order. It uses `random.Random.random` only, the one method whose
+    numbers are the same in every version of Python.
     """
     generator = random.Random(seed)
     keys = [generator.random() for _ in range(count)]

@@ -1,7 +1,6 @@
-"""Where rows are (a file, a folder, the hub) and how each kind is read: rows as they come, good or
-bad.
+"""Finds rows (in a file, a folder or on the hub) and reads them as they come, good or bad.
 
-Text formats are in `text_rows.py`; the check against the template is in `data.py`.
+`text_rows.py` reads the text formats; `rows.py` checks rows against the template.
 """
 
 import hashlib
@@ -19,12 +18,12 @@ FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 _HUB_ID = re.compile(r"(?P<path>\w[\w.-]*(/\w[\w.-]*)?)(:(?P<config>[^:/\\<>|?*]+))?", re.ASCII)
 _FILE = re.compile(r"(?P<split>.+)\.(jsonl|json|csv|tsv|parquet)", re.IGNORECASE)
-# The hub's train-00000-of-00002.parquet; older ones have a hash at the end.
+# Shards on the hub are train-00000-of-00002.parquet; older ones have a hash at the end.
 _SHARD = re.compile(r"(?P<split>.+?)-(?P<number>\d+)(-of-(?P<count>\d+))?(-[0-9a-f]+)?\.parquet")
 
 _NO_PARQUET = "{}: no Parquet file ({}); write it again"
 
-# Where a row stands, and the row or what is wrong with it.
+# Where a row stands, and the row itself or what is wrong with it.
 Entry = tuple[str, dict[str, Any] | RowError]
 
 
@@ -49,8 +48,8 @@ class Source:
         name: the file as the user gave it, or the hub's id, revision and split.
         sha256: of the file, or of the shards one after the other; None for the hub.
         columns: every column that any row has.
-        count: rows, bad ones included.
-        read: the rows at some places (from 0), in the order asked for.
+        count: how many rows, bad ones included.
+        read: returns the rows at the given places (from 0), in the order given.
     """
 
     name: str
@@ -66,25 +65,26 @@ def locate(
     revision: str | None,
     option: str = "--dataset",
 ) -> Path | Hub:
-    """The file, folder or hub data set that an option names, or without it the template.
+    """The file, folder or hub data set that `dataset` names, or the template if that is None.
 
-    What exists on this machine goes before the hub. A template's path starts at the template's
+    A file or folder that exists goes before a hub id. A template's path starts at the template's
     folder or at `data_templates/`.
 
     Args:
-        template: may be None where `dataset` is given.
+        template: may be None if `dataset` is given.
+        option: the command-line option that gave `dataset`, for errors.
     Raises:
-        UserError: neither names one.
+        UserError: neither names any data, or what is named is neither there nor a hub id.
     """
     config = None
     if dataset is None:
         name = template.dataset.get("path")
-        told = f"{template.path}: dataset.path: {name}"
+        shown = f"{template.path}: dataset.path: {name}"
         if not name:
             raise UserError(
                 f"{template.path}: dataset.path: is missing; pass --dataset a hub id or a file"
             )
-        found = [
+        existing = [
             folder / name
             for folder in (template.path.parent, TEMPLATE_FOLDER)
             if (folder / name).exists()
@@ -92,31 +92,31 @@ def locate(
         config = template.dataset.get("name")
         revision = revision or template.dataset.get("revision")
     else:
-        name, told = dataset, f"{option} {dataset}"
-        found = [Path(name)] if name and Path(name).exists() else []
-    if found:
-        return found[0]
+        name, shown = dataset, f"{option} {dataset}"
+        existing = [Path(name)] if name and Path(name).exists() else []
+    if existing:
+        return existing[0]
     match = _HUB_ID.fullmatch(name)
     if match is None or Path(name).suffix.lower() in FORMATS:
         raise UserError(
-            f"{told}: no such file or folder; pass one that exists, or a hub id such as owner/name"
+            f"{shown}: no such file or folder; pass one that exists, or a hub id such as owner/name"
         )
     return Hub(match["path"], match["config"] or config, revision)
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
-    """The file of a split in a folder, or its shards in order; a `data` folder inside, as in copies
-    of the hub's data sets, counts too.
+    """The file of a split in a folder, or its shards in order; if the folder has none, those in its
+    `data` folder, where copies of the hub's data sets have them.
     """
     known: set[str] = set()
     for place in (folder, folder / "data"):
         files = sorted(file for file in place.glob("*") if _FILE.fullmatch(file.name))
         exact = [file for file in files if _FILE.fullmatch(file.name)["split"] == split]
-        parts = [(match, file) for file in files if (match := _SHARD.fullmatch(file.name))]
-        shards = [(match, file) for match, file in parts if match["split"] == split]
+        all_shards = [(match, file) for file in files if (match := _SHARD.fullmatch(file.name))]
+        shards = [(match, file) for match, file in all_shards if match["split"] == split]
         if exact or shards:
             break
-        sharded = {file: match["split"] for match, file in parts}
+        sharded = {file: match["split"] for match, file in all_shards}
         known |= {sharded.get(file) or _FILE.fullmatch(file.name)["split"] for file in files}
     else:
         hint = (
@@ -136,11 +136,12 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
             f"{_shown(place)}: {len(shards)} of {max(counts)} {split} files are there; "
             "copy all files of one version"
         )
-    return exact or [file for _, file in sorted(shards, key=lambda one: int(one[0]["number"]))]
+    in_order = sorted(shards, key=lambda shard: int(shard[0]["number"]))
+    return exact or [file for _, file in in_order]
 
 
 def has_split(place: Path | Hub, split: str) -> bool:
-    """Whether a local folder has a file for a split; of the hub nothing is known beforehand."""
+    """Whether a local folder has a file for a split; False for a file and for the hub."""
     if not isinstance(place, Path) or not place.is_dir():
         return False
     files = [file.name for folder in (place, place / "data") for file in folder.glob(f"{split}*")]
@@ -158,10 +159,10 @@ def open_source(place: Path | Hub, split: str, template: PromptTemplate, answers
     """The rows of a split; a file is one split, whatever its name.
 
     Args:
-        template: says which ClassLabel integers become names (`_class_reader`).
+        template: decides which ClassLabel integers become names (`_class_reader`).
         answers: whether a row has to bring its answers.
     Raises:
-        UserError: there is no such split, it has no rows, or it cannot be read or had.
+        UserError: there is no such split, it has no rows, or it cannot be read or fetched.
     """
     if isinstance(place, Hub):
         return _open_hub(place, split, template, answers)
@@ -189,7 +190,7 @@ def open_source(place: Path | Hub, split: str, template: PromptTemplate, answers
 
 
 def _refuse_unknown(file: Path) -> str:
-    """How messages call the file, if its format is known."""
+    """Refuse a file of an unknown format; returns what messages call the file."""
     if file.suffix.lower() not in FORMATS:
         raise UserError(f"{_shown(file)}: not one of {', '.join(FORMATS)}; convert the file")
     return _shown(file)
@@ -207,7 +208,7 @@ def _read_file(file: Path, template: PromptTemplate, answers: bool) -> Iterator[
 
     try:
         table = parquet.read_table(file, partitioning=None)
-        # The types that `datasets` writes beside the columns tell which integers are classes.
+        # `datasets` writes the columns' types into the schema; they say which integers are classes.
         typed = b"huggingface" in (table.schema.metadata or {})
         features = Features.from_arrow_schema(table.schema) if typed else {}
     except (OSError, ValueError, pyarrow.ArrowException) as error:
@@ -228,7 +229,7 @@ def _read_file(file: Path, template: PromptTemplate, answers: bool) -> Iterator[
 
 
 def first_row(place: Path | Hub, split: str) -> dict[str, Any]:
-    """The first row of a split that can be read, before anything is known of its task.
+    """The first row of a split that can be read, without a template.
 
     Raises:
         UserError: as `open_source`, or no row can be read.
@@ -261,7 +262,7 @@ def _load_hub(hub: Hub, split: str):
     name = f"{hub}, split {split}"
     try:
         data = datasets.load_dataset(hub.path, hub.config, split=split, revision=hub.revision)
-    except Exception as error:  # a dozen types from five libraries: these rows cannot be had
+    except Exception as error:  # a dozen types from five libraries; all mean that it cannot load
         raise UserError(f"{name}: {_hub_problem(error, hub)}") from error
     if not len(data):
         raise UserError(f"{name}: holds no rows; choose another split")
@@ -307,10 +308,11 @@ def _hub_problem(error: Exception, hub: Hub) -> str:
 def _class_reader(
     features: Mapping[str, Any], template: PromptTemplate, answers: bool
 ) -> Callable[[dict[str, Any]], dict[str, Any] | RowError]:
-    """A function that turns the integers of ClassLabel features into the names of their classes.
+    """A function that turns the integers of ClassLabel features in a row into their classes' names.
 
-    The label's own stay integers where the verbalizer is written for them. That is decided for the
-    whole column: of the names "1" to "5" and the integers 0 to 4, only one reading can be meant.
+    The label's column keeps its integers if the verbalizer has keys that are such integers and none
+    that is a class's name. That is decided for the whole column: where classes are named "1" to
+    "5", the key "1" is a name.
     """
     from datasets import ClassLabel, LargeList, List
 

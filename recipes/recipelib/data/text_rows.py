@@ -1,4 +1,4 @@
-"""Rows of JSON lines, JSON, CSV and TSV files, in such a way that one bad line hides no other.
+"""Reads the rows of JSON lines, JSON, CSV and TSV files so that one bad line hides no other.
 
 Only a line feed ends a line: U+2028, U+0085 and the like are text. A byte order mark is skipped.
 """
@@ -15,9 +15,10 @@ from typing import Any
 from recipelib.prompts import RowError
 from recipelib.runtime import UserError
 
+# The line that a row starts on, and the row or what is wrong with it.
 Entry = tuple[int, dict[str, Any] | RowError]
 
-# The stock limit of 131,072 characters is shorter than a long document.
+# The default limit of 131,072 characters is shorter than a long document.
 csv.field_size_limit(2**31 - 1)
 
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
@@ -32,17 +33,17 @@ _CSV_PROBLEMS = {
 def read_text_rows(path: Path, shown: str) -> Iterator[Entry]:
     """The rows of a .jsonl, .json, .csv or .tsv file, each with the line that it starts on.
 
-    CSV and TSV fields are text, as they stand: nothing guesses that 007 is a number. Quotes mean
-    the same in both.
+    CSV and TSV fields stay text: nothing guesses that 007 is a number. Quotes mean the same in
+    both.
 
     Args:
         path: the file; its suffix says the format.
         shown: how errors name it.
     Yields:
-        (line number from 1, the row as column -> value, or what is wrong with it).
+        The line number, from 1, and the row as column -> value or what is wrong with it.
     Raises:
-        UserError: the file cannot be read, is UTF-16, has no usable header, or is an array that
-            cannot be read on.
+        UserError: the file cannot be read, is UTF-16, has no usable header, or is an array of which
+            the rest cannot be read.
     """
     try:
         lines, undecodable = _decode(path.read_bytes(), shown)
@@ -61,7 +62,7 @@ def read_text_rows(path: Path, shown: str) -> Iterator[Entry]:
 
 
 def _decode(data: bytes, shown: str) -> tuple[list[str], dict[int, str]]:
-    """The lines, ends included, and what is wrong with those that are not UTF-8."""
+    """The lines, their ends included, and line number -> problem for those that are not UTF-8."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(f"{shown}: the file is UTF-16; save it as UTF-8")
     lines, undecodable = [], {}
@@ -85,8 +86,8 @@ def _first_text(lines: list[str]) -> str:
 
 
 class _JsonReader:
-    """Objects of a text, without what `json` passes over in silence: keys that stand twice, NaN,
-    halves of surrogate pairs.
+    """Reads JSON objects out of a text and reports what `json` accepts in silence: duplicate keys,
+    NaN and infinities, halves of surrogate pairs.
     """
 
     def __init__(self):
@@ -96,12 +97,12 @@ class _JsonReader:
         )
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        members: dict[str, Any] = {}
         for key, value in pairs:
-            if key in found:
+            if key in members:
                 self._problems.append(f"the key {key!r} stands twice; keep one of them")
-            found[key] = value
-        return found
+            members[key] = value
+        return members
 
     def _constant(self, name: str) -> None:
         self._problems.append(f"{name} is no JSON; write null or a number")
@@ -110,14 +111,14 @@ class _JsonReader:
         """The row that begins at `start`, and where it ends.
 
         Raises:
-            json.JSONDecodeError: no JSON.
+            json.JSONDecodeError: the text there is not JSON.
         """
         self._problems.clear()
         try:
             row, end = self._decoder.raw_decode(text, start)
         except json.JSONDecodeError:
             raise
-        except (RecursionError, ValueError) as error:  # nested too deeply; over 4,300 digits
+        except (RecursionError, ValueError) as error:  # nested too deeply, or over 4,300 digits
             raise json.JSONDecodeError(str(error), text, start) from None
         if not isinstance(row, dict):
             self._problems.append(
@@ -149,14 +150,14 @@ def _line_rows(lines: list[str]) -> Iterator[tuple[int, int, dict | RowError]]:
 
 
 def _array_rows(text: str, shown: str) -> Iterator[tuple[int, int, dict | RowError]]:
-    """The elements of an array, each with its first and last line. After a broken one reading goes
-    on at the next line that begins as the broken element's line did.
+    """The elements of an array, each with its first and last line. After a broken element, reading
+    goes on at the next line that begins with the same indent and a brace.
     """
     reader = _JsonReader()
-    feeds = [match.start() for match in re.finditer("\n", text)]
+    line_ends = [match.start() for match in re.finditer("\n", text)]
 
     def line_of(place: int) -> int:
-        return bisect.bisect_left(feeds, place) + 1
+        return bisect.bisect_left(line_ends, place) + 1
 
     def skip_space(place: int) -> int:
         return _JSON_SPACE.match(text, place).end()
@@ -194,8 +195,8 @@ def _array_rows(text: str, shown: str) -> Iterator[tuple[int, int, dict | RowErr
 
 
 def _records(lines: list[str], delimiter: str) -> Iterator[tuple[int, int, list[str] | RowError]]:
-    """The records with their first and last line. After a broken one reading goes on at the line
-    after its first: a quote left open must not swallow the rows that follow.
+    """The records, each with its first and last line. After a broken record, reading goes on at the
+    second line of that record: a quote left open must not swallow the rows that follow.
     """
     start = 0
     while start < len(lines):

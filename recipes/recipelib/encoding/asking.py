@@ -1,4 +1,4 @@
-"""Rows as a model is asked about them: prompts that candidates follow, or clozes that they fill."""
+"""Encodes what a model is asked about rows: prompts that candidates follow, or clozes they fill."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from recipelib.runtime import UserError
 
 @dataclass
 class Asked:
-    """A row's questions with their prompts, all of which have the same demonstrations."""
+    """A row's questions and their prompts, all with the same demonstrations."""
 
     row: int
     questions: list[Question]
@@ -30,22 +30,24 @@ def ask(
     demonstrate: Callable[[int, Mapping], Sequence[Demonstration]] | None = None,
     encode: Callable[..., EncodedPrompt] | None = None,
 ) -> list[Asked]:
-    """The rows whose prompts all fit.
+    """What is asked about each row; rows of which a prompt does not fit are left out.
 
     Args:
-        reserve: how many tokens a question's answer needs.
-        demonstrate: the demonstrations of a row, from its number and itself.
-        encode: how a prompt is encoded; by default `encoder.prompt`.
+        reserve: returns how many tokens a question's answer needs.
+        demonstrate: returns the demonstrations for a row, given its number and the row.
+        encode: encodes a prompt; by default `encoder.prompt`.
     """
     asked, encode = [], encode or encoder.prompt
     for number, row in enumerate(rows):
         questions = encoder.template.questions(row, answers=answers)
         shown = demonstrate(number, row) if demonstrate else ()
         try:
-            prompts = [encode(one, reserve(one), shown) for one in questions]
+            prompts = [encode(question, reserve(question), shown) for question in questions]
             dropped = max(prompt.dropped for prompt in prompts)
             if any(prompt.dropped < dropped for prompt in prompts):
-                prompts = [encode(one, reserve(one), shown[dropped:]) for one in questions]
+                prompts = [
+                    encode(question, reserve(question), shown[dropped:]) for question in questions
+                ]
         except DoesNotFit:
             continue
         asked.append(Asked(number, questions, prompts, shown[dropped:], dropped))
@@ -53,7 +55,7 @@ def ask(
 
 
 def record_of(encoder: PromptEncoder, asked: Asked, answer, prediction, score) -> dict:
-    """What predictions.jsonl holds of a row."""
+    """What predictions.jsonl holds for a row."""
     tokenizer = encoder.text.tokenizer
     prompts = [tokenizer.decode(prompt.ids) for prompt in asked.prompts]
     return {
@@ -66,8 +68,8 @@ def record_of(encoder: PromptEncoder, asked: Asked, answer, prediction, score) -
 
 
 class Cloze(NamedTuple):
-    """A text with masks, the places of the masks, and the words that may fill them: the ids of
-    each, one per mask.
+    """A text with masks, the places of the masks, and the ids of the words that may fill them, one
+    id per mask.
     """
 
     ids: list[int]
@@ -79,7 +81,7 @@ Demonstrate = Callable[[int, Mapping], Sequence[Demonstration]]
 
 
 class CausalAsker:
-    """Asks a causal model for candidates: they follow the prompt."""
+    """Asks a causal model: the candidates follow the prompt."""
 
     solve = None  # a demonstration is a prompt and its answer
 
@@ -101,16 +103,16 @@ class CausalAsker:
     ) -> list[tuple]:
         """What is scored: requests, each with the (label, tokens, bytes) of its continuations."""
         encoded = self.encoder.candidates(question, prompt.end)
-        ids, words = [], []
+        continuations, words = [], []
         for label, texts in question.candidates.items():
-            for text, one in zip(texts, encoded[label], strict=True):
-                ids.append(one)
-                words.append((label, len(one), len(text.encode())))
-        return [((prompt.ids, ids), words)]
+            for text, ids in zip(texts, encoded[label], strict=True):
+                continuations.append(ids)
+                words.append((label, len(ids), len(text.encode())))
+        return [((prompt.ids, continuations), words)]
 
 
 class MaskedAsker:
-    """Asks a masked model for label words: they fill the masks of the template's cloze."""
+    """Asks a masked model: the label words fill the masks of the template's cloze."""
 
     def __init__(self, encoder: PromptEncoder):
         """
@@ -126,7 +128,7 @@ class MaskedAsker:
         self.encoder = encoder
 
     def solve(self, question: Question) -> Demonstration:
-        """The cloze with the label's word in its place."""
+        """A demonstration: the cloze with the label's word in place of the mask."""
         before, after = self.encoder.cloze_parts(question)
         return before, self.encoder.template.verbalizer[question.label][0] + after
 
@@ -134,15 +136,19 @@ class MaskedAsker:
         self, rows: Sequence[Mapping], answers: bool, demonstrate: Demonstrate | None
     ) -> list[Asked]:
         """The rows whose cloze fits; a pair that is asked once per word is one cloze, too."""
-        asked = ask(self.encoder, rows, lambda one: 0, answers, demonstrate, self._encode)
-        for one in asked:
-            one.questions, one.prompts = one.questions[:1], one.prompts[:1]
+        asked = ask(self.encoder, rows, lambda question: 0, answers, demonstrate, self._encode)
+        for row in asked:
+            row.questions, row.prompts = row.questions[:1], row.prompts[:1]
         return asked
 
     def _encode(self, question: Question, reserve: int, shown: Sequence[Demonstration]):
         before, _ = self.encoder.cloze_parts(question)
-        words = [word for some in self.encoder.template.verbalizer.values() for word in some]
-        most = max(len(self.encoder.text.word(word, before)) for word in words)
+        verbalizer = self.encoder.template.verbalizer
+        most = max(
+            len(self.encoder.text.word(word, before))
+            for words in verbalizer.values()
+            for word in words
+        )
         return self.encoder.cloze(question, most, shown)[2]
 
     def prompt(self, question: Question, shown: Sequence[Demonstration]) -> EncodedPrompt:
@@ -160,42 +166,48 @@ class MaskedAsker:
             for word in words:
                 ids = encoder.text.word(word, before)
                 by_length.setdefault(len(ids), []).append((label, word, ids))
-        found = []
-        for masks, some in by_length.items():
+        requests = []
+        for masks, words in by_length.items():
             ids, places, _ = encoder.cloze(question, masks, shown)
-            cloze = Cloze(ids, places, [one for _, _, one in some])
-            found.append((cloze, [(label, masks, len(word.encode())) for label, word, _ in some]))
-        return found
+            cloze = Cloze(ids, places, [word_ids for _, _, word_ids in words])
+            sizes = [(label, masks, len(word.encode())) for label, word, _ in words]
+            requests.append((cloze, sizes))
+        return requests
 
 
 class ClozeAsker(CausalAsker):
-    """Asks a causal model to fill the template's cloze, wherever its mask stands: the likelihood of
-    the whole text with each label word in place. What stands before the mask is the same for all.
+    """Asks a causal model to fill the template's cloze, wherever its mask stands: by the likelihood
+    of the whole text with each label word in place. All words share the text before the mask, so
+    only the word and the text behind it are scored.
     """
 
     def ask(self, rows: Sequence[Mapping], answers: bool, demonstrate=None) -> list[Asked]:
         """The rows whose cloze fits; a pair that is asked once per word is one cloze, too."""
-        asked = ask(self.encoder, rows, lambda one: 0, answers, None, self._encode)
-        for one in asked:
-            one.questions, one.prompts = one.questions[:1], one.prompts[:1]
+        asked = ask(self.encoder, rows, lambda question: 0, answers, None, self._encode)
+        for row in asked:
+            row.questions, row.prompts = row.questions[:1], row.prompts[:1]
         return asked
 
     def _encode(self, question: Question, reserve: int, shown: Sequence) -> EncodedPrompt:
         return self.encoder.causal_cloze(question)[0]
 
     def prompt(self, question: Question, shown: Sequence = ()) -> EncodedPrompt:
-        """What stands before the mask of one question."""
+        """What stands before the mask in the cloze of one question."""
         return self._encode(question, 0, ())
 
     def requests(self, question: Question, prompt: EncodedPrompt, shown: Sequence = ()) -> list:
         """As `CausalAsker`'s; a continuation is a word with the text behind the mask."""
         _, follow = self.encoder.causal_cloze(prompt.question)
-        words = [(label, len(ids), 0) for label, some in follow.items() for ids in some]
-        return [((prompt.ids, [ids for some in follow.values() for ids in some]), words)]
+        continuations, words = [], []
+        for label, encoded in follow.items():
+            for ids in encoded:
+                continuations.append(ids)
+                words.append((label, len(ids), 0))
+        return [((prompt.ids, continuations), words)]
 
 
 def asker_of(encoder: PromptEncoder, masked: bool, cloze: bool) -> CausalAsker | MaskedAsker:
-    """How a model is asked: a masked one by the cloze; a causal one by the prompt, or the cloze."""
+    """Asks a masked model by the cloze, and a causal one by the cloze if `cloze`, or the prompt."""
     return MaskedAsker(encoder) if masked else (ClozeAsker if cloze else CausalAsker)(encoder)
 
 
@@ -205,11 +217,11 @@ def requests_without_content(
     text: str,
     shown: Sequence[Demonstration] = (),
 ) -> list[tuple]:
-    """An asker's `requests` for a question in which a text without content stands in the place of
-    all that the row brings.
+    """An asker's `requests` for a question with a text without content, such as "N/A", in place of
+    everything that the row brings.
 
     Raises:
-        UserError: the template cannot be rendered so.
+        UserError: the template cannot be rendered with this text.
     """
     template = asker.encoder.template
     emptied = question.change(**dict.fromkeys(template.prompt_variables, text))

@@ -1,7 +1,8 @@
-"""What a chat template makes of turns, as text, and a plain one for models that come without.
+"""Renders turns as text through a tokenizer's chat template, and has a plain template for models
+that come without one.
 
-Templates differ in what they take (system turns, tools, lists of parts) and few say so: each is
-asked with a probe, and what it would leave out in silence is refused or given in another way.
+Templates differ in what they take (system turns, tools, contents as lists of parts) and few say so.
+Each is tried with a probe text; what it would leave out in silence is refused or given differently.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ PLAIN_CHAT_TEMPLATE = """\
 {%- endif %}
 """
 
-# A word that stands for a text while a chat template is asked what it writes around it.
+# Stands for a text while a chat template is tried, to see whether and where it is written.
 _PROBE = "Probetext"
 _PROBE_ARGUMENTS = {"text": "Probewert"}
 _PROBE_CALL = {
@@ -53,13 +54,13 @@ _PROBE_TOOL = {
 
 
 def ensure_chat_template(tokenizer) -> bool:
-    """Give a tokenizer without chat template the plain one, which is saved with it.
+    """Give a tokenizer without a chat template the plain one, which is saved with it.
 
-    An answer ends with the eos token; a tokenizer that puts a bos token before every text gets it
-    before every chat.
+    An answer ends with the eos token. If the tokenizer puts a bos token before every text, the
+    template puts it before every chat.
 
     Returns:
-        Whether it had none.
+        Whether the tokenizer had none.
     Raises:
         UserError: the tokenizer has no eos token.
     """
@@ -80,13 +81,13 @@ class ChatTemplate:
     """Renders turns, and tools that the assistant may call, through a tokenizer's chat template.
 
     Args:
-        options: more arguments of the template, such as enable_thinking.
+        options: further arguments of the template, such as enable_thinking.
     """
 
     def __init__(self, tokenizer, options: Mapping):
         self.tokenizer = tokenizer
         self.options = options
-        self._answers: dict = {}  # what the template was asked -> what it does
+        self._answers: dict = {}  # question about the template -> whether it does so
 
     def render(
         self,
@@ -95,8 +96,8 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = False,
     ) -> str:
-        """The turns as text; a system turn that the template does not take joins the first user
-        turn.
+        """The turns as text. If the template takes no system turn, its text is put in front of the
+        first user turn's.
 
         Raises:
             UserError: no chat template, or one that rejects the turns or leaves out calls of tools.
@@ -108,10 +109,10 @@ class ChatTemplate:
         return self._apply(turns, tools, add_generation_prompt)
 
     def prompt(self, turns: Sequence[Turn], tools: Sequence[Mapping] = ()) -> str:
-        """The turns and the generation prompt, behind which the assistant writes.
+        """The turns and the generation prompt, after which the assistant writes.
 
         Raises:
-            UserError: as `render`, or the template leaves out tools or what they returned.
+            UserError: as `render`, or the template leaves out tools or the turns of tools.
         """
         rendered = self.render(turns, tools, add_generation_prompt=True)
         if tools and not self._writes("tools", turns, turns, [_PROBE_TOOL]):
@@ -125,21 +126,22 @@ class ChatTemplate:
         return rendered
 
     def before_answer(self, turns: Sequence[Turn]) -> str:
-        """What the template writes up to an answer to these turns."""
+        """What the template writes before an answer to these turns."""
         return self._around_answer(turns)[0]
 
     def after_answer(self, turns: Sequence[Turn]) -> str:
-        """What the template writes behind an answer to these turns."""
+        """What the template writes after an answer to these turns."""
         return self._around_answer([{**turn, "content": "text"} for turn in turns])[1]
 
     def written(self, turns: Sequence[Turn], last: Turn, tools: Sequence[Mapping] = ()) -> str:
-        """What the assistant's turn that calls tools or reasons adds to the prompt of those before.
+        """What an assistant's turn that calls tools or reasons adds to the rendering of the turns
+        before it.
 
-        Calls begin where a text would, or where they have a header of their own (gpt-oss), behind
-        the generation prompt, as reasoning does.
+        Calls begin where an answer's text would; where they have a header of their own (gpt-oss),
+        they begin behind the generation prompt, as reasoning does.
 
         Raises:
-            UserError: as `render`, or the rendering begins with neither.
+            UserError: as `render`, or the turn begins at neither of the two.
         """
         whole = self.render([*turns, last], tools)
         starts, what = [self.render(turns, tools, add_generation_prompt=True)], "reasoning"
@@ -155,10 +157,10 @@ class ChatTemplate:
         self, turns: Sequence[Turn], tools: Sequence[Mapping] = ()
     ) -> tuple[str, str]:
         rendered = self.render([*turns, {"role": "assistant", "content": _PROBE}], tools)
-        head, found, tail = rendered.rpartition(_PROBE)
-        if not found:
+        before, probe, after = rendered.rpartition(_PROBE)
+        if not probe:
             raise self._lost("the assistant's turns")
-        return head, tail
+        return before, after
 
     def _apply(
         self, turns: Sequence[Turn], tools: Sequence[Mapping], add_generation_prompt: bool
@@ -183,7 +185,7 @@ class ChatTemplate:
                 f"chat template of {self.tokenizer.name_or_path}: {reason}; mend the turns"
             ) from None
 
-    # What the template does, asked once
+    # What the template does: each is tried once and kept in `_answers`
 
     def _lost(self, what: str) -> UserError:
         return UserError(
@@ -199,13 +201,14 @@ class ChatTemplate:
         tools: Sequence[Mapping],
         times: int = 1,
     ) -> bool:
-        """Whether the probes are written; turns of the same roles have the same answer."""
+        """Whether the template writes the probe so many times; asked once for the same roles."""
         key = (what, *((turn["role"], "tool_calls" in turn) for turn in turns))
         if key not in self._answers:
             self._answers[key] = self.render(probes, tools).count(_PROBE) >= times
         return self._answers[key]
 
     def _probe_writes(self, key: str, turns: Sequence[Turn], *more: str) -> bool:
+        """Whether the template writes the probe, and `more`, in these turns."""
         if key not in self._answers:
             try:
                 written = self._apply(turns, (), False)
@@ -245,11 +248,11 @@ class ChatTemplate:
 
     @property
     def _takes_json(self) -> bool:
-        """Whether the template takes a call's arguments as JSON text, as DeepSeek's, and not as a
-        mapping.
+        """Whether the template takes a call's arguments as JSON text, as DeepSeek's does, and not
+        as a mapping.
 
         Raises:
-            UserError: it writes neither.
+            UserError: the template writes neither.
         """
         turns = [
             {"role": "user", "content": "text"},
@@ -257,7 +260,7 @@ class ChatTemplate:
         ]
         as_json = [_with_arguments(turn, True) for turn in turns]
         (value,) = _PROBE_ARGUMENTS.values()
-        # Written as Python writes a mapping, it was not expected.
+        # A template that writes the mapping as Python's `str` does expects JSON text instead.
         if self._probe_writes("calls", turns, value) and not self._probe_writes(
             "calls in Python", turns, str(_PROBE_ARGUMENTS)
         ):
@@ -268,7 +271,7 @@ class ChatTemplate:
 
 
 def _with_arguments(turn: Turn, as_json: bool) -> Turn:
-    """The turn with the arguments of its calls as JSON text, or as they are."""
+    """The turn; if `as_json`, with the arguments of its calls as JSON text."""
     if not as_json or "tool_calls" not in turn:
         return turn
     calls = []
@@ -279,7 +282,7 @@ def _with_arguments(turn: Turn, as_json: bool) -> Turn:
 
 
 def _join_system(turns: Sequence[Turn]) -> list[Turn]:
-    """The turns with the system text in front of the first user turn's."""
+    """The turns with the system turn's text put in front of the first user turn's."""
     system, *rest = turns
     for place, turn in enumerate(rest):
         if turn["role"] == "user":

@@ -1,9 +1,9 @@
-"""Rows -> texts with a blank, as they are computed to score every label word in it.
+"""Encodes rows as the sequences from which a model scores every label word.
 
-A row is one or several sequences. A masked model fills a word of several tokens from left to right,
-one mask for each (see `masked.py`). For a causal one the words follow the prompt; or they stand
-where the cloze has its mask, and the rest of it follows. There, the tokens of one sequence are read
-wherever they begin another word, too.
+A row becomes one or several sequences. A masked model fills a word of several tokens from left to
+right, one mask per token. For a causal model the words follow the prompt, or they stand where the
+cloze has its mask, with the rest of the cloze behind them; a word with which a longer one begins
+shares the longer one's sequence.
 """
 
 from __future__ import annotations
@@ -28,38 +28,41 @@ def example_of(
     label: str | None,
     asked: Sequence[str] = (),
 ) -> Example:
-    """A row as it is computed.
+    """A row as a model computes it.
 
     Args:
-        requests: what is scored, as `few_shot`'s askers give it: a prompt with its continuations or
-            a `Cloze`, each with the (label, ...) of its words.
+        requests: what is scored, as an asker's `requests` returns it: a prompt with its
+            continuations or a `Cloze`, each with the (label, ...) of its words.
         classes: all labels, in order.
-        label: the right one; None for a row without an answer.
-        asked: where each request asks about one label with yes or no, these labels: by how much yes
-            is likelier stands for the label's word.
+        label: the right label; None for a row without an answer.
+        asked: the label that each request asks about, if the requests ask with yes or no; how much
+            likelier yes is than no then takes the place of the label's word.
 
     Returns:
-        `input_ids`: the tokens of all sequences, one after another, and the `lengths` of these;
-        `reads`: [sequence, place, token, word, sign] of each token of a word, by which place it is
-        predicted; `word_labels`: the label of each word; `labels`: the right label, or -1.
+        `input_ids`: the tokens of all sequences, one sequence after another.
+        `lengths`: the length of each sequence.
+        `reads`: [sequence, place, token, word, sign] for each token of a word: the place whose
+            output predicts the token; sign is -1 for a "no", which is subtracted.
+        `word_labels`: the number of each word's label.
+        `labels`: the number of the right label, or -1.
     """
     sequences: list[list[int]] = []
     reads: list[list[int]] = []
     word_labels: list[int] = []
     for number, (request, words) in enumerate(requests):
         fill = _fill_masks if isinstance(request, Cloze) else _continue
-        some, places = fill(*request)
-        for sequence, place, token, word in places:
+        request_sequences, request_reads = fill(*request)
+        for sequence, place, token, word in request_reads:
             at, sign = len(word_labels) + (0 if asked else word), 1
             if asked and words[word][0] == "no":
                 sign = -1
             reads.append([len(sequences) + sequence, place, token, at, sign])
-        sequences += some
+        sequences += request_sequences
         names = [asked[number]] if asked else [name for name, *_ in words]
         word_labels += [classes.index(name) for name in names]
     return {
-        "input_ids": [token for one in sequences for token in one],
-        "lengths": [len(one) for one in sequences],
+        "input_ids": [token for ids in sequences for token in ids],
+        "lengths": [len(ids) for ids in sequences],
         "reads": reads,
         "word_labels": word_labels,
         "labels": -1 if label is None else classes.index(label),
@@ -67,25 +70,30 @@ def example_of(
 
 
 def _continue(prompt: Sequence[int], words: Sequence[Sequence[int]]) -> tuple[list, list]:
-    """Sequences of a causal model: one for each word whose beginning begins no other word."""
-    beginnings = sorted({tuple(word[:-1]) for word in words}, reverse=True)
+    """Sequences and reads of a causal model. A word's last token is predicted but never fed, so a
+    sequence ends with the tokens before it; where those begin another word's, one sequence serves
+    both.
+    """
+    inputs = sorted({tuple(word[:-1]) for word in words}, reverse=True)
     kept: list[tuple[int, ...]] = []
-    for one in beginnings:  # the longer of two that begin alike comes first
-        if not any(other[: len(one)] == one for other in kept):
-            kept.append(one)
+    for fed in inputs:  # of two that begin alike, the longer comes first
+        if not any(longer[: len(fed)] == fed for longer in kept):
+            kept.append(fed)
     reads = []
     for number, word in enumerate(words):
-        begin = tuple(word[:-1])
-        sequence = next(at for at, one in enumerate(kept) if one[: len(begin)] == begin)
+        fed = tuple(word[:-1])
+        sequence = next(at for at, longer in enumerate(kept) if longer[: len(fed)] == fed)
         for step, token in enumerate(word):
             reads.append((sequence, len(prompt) - 1 + step, token, number))
-    return [[*prompt, *one] for one in kept], reads
+    return [[*prompt, *fed] for fed in kept], reads
 
 
 def _fill_masks(
     ids: Sequence[int], masks: Sequence[int], words: Sequence[Sequence[int]]
 ) -> tuple[list, list]:
-    """Sequences of a masked model: one for each distinct beginning of the words."""
+    """Sequences and reads of a masked model: one sequence for each distinct beginning of the words,
+    which fills the first masks; the next mask predicts the next token.
+    """
     sequences: dict[tuple[int, ...], list[int]] = {}
     reads = []
     for number, word in enumerate(words):
@@ -100,7 +108,9 @@ def _fill_masks(
 
 
 def soft_requests(requests: Sequence[tuple], classes: Sequence[str]) -> list[tuple]:
-    """The first of a row's requests, with the labels themselves in the place of their words."""
+    """The first of a row's requests, with the labels' numbers in place of their words' tokens: a
+    soft verbalizer has an embedding for each label.
+    """
     (request, _), *_ = requests
     tokens = [[number] for number in range(len(classes))]
     request = request._replace(words=tokens) if isinstance(request, Cloze) else (request[0], tokens)
@@ -109,7 +119,7 @@ def soft_requests(requests: Sequence[tuple], classes: Sequence[str]) -> list[tup
 
 @dataclass
 class ClozeRows:
-    """Rows as they are computed (`encoded.examples`), and as they were asked."""
+    """Rows as they are computed (`encoded.examples`), and as they are asked about."""
 
     encoded: EncodedRows = field(default_factory=EncodedRows)
     asked: list[Asked] = field(default_factory=list)
@@ -123,29 +133,29 @@ def encode_cloze_rows(
     answers: bool = True,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> ClozeRows:
-    """Rows that `data.load_rows` has checked, each as `example_of` describes.
+    """Encodes rows that the room `data` has checked, each as `example_of` describes.
 
     Args:
-        soft: whether a soft verbalizer reads the blank.
+        soft: whether a soft verbalizer reads the cloze.
         answers: False for rows without answers.
     Raises:
         UserError: no row fits.
     """
-    classes, found = list(asker.encoder.template.verbalizer), ClozeRows()
-    counts = found.encoded.counts
+    classes, cloze_rows = list(asker.encoder.template.verbalizer), ClozeRows()
+    counts = cloze_rows.encoded.counts
     for number, row in enumerate(progress(rows)):
         counts.rows += 1
-        asked = asker.ask([row], answers, None)
-        if not asked:
+        fitting = asker.ask([row], answers, None)
+        if not fitting:
             counts.left_out += 1
             continue
-        (one,) = asked
-        one.row = number
+        (asked,) = fitting
+        asked.row = number
         requests = []
-        for question, prompt in zip(one.questions, one.prompts, strict=True):
+        for question, prompt in zip(asked.questions, asked.prompts, strict=True):
             requests += asker.requests(question, prompt, ())
             counts.shortened += prompt.shortened
-        pairs = [question.asked for question in one.questions if question.asked is not None]
+        pairs = [question.asked for question in asked.questions if question.asked is not None]
         pairs = [] if isinstance(asker, ClozeAsker | MaskedAsker) else pairs
         if soft and pairs:
             raise UserError(
@@ -154,26 +164,28 @@ def encode_cloze_rows(
             )
         if soft:
             requests = soft_requests(requests, classes)
-        example = example_of(requests, classes, one.questions[0].label, pairs)
-        found.asked.append(one)
-        found.encoded.examples.append(example)
-        found.encoded.rows.append(number)
+        example = example_of(requests, classes, asked.questions[0].label, pairs)
+        cloze_rows.asked.append(asked)
+        cloze_rows.encoded.examples.append(example)
+        cloze_rows.encoded.rows.append(number)
         counts.examples += 1
         counts.tokens += len(example["input_ids"])
         counts.supervised_tokens += len({(read[0], read[1]) for read in example["reads"]})
-    if not found.asked:
+    if not cloze_rows.asked:
         raise UserError(f"--max_length {asker.encoder.max_length}: no row fits; raise it")
-    return found
+    return cloze_rows
 
 
 def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-    """A batch: the sequences of all rows, padded on the right so that nothing comes between a soft
-    prompt and the text; the places that are read; and the right label of each row.
+    """A batch of examples. Sequences are padded on the right, so that nothing comes between a soft
+    prompt and the text.
 
     Returns:
-        `input_ids` and `attention_mask`, [sequences, width]; `places`, [places, 2] sequence and
-        column of each place; `reads`, [n, 5] row, place, token, word, sign; `word_labels`, [words],
-        which are the same for all rows; `labels`, [rows].
+        `input_ids` and `attention_mask`: [sequences, width].
+        `places`: [places, 2] sequence and column of each place that is read.
+        `reads`: [n, 5] row, place, token, word, sign.
+        `word_labels`: [words], the same for all rows.
+        `labels`: [rows] the right labels.
     """
     sequences: list[torch.Tensor] = []
     places: dict[tuple[int, int], int] = {}

@@ -1,4 +1,4 @@
-"""Rows -> training examples, with counts of what became of them."""
+"""Encodes rows as training examples, and counts what became of them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from recipelib.runtime import UserError
 
 @dataclass
 class EncodedRows:
-    """Training examples, each `input_ids` and `labels` of equal length, and the row of each."""
+    """Training examples (`input_ids` and `labels` of equal length), the number of each one's row,
+    and counts.
+    """
 
     examples: list[dict[str, list[int]]] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
 
     def add(self, row: int, input_ids: list[int], labels: list[int]) -> None:
-        """Append one example; its counts too."""
+        """Append one example and count it."""
         self.examples.append({"input_ids": input_ids, "labels": labels})
         self.rows.append(row)
         self.counts.examples += 1
@@ -30,16 +32,17 @@ class EncodedRows:
     @property
     def longest_target(self) -> int:
         """The most supervised tokens of an example."""
-        labels = (example["labels"] for example in self.examples)
-        return max(sum(label != IGNORED for label in some) for some in labels)
+        return max(
+            sum(label != IGNORED for label in example["labels"]) for example in self.examples
+        )
 
     def extend(self, other: EncodedRows) -> None:
-        """Append another task's examples, whose rows then follow this one's; its counts too."""
+        """Append another task's examples and add its counts; its rows are numbered after ours."""
         self.examples += other.examples
         self.rows += [self.counts.rows + row for row in other.rows]
-        for one in fields(Counts):
-            total = getattr(self.counts, one.name) + getattr(other.counts, one.name)
-            setattr(self.counts, one.name, total)
+        for count in fields(Counts):
+            total = getattr(self.counts, count.name) + getattr(other.counts, count.name)
+            setattr(self.counts, count.name, total)
 
 
 def encode_rows(
@@ -49,10 +52,13 @@ def encode_rows(
     seed: int = 0,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> EncodedRows:
-    """Training examples of rows that `data.load_rows` has checked.
+    """Training examples of rows that the room `data` has checked.
 
-    Several phrasings, and the wrong candidates of pairs, are drawn by the seed and the row's
-    number, so that they do not depend on the process or on the rows before.
+    A row's phrasing, and its wrong candidates if it asks about pairs, are drawn by the seed and the
+    row's number, so that they depend neither on the process nor on the rows before.
+
+    Raises:
+        UserError: no row fits, or the chat template rejects a conversation.
     """
     template, encoded = encoder.template, EncodedRows()
     for number, row in enumerate(progress(rows)):
@@ -83,19 +89,19 @@ def encode_rows(
 
 
 def beginning(question: Question) -> str:
-    """By what a conversation is found in its file: how its first question begins."""
+    """How a conversation's first question begins, by which it can be found in its file."""
     text = next(turn["content"] for turn in question.turns if turn["role"] == "user")
     words = " ".join(text.split())
     return f" ({words[:40]!r}{'...' if len(words) > 40 else ''})"
 
 
 def drawn_questions(template: PromptTemplate, row: Mapping, draw: random.Random) -> list[Question]:
-    """The questions of a row that are trained: of the wrong candidates of a pair, only `negatives`
-    many.
+    """The questions of a row to train on. Of a pair's wrong candidates, as many are drawn as the
+    template's `negatives` says.
     """
     questions = template.questions(row)
     if not template.asks_each_word:
         return questions
-    right = [one for one in questions if one.asked == one.label]
-    wrong = [one for one in questions if one.asked != one.label]
+    right = [question for question in questions if question.asked == question.label]
+    wrong = [question for question in questions if question.asked != question.label]
     return right + draw.sample(wrong, min(template.negatives, len(wrong)))

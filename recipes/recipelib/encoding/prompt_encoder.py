@@ -1,10 +1,9 @@
-"""Questions -> ids and labels: exact loss masks, answers that are never cut, and counts of what
-was.
+"""Encodes questions as ids and labels with exact loss masks; answers are never cut.
 
-Over the budget whole demonstrations go first (in a conversation the oldest turns), then the fields
-that the template names under `shorten`, the longest first. What still does not fit is left out and
-counted. Prompt and answer are encoded apart, so the ids that generation and scoring see are a
-prefix of the ids that were trained.
+A prompt over the budget first loses whole demonstrations (a conversation its oldest turns), then
+the fields that the template names under `shorten` are cut, the longest first. What still does not
+fit is left out and counted. Prompt and answer are encoded apart, so that the ids which generation
+and scoring see are a prefix of the ids that were trained.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ RENDERINGS = ("text", "chat")
 
 
 class DoesNotFit(RowError):
-    """The instruction, the mask and the answer alone are longer than the budget."""
+    """What must not be cut (the instruction, the mask, the answer) is longer than the budget."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,8 @@ class EncodedPrompt:
 
     Attributes:
         ids: what the model reads, up to where the answer begins.
-        end: the end marker, by which generation stops.
-        question: the question as it was asked, shortened fields included.
+        end: the end marker, at which generation stops.
+        question: the question as it is asked, with its fields shortened.
         shortened: whether a field was cut.
         dropped: how many demonstrations were dropped.
     """
@@ -50,8 +49,8 @@ class EncodedPrompt:
 class Counts:
     """What became of the rows: printed before training and kept in metrics.json.
 
-    `examples`, `shortened` and `left_out` count questions (for conversations, examples, answers and
-    answers): a row is one of them in most tasks.
+    `examples`, `shortened` and `left_out` count questions, of which most tasks ask one per row. Of
+    conversations, `examples` counts training examples; the other two count assistant turns.
     """
 
     rows: int = 0
@@ -68,7 +67,10 @@ class PromptEncoder:
 
     Args:
         max_length: the largest number of tokens of prompt, answer and end marker together.
-        rendering: "text", or "chat" through the tokenizer's chat template.
+        rendering: "text", or "chat": through the tokenizer's chat template.
+        chat_template_kwargs: further arguments of the chat template.
+    Raises:
+        UserError: another rendering, or a template that does not fit the tokenizer.
     """
 
     def __init__(
@@ -86,10 +88,10 @@ class PromptEncoder:
         self._take(template)
 
     def with_template(self, template: PromptTemplate) -> PromptEncoder:
-        """An encoder that differs by its template only.
+        """The same encoder for another template.
 
         Raises:
-            UserError: as for any encoder, a template that does not fit the tokenizer.
+            UserError: a template that does not fit the tokenizer.
         """
         other = copy.copy(self)
         other._take(template)
@@ -127,12 +129,12 @@ class PromptEncoder:
         marker fit behind it.
 
         Args:
-            demonstrations: solved examples in front, the first dropped first.
-            window: keep the answer's span when its context is cut, as training does; scoring
-                must not know it.
+            demonstrations: solved examples in front; the first is dropped first.
+            window: keep the answer's span when its context is cut, as training does; scoring must
+                not know where the answer is.
         Raises:
             DoesNotFit: it cannot be shortened enough, or the answer would be cut out of its
-            context.
+                context.
         """
 
         def build(question: Question, demonstrations: Sequence[Demonstration]) -> list[int]:
@@ -158,20 +160,22 @@ class PromptEncoder:
             ids = build(question, kept)
         asked = question
         if len(ids) > budget:
-            asked, ids = self._shorten(question, budget, lambda one: build(one, kept), window)
+            asked, ids = self._shorten(
+                question, budget, lambda shortened: build(shortened, kept), window
+            )
         return EncodedPrompt(
             ids, end, asked, asked is not question, len(demonstrations) - len(kept)
         )
 
     def answer(self, text: str) -> list[int]:
-        """Ids of an answer without its end marker; in chat it is stripped first."""
+        """Ids of an answer without its end marker; in a chat the text is stripped first."""
         return self.text.chat_answer(text) if self.chat else self.text.continuation(text)
 
     def candidates(self, question: Question, end: Sequence[int]) -> dict[str, list[list[int]]]:
         """For each class, the ids of the answers that stand for it.
 
-        Where one answer's ids begin another's, all end with their end marker: without it the
-        shorter one would win by being shorter.
+        If one answer's ids are the beginning of another's, all get the end marker: without it the
+        shorter answer would win by being shorter.
         """
         encoded = {
             label: [self.answer(text) for text in texts]
@@ -183,7 +187,7 @@ class PromptEncoder:
         return encoded
 
     def longest_candidate(self, question: Question) -> int:
-        """How many tokens the longest candidate of a question has; 0 for one without candidates."""
+        """How many tokens the longest candidate of a question has; 0 if it has no candidates."""
         answers = (text for texts in question.candidates.values() for text in texts)
         return max((len(self.answer(text)) for text in answers), default=0)
 
@@ -200,14 +204,15 @@ class PromptEncoder:
     def training_example(
         self, question: Question, demonstrations: Sequence[Demonstration] = (), *, phrasing: int = 0
     ) -> tuple[list[int], list[int], EncodedPrompt]:
-        """Ids, labels (the answer's and the end marker's, otherwise -100) and the prompt of one
-        question.
+        """Ids, labels and prompt of one question; a label is the id in the answer and its end
+        marker, and -100 elsewhere.
 
         Raises:
             DoesNotFit: see `prompt`.
         """
         answer = self.answer(question.target)
-        # Of any class's answer, as in scoring: else a shortened prompt's length told the class.
+        # Room for any class's answer, as in scoring: otherwise the length of a shortened prompt
+        # would give the class away.
         reserve = max(len(answer), self.longest_candidate(question))
         prompt = self.prompt(question, reserve, demonstrations, phrasing=phrasing, window=True)
         target = answer + prompt.end
@@ -216,16 +221,16 @@ class PromptEncoder:
     # Conversations
 
     def conversation(self, question: Question, counts: Counts) -> list[tuple[list[int], list[int]]]:
-        """Ids and labels of a ready conversation; every assistant turn is supervised, but for those
-        of weight 0. What stands behind the last of them is left out: nothing is learned from it.
+        """Ids and labels of a ready conversation. Every assistant turn is supervised, except those
+        of weight 0; what follows the last supervised turn is left out.
 
-        One example holds the whole conversation where the chat template only ever appends. Where
-        later turns rewrite earlier ones, or earlier ones were dropped, an assistant turn becomes
-        its own example, as generation will see it. An answer that does not fit even behind the last
-        question alone is left out and counted.
+        One example holds the whole conversation if the chat template only ever appends. Where later
+        turns change how earlier ones are written, or earlier turns were dropped, an assistant turn
+        becomes an example of its own, as generation will see it. An answer that does not fit even
+        behind the last question alone is left out and counted.
         """
         examples: list[tuple[list[int], list[int]]] = []
-        # An answer is learned without the white space around it, so later turns see it likewise.
+        # Answers are learned without the white space around them, so later turns see them so, too.
         turns = [
             {**turn, "content": turn["content"].strip()} if turn["role"] == "assistant" else turn
             for turn in self.text.with_reasoning(question.turns)
@@ -258,6 +263,9 @@ class PromptEncoder:
     def _drop_turns(
         self, turns: Sequence[Turn], tools: Sequence[Mapping], budget: int
     ) -> list[int]:
+        """The prompt without so many of the oldest turns that it fits; it begins with a user's
+        turn, behind the system turn.
+        """
         system = turns[:1] if turns[0]["role"] == "system" else []
         rest = turns[len(system) :]
         starts = [place for place, turn in enumerate(rest) if turn["role"] == "user" and place > 0]
@@ -275,8 +283,8 @@ class PromptEncoder:
         """Ids with `masks` masks, the masks' positions, and the shortened question.
 
         Args:
-            demonstrations: solved clozes in front, each as what stands before its word, and the
-                word with what follows; the first dropped first.
+            demonstrations: solved clozes in front, each as the text before its word, and the word
+                with the text behind it; the first is dropped first.
         Raises:
             DoesNotFit: see `prompt`.
             UserError: the template has no cloze, or the tokenizer no mask.
@@ -286,31 +294,35 @@ class PromptEncoder:
 
         kept = [before + rest for before, rest in demonstrations]
 
-        def build(one: Question) -> tuple[list[int], list[int]]:
-            before, after = self.cloze_parts(one)
+        def build(question: Question) -> tuple[list[int], list[int]]:
+            before, after = self.cloze_parts(question)
             before = self.template.demonstrations["separator"].join([*kept, before])
             return self.text.cloze(before, after, masks)
 
         while kept and len(build(question)[0]) > self.max_length:
             kept.pop(0)
-        asked, _ = self._shorten(question, self.max_length, lambda one: build(one)[0], False)
+        asked, _ = self._shorten(
+            question, self.max_length, lambda shortened: build(shortened)[0], window=False
+        )
         ids, places = build(asked)
         dropped = len(demonstrations) - len(kept)
         return ids, places, EncodedPrompt(ids, [], asked, asked is not question, dropped)
 
     def cloze_parts(self, question: Question) -> tuple[str, str]:
-        """The text before and after the mask, found by its place in the rendering."""
+        """The text before and the text after the mask. The cloze is rendered with a mark that it
+        does not hold otherwise, and divided there.
+        """
         number, unmarked = 0, self.template.cloze(question, "")
         while (mark := f"\ufdd2{number}\ufdd3") in unmarked:
             number += 1
-        before, found, after = self.template.cloze(question, mark).partition(mark)
-        if not found or mark in after:
+        before, separator, after = self.template.cloze(question, mark).partition(mark)
+        if not separator or mark in after:
             raise UserError(f"{self.template.path}: cloze: must hold {{{{ mask }}}} once")
         return before, after
 
     def causal_cloze(self, question: Question) -> tuple[EncodedPrompt, dict[str, list[list[int]]]]:
-        """The cloze for a causal model: what stands before the mask, and for each class its words,
-        each with the rest of the text behind it.
+        """The cloze for a causal model: the prompt that ends before the mask, and for each class
+        the ids of its words, each with the rest of the text behind it.
 
         Raises:
             DoesNotFit: see `prompt`.
@@ -319,8 +331,8 @@ class PromptEncoder:
         if "cloze" not in self.template.texts:
             raise UserError(f"{self.template.path}: cloze: is missing; --cloze needs it")
 
-        def parts(one: Question) -> tuple[list[int], dict[str, list[list[int]]]]:
-            before, after = self.cloze_parts(one)
+        def parts(question: Question) -> tuple[list[int], dict[str, list[list[int]]]]:
+            before, after = self.cloze_parts(question)
             text = before.rstrip()
             space = before[len(text) :]
             return self.text.text_prompt(text), {
@@ -328,9 +340,10 @@ class PromptEncoder:
                 for label, words in self.template.verbalizer.items()
             }
 
-        def build(one: Question) -> list[int]:
-            ids, follow = parts(one)
-            return ids + max((ids for some in follow.values() for ids in some), key=len)
+        def build(question: Question) -> list[int]:
+            ids, follow = parts(question)
+            continuations = (ids for encoded in follow.values() for ids in encoded)
+            return ids + max(continuations, key=len)
 
         asked, _ = self._shorten(question, self.max_length, build, window=False)
         ids, follow = parts(asked)
@@ -343,8 +356,8 @@ class PromptEncoder:
             DoesNotFit: see `prompt`.
         """
 
-        def build(one: Question) -> list[int]:
-            return self.text.pair(*self.template.pair(one))[0]
+        def build(question: Question) -> list[int]:
+            return self.text.pair(*self.template.pair(question))[0]
 
         asked, _ = self._shorten(question, self.max_length, build, window=False)
         ids, types = self.text.pair(*self.template.pair(asked))
@@ -355,8 +368,13 @@ class PromptEncoder:
     def _shorten(
         self, question: Question, budget: int, build: Callable[[Question], list[int]], window: bool
     ) -> tuple[Question, list[int]]:
-        """The question with its `shorten` fields cut until `build` yields at most `budget` ids; the
-        longest first.
+        """The question with its `shorten` fields cut, the longest first, until `build` returns at
+        most `budget` ids; and these ids.
+
+        Args:
+            window: keep the answer's span in the context.
+        Raises:
+            DoesNotFit: see `prompt`.
         """
         ids = build(question)
         names, stuck = list(self.template.shorten), Counter()
@@ -371,9 +389,9 @@ class PromptEncoder:
                 )
             lengths = sorted((len(places) for places in offsets.values()), reverse=True)
             ties = lengths.count(lengths[0])
-            name = max(offsets, key=lambda one, found=offsets: len(found[one]))
-            # Down to the next longest field's length, then on with both. Where the last cut changed
-            # nothing (white space, a field that this phrasing lacks), twice as much.
+            name = max(offsets, key=lambda field, offsets=offsets: len(offsets[field]))
+            # Cut down to the next longest field's length, then go on with both. If the last cut
+            # changed nothing (white space, a field that this phrasing lacks), cut twice as much.
             step = min(lengths[0] - [*lengths, 0][ties], -((budget - len(ids)) // ties))
             count = max(step, 2 ** stuck[name])
             side, text = self.template.shorten[name], texts[name]
@@ -381,7 +399,7 @@ class PromptEncoder:
             if spans:
                 first, last = min(spans)[0], max(end for _, end in spans)
                 if window:
-                    # Around the answer: the side that has more left, then on with both.
+                    # Cut on the side of the answer that has more left, then on both.
                     left = sum(0 < end <= first for _, end in offsets[name])
                     right = sum(last <= start < len(text) for start, _ in offsets[name])
                     side = "left" if left > right else "right"
@@ -401,8 +419,8 @@ class PromptEncoder:
 
 
 def _cut(text: str, offsets: Sequence[tuple[int, int]], count: int, side: str) -> tuple[int, int]:
-    """The [start, end) of a text that is left after `count` tokens are cut from a side; always
-    shorter than the text.
+    """The [start, end) characters of a text that are left when `count` tokens are cut from a side;
+    at least one character is cut.
     """
     if side == "left":
         start = offsets[count - 1][1] if count < len(offsets) else len(text)

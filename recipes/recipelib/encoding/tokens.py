@@ -1,4 +1,4 @@
-"""Text -> ids for one tokenizer, so that text never becomes a control token.
+"""Encodes text with one tokenizer so that text never becomes a control token.
 
 A tokenizer finds its added tokens (`<|im_end|>`, `[MASK]`, `<think>`) wherever their characters
 stand, in data too. Here only the chat template, the tokenizer's own frame and the cloze's mask
@@ -19,8 +19,8 @@ from recipelib.encoding.chat_template import ChatTemplate
 from recipelib.prompts import Turn
 from recipelib.runtime import UserError
 
-# Two noncharacters, which Unicode keeps out of interchanged text; should they come all the same,
-# see `_guard`.
+# Two noncharacters, which text that is exchanged must not hold, says Unicode; `_guard` handles text
+# that holds them all the same.
 _BREAK = "\ufdd0\ufdd1"
 
 
@@ -28,18 +28,19 @@ class TextEncoder:
     """Encodes text, chats, clozes and pairs with a fast tokenizer.
 
     Attributes:
-        control_ids: ids that no text may become: added and special tokens, but not unk, which
-            stands for what the tokenizer does not know, nor what some tokenizers keep as plain
-            added tokens and have no other id for: white space (Gemma's newlines and runs of "▁")
-            and single characters (DeepSeek Coder's "ü").
-        prefix, middle, suffix: what the tokenizer puts before a text, between the two of a
-            pair, and behind.
+        control_ids: ids that no text may become: added and special tokens. Not among them are unk,
+            which stands for what the tokenizer does not know, and plain added tokens for which some
+            tokenizers have no other id: white space (Gemma's newlines and runs of "▁") and single
+            characters (DeepSeek Coder's "ü").
+        prefix, middle, suffix: ids that the tokenizer puts before a text, between the two texts of
+            a pair, and behind.
+        has_token_types: whether the model takes token types.
     """
 
     def __init__(self, tokenizer, chat_template_kwargs: Mapping | None = None):
         """
         Raises:
-            UserError: the tokenizer is a slow one, which knows no offsets.
+            UserError: the tokenizer is a slow one, which has no offsets.
         """
         if not tokenizer.is_fast:
             raise UserError(
@@ -54,7 +55,7 @@ class TextEncoder:
         }
         self.control_ids |= set(tokenizer.all_special_ids)
         self.control_ids.discard(tokenizer.unk_token_id)
-        # The eos token ends an answer even where it is also the unk token, as GPT-2's.
+        # The eos token ends an answer even if it is also the unk token, as in GPT-2.
         self._end_ids = self.control_ids | {tokenizer.eos_token_id}
         self._special = [
             token for index, token in added if token.special and index in self.control_ids
@@ -67,26 +68,26 @@ class TextEncoder:
         self._backend.add_special_tokens([AddedToken(_BREAK, normalized=False, special=True)])
         self._break_id = self._backend.token_to_id(_BREAK)
         self._find_frame()
-        one, two = ("".join(self._plain_tokens(text)) for text in ("a", " a"))
-        self._doubles_space = one[0] in "▁Ġ" and two != one
-        # For answers, which recur in their thousands; prompts would only fill it.
+        bare, spaced = ("".join(self._plain_tokens(text)) for text in ("a", " a"))
+        self._doubles_space = bare[0] in "▁Ġ" and spaced != bare
+        # Caches answers, which recur in their thousands; prompts would only fill the cache.
         self.encode = lru_cache(maxsize=4096)(self._encode)
         self.chat = ChatTemplate(tokenizer, self.chat_template_kwargs)
         self._chat_ends: dict[tuple, tuple[list[int], bool]] = {}
 
     def _find_frame(self) -> None:
-        """The tokens that the tokenizer adds around one text and around a pair, read off encodings
-        of a letter.
+        """Read the tokens that the tokenizer adds around a text and around a pair off encodings of
+        a letter.
         """
-        one = self.tokenizer("a", return_special_tokens_mask=True)
-        two = self.tokenizer("a", "a", return_special_tokens_mask=True, return_token_type_ids=True)
-        body = one["special_tokens_mask"].index(0)
-        length = one["special_tokens_mask"].count(0)
-        self.prefix = one["input_ids"][:body]
-        self.suffix = one["input_ids"][body + length :]
-        second = len(two["input_ids"]) - len(self.suffix) - length
-        self.middle = two["input_ids"][body + length : second]
-        types = two["token_type_ids"]
+        single = self.tokenizer("a", return_special_tokens_mask=True)
+        pair = self.tokenizer("a", "a", return_special_tokens_mask=True, return_token_type_ids=True)
+        body = single["special_tokens_mask"].index(0)
+        length = single["special_tokens_mask"].count(0)
+        self.prefix = single["input_ids"][:body]
+        self.suffix = single["input_ids"][body + length :]
+        second = len(pair["input_ids"]) - len(self.suffix) - length
+        self.middle = pair["input_ids"][body + length : second]
+        types = pair["token_type_ids"]
         self.has_token_types = "token_type_ids" in self.tokenizer.model_input_names
         self._pair_types = (
             types[0],
@@ -98,23 +99,23 @@ class TextEncoder:
 
     def _guard(self, text: str) -> str:
         """The text with a break inside everything that the tokenizer would take for a control
-        token, the unk token's name included. A control token that a single character stands for
-        cannot be broken: it is left out.
+        token, or for the unk token's name. A control token of a single character cannot be broken;
+        it is removed.
         """
-        # A break that the data brings is broken itself: its halves stay text.
+        # If the text holds a break already, that is broken itself: its halves stay text.
         text = text.replace(_BREAK, _BREAK[0] + _BREAK + _BREAK[1])
         unk_id, unk = self.tokenizer.unk_token_id, self.tokenizer.unk_token
         while True:
             encoding = self._backend.encode(text, add_special_tokens=False)
-            found = {}
+            controls = {}
             for index, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-                # Some added tokens take the white space beside them into their offsets.
+                # The offsets of some added tokens include the white space beside them.
                 token = text[start:end].strip() or text[start:end]
                 if index in self.control_ids or (index == unk_id and token == unk):
-                    found[text.index(token, start)] = token
-            if not found:
+                    controls[text.index(token, start)] = token
+            if not controls:
                 return text
-            for start, token in sorted(found.items(), reverse=True):
+            for start, token in sorted(controls.items(), reverse=True):
                 first = token[0] if len(token) > 1 else ""
                 text = text[:start] + first + _BREAK + text[start + 1 :]
 
@@ -130,23 +131,25 @@ class TextEncoder:
 
     def special_token(self, text: str) -> str | None:
         """The first special token whose characters stand in a text."""
-        special = (token.content for token in self._special)
-        return next((one for one in special if one in text), None)
+        contents = (token.content for token in self._special)
+        return next((content for content in contents if content in text), None)
 
     def continuation(self, text: str) -> list[int]:
-        """Ids of a text that follows another. Tokenizers of Llama 2's kind put a space before every
-        text, even one that begins with a space: they are given it without its own, and one that
-        begins with none behind something else.
+        """Ids of a text that follows another.
+
+        Tokenizers of Llama 2's kind put a space before every text, even one that begins with a
+        space. They get such a text without its own space; a text that begins with no space is
+        encoded behind another one, whose ids are then removed.
         """
         if not self._doubles_space:
             return list(self.encode(text))
         return list(self.encode(text[1:])) if text[:1] == " " else self._inside(text)
 
     def _inside(self, text: str) -> list[int]:
-        """Ids of a text that no space may be put before."""
+        """Ids of a text that the tokenizer must not put a space before."""
         for before in ("\n", "=", "a"):
             start, ids = self.encode(before), self.encode(before + text)
-            if ids[: len(start)] == start:  # else the two are one token
+            if ids[: len(start)] == start:  # else a token spans both
                 return list(ids[len(start) :])
         return list(self.encode(text))
 
@@ -169,8 +172,8 @@ class TextEncoder:
         return [self.tokenizer.eos_token_id]
 
     def text_prompt(self, text: str) -> list[int]:
-        """A prompt as generation sees it: the tokenizer's frame in front, nothing behind. One
-        without text is a bos or eos token, for an answer needs something to be predicted from.
+        """A prompt as generation sees it: the tokenizer's prefix in front, nothing behind. An empty
+        prompt becomes a bos or eos token, because an answer needs a token to be predicted from.
         """
         first = self.tokenizer.bos_token_id
         return [*self.prefix, *self._encode(text)] or (self.end if first is None else [first])
@@ -191,14 +194,14 @@ class TextEncoder:
             )
         text = self._guard(before) + mask * masks + self._guard(after)
         ids = [*self.prefix, *self._ids(text), *self.suffix]
-        # Data was kept from becoming the mask, so these are the template's own.
+        # Data cannot become the mask, so every mask id is one of these masks.
         return ids, [
             place for place, index in enumerate(ids) if index == self.tokenizer.mask_token_id
         ]
 
     def word(self, word: str, before: str) -> list[int]:
-        """Ids of a label word where the cloze has its mask: with a space if one stands before the
-        mask.
+        """Ids of a label word in place of the cloze's mask: with a space in front if one stands
+        before the mask.
         """
         return list(self.encode((" " if before[-1:].isspace() else "") + word))
 
@@ -218,7 +221,7 @@ class TextEncoder:
         Args:
             tools: descriptions of functions that the assistant may call.
         Raises:
-            UserError: no chat template, or one that rejects the turns or leaves some out.
+            UserError: no chat template, or one that rejects the turns or leaves a part out.
         """
         return self._ids(self.chat.prompt(self._turns(messages), self._guard_inside(tools)))
 
@@ -229,8 +232,8 @@ class TextEncoder:
 
     @cached_property
     def _answers_spaced(self) -> bool:
-        """Whether an answer's ids in a chat are those of a text by itself, which Llama 2's kind of
-        tokenizer puts a space before: its own chat template does so, others do not.
+        """Whether an answer in a chat has the ids of a text by itself, before which a tokenizer of
+        Llama 2's kind puts a space. That is so with Llama 2's own chat template, not with others.
         """
         if not self._doubles_space:
             return True
@@ -239,15 +242,15 @@ class TextEncoder:
         return ids[-len(alone) :] == alone
 
     def chat_end(self, messages: Sequence[Turn]) -> list[int]:
-        """What the chat template writes after an answer to these turns, up to its first control
-        token.
+        """The end marker: ids that the chat template writes after an answer to these turns, up to
+        and including the first control token; if it writes none, the eos token ends them.
 
         What follows that token (often a newline) is never generated, so it is not trained.
         """
         return self._chat_end(messages)[0]
 
     def _chat_end(self, messages: Sequence[Turn]) -> tuple[list[int], bool]:
-        """The end marker, and whether the template itself writes it."""
+        """The end marker, and whether the chat template writes it itself."""
         key = tuple((message["role"], "tool_calls" in message) for message in messages)
         if key not in self._chat_ends:
             ids = self._ids(self.chat.after_answer(self._turns(messages)))
@@ -257,8 +260,8 @@ class TextEncoder:
         return self._chat_ends[key]
 
     def with_reasoning(self, messages: Sequence[Turn]) -> list[Turn]:
-        """The turns as the chat template can write them: where it knows no reasoning, that stands
-        in front of the answer, as text.
+        """The turns as the chat template can write them: if it does not write reasoning, that is
+        put in front of the answer, as text.
 
         Raises:
             UserError: the model has tokens for reasoning, but its chat template does not write them
@@ -286,8 +289,9 @@ class TextEncoder:
     def chat_written(
         self, messages: Sequence[Turn], last: Turn, tools: Sequence[Mapping] = ()
     ) -> list[int]:
-        """Ids of an assistant's turn that calls tools or reasons, as it is to be written after
-        `chat_prompt` of the turns before, up to its end marker: an answer's, or its own (gpt-oss).
+        """Ids of an assistant's turn that calls tools or reasons, as the model is to write it after
+        `chat_prompt` of the turns before, up to the end marker: an answer's, or one of its own
+        (gpt-oss).
 
         Raises:
             UserError: as `chat_prompt`.
@@ -300,7 +304,7 @@ class TextEncoder:
         return ids[: places[-1] + 1] if places and written else [*ids, *self.end]
 
     def _turns(self, messages: Sequence[Turn]) -> list[Turn]:
-        """What a chat template sees of turns: no weights, and texts that are guarded."""
+        """The turns as a chat template gets them: without weights, and with every text guarded."""
         return [
             {
                 key: value if key == "role" else self._guard_inside(value)
@@ -311,13 +315,13 @@ class TextEncoder:
         ]
 
     def _guard_inside(self, value: Any) -> Any:
-        """Tools, or the calls of some, with every text in them guarded, names included."""
+        """A value, such as tools or calls, with every text in it guarded, keys included."""
         if isinstance(value, str):
             return self._guard(value)
         if isinstance(value, Mapping):
-            return {self._guard(key): self._guard_inside(one) for key, one in value.items()}
+            return {self._guard(key): self._guard_inside(inner) for key, inner in value.items()}
         if isinstance(value, list | tuple):
-            return [self._guard_inside(one) for one in value]
+            return [self._guard_inside(inner) for inner in value]
         return value
 
 

@@ -1,4 +1,4 @@
-"""What a tokenizer makes of label words, where they stand in the text that is asked."""
+"""Encodes label words where they stand in the text that is asked, and checks what comes out."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def check_words(
     encoded: Mapping[str, Sequence[Sequence[int]]],
     before: str = "",
 ) -> list[str]:
-    """What a user should know of how a tokenizer encodes the label words, one line each.
+    """What a user should know about how a tokenizer encodes the label words, one line each.
 
     Args:
         encoded: label -> the ids of its words as they stand in the text that is asked.
-        before: the character in front of them there.
+        before: the character in front of a word there.
     Raises:
         UserError: a word that the tokenizer does not know, or words of two labels that it cannot
             tell apart.
     """
     tokenizer, notes = text.tokenizer, []
-    # Other scripts may have no spaces between words.
+    # Only in ASCII: other scripts may have no spaces between words.
     glued = before.isascii() and bool(before.strip()) and before not in "([{<\"'`/-_"
     seen: dict[tuple[int, ...], tuple[str, str]] = {}
     for label, words in template.verbalizer.items():
@@ -67,13 +67,15 @@ def check_words(
 
 
 def _pieces(tokenizer, ids: Sequence[int]) -> str:
-    return "|".join(tokenizer.decode([one]) for one in ids)
+    return "|".join(tokenizer.decode([token]) for token in ids)
 
 
 def label_word_ids(
     asker: CausalAsker | MaskedAsker, question: Question
 ) -> dict[str, list[list[int]]]:
-    """For each label the ids of its words as they stand in the blank of a question."""
+    """For each label, the ids of its words where they stand in a question: in its cloze, or behind
+    its prompt.
+    """
     encode = word_encoder(asker, question)
     verbalizer = asker.encoder.template.verbalizer
     return {label: [encode(word) for word in words] for label, words in verbalizer.items()}
@@ -82,7 +84,7 @@ def label_word_ids(
 def word_encoder(
     asker: CausalAsker | MaskedAsker, question: Question
 ) -> Callable[[str], list[int]]:
-    """Gives the ids of a word as it stands in the blank of a question."""
+    """A function that returns the ids of a word where it stands in a question's cloze or answer."""
     encoder, template = asker.encoder, asker.encoder.template
     if isinstance(asker, CausalAsker) and not isinstance(asker, ClozeAsker):
         if question.asked is not None:
@@ -96,8 +98,8 @@ def word_encoder(
 
 
 def before_cloze(asker: CausalAsker | MaskedAsker, question: Question, word: str) -> str:
-    """The character in front of a word in the blank of a question; "" in a chat, whose template
-    decides on it.
+    """The character in front of a word where it stands in a question's cloze or answer; "" in a
+    chat, where the chat template decides on it.
     """
     if isinstance(asker, MaskedAsker):
         return asker.encoder.cloze_parts(question)[0][-1:]

@@ -1,4 +1,4 @@
-"""Tokenizer and model from anywhere, the bundled one, 4 bits, the head, sharding."""
+"""Tokenizer and model from anywhere, the bundled model, 4 bits, logits at places, sharding."""
 
 from recipelib.models.head import bare_model, is_masked_model, logits_at
 from recipelib.models.loading import (

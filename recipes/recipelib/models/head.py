@@ -1,5 +1,5 @@
-"""The last layer of a language model's head, asked at a few positions only: the logits of all
-positions would be a large part of what a training step computes, and most of what it keeps.
+"""Computes a language model's logits at a few positions only: the logits of all positions would be
+a large part of what a training step computes, and most of what it keeps in memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from recipelib.runtime import UserError
 
 
 def bare_model(model):
-    """The transformers model inside of PEFT's wrapper."""
+    """The transformers model, taken out of PEFT's wrapper if it has one."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
@@ -23,7 +23,8 @@ def is_masked_model(model) -> bool:
     return type(bare_model(model)).__name__.endswith("ForMaskedLM")
 
 
-# Not variables of the hook's own, for whose every new length torch.compile would compile again.
+# Global and not in the hook's closure: for tensors there, torch.compile would compile again at
+# every new length.
 _asked: dict = {}
 
 
@@ -35,19 +36,19 @@ def _pick(module: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Ten
 
 @contextmanager
 def logits_at(model, places: torch.Tensor, width: int) -> Iterator[None]:
-    """Let the last layer of the model's head see a few states only: its logits are then
-    [1, places, vocabulary].
+    """Let the last layer of the model's head see only the states at some places, during one forward
+    pass: its logits are then [1, places, vocabulary].
 
     Args:
         model: a causal or a masked language model, or PEFT's wrapper around one.
         places: [places, 2] sequence and column of each state.
-        width: of the sequences, without the soft prompt that stands in front.
+        width: the length of the sequences, without the soft prompt in front.
     Raises:
-        UserError: a model whose logits are not those of its last layer.
+        UserError: the model has no such last layer, or does not call it exactly once.
     """
     bare = bare_model(model)
     head = bare.get_output_embeddings()
-    # Counted from the end: a soft prompt makes the sequences longer, a prefix does not.
+    # Columns count from the end: a soft prompt makes the sequences longer, a prefix does not.
     _asked.update(rows=places[:, 0], columns=places[:, 1] - width, times=0)
     hook = head.register_forward_pre_hook(_pick) if head is not None else None
     try:

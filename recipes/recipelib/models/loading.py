@@ -1,4 +1,4 @@
-"""Tokenizer and model from a hub id, a local folder, a `.gguf` file, or the bundled default.
+"""Loads tokenizer and model from a hub id, a local folder, a `.gguf` file, or the bundled model.
 
 The bundled model and `.gguf` files are prepared once (see `bundled.py`).
 """
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
 
 
 def describe_model(model_name_or_path: str | None) -> str:
-    """A short name for reports: the bundled model's, a file's or folder's name, or the hub id."""
+    """A short name for reports: of the bundled model, the file or the folder, or the hub id."""
     if model_name_or_path is None:
         return f"{BUNDLED_NAME} (bundled)"
     path = Path(model_name_or_path).expanduser()
     if path.resolve() == bundled_folder().resolve():
         return f"{BUNDLED_NAME} (bundled)"
-    # Links are not followed: in the hub's cache they lead to names that say nothing.
+    # Links are not resolved: in the hub's cache they lead to files named by a hash.
     return os.path.basename(os.path.abspath(path)) if path.exists() else model_name_or_path
 
 
 def resolve_model(model_name_or_path: str | None) -> str:
     """A folder or hub id that `from_pretrained` takes.
 
-    None is the bundled model; it and a `.gguf` file are converted once, to float32 whatever the
-    file's own precision (four bytes a parameter on disk), and found in the cache afterwards.
+    None is the bundled model. That model and a `.gguf` file are converted once, to float32 whatever
+    the file's own precision (four bytes a parameter on disk), and found in the cache afterwards.
 
     Raises:
         UserError: a file or folder is missing, incomplete or unsafe to load, or cannot be fetched,
@@ -78,11 +78,11 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """The model's fast tokenizer, with a pad token.
 
-    A folder needs only the tokenizer's files, so the folder of a trained adapter will do.
+    A folder needs to hold only the tokenizer's files, so the folder of a trained adapter will do.
 
     Raises:
-        UserError: what `resolve_model` raises; a slow tokenizer, neither a pad nor an end token,
-            or a hub that refuses.
+        UserError: as `resolve_model`; a slow tokenizer, one with neither a pad nor an eos token, or
+            an error of the hub.
     """
     if model_name_or_path is not None and _has_tokenizer(Path(model_name_or_path).expanduser()):
         source = str(Path(model_name_or_path).expanduser())
@@ -107,8 +107,8 @@ def load_tokenizer(
                 f"{name}: the tokenizer has neither a pad nor an eos token; set pad_token in its"
                 " tokenizer_config.json"
             )
-        # Safe here: labels are built by position and never masked by the pad id, so an end
-        # marker that is supervised stays supervised.
+        # Safe here: labels are set by position and never masked by the pad id, so a supervised
+        # end marker stays supervised.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -123,13 +123,14 @@ def load_pretrained(
     model_class: type | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """The model, from safetensors only, in `dtype` ("auto": as it was saved).
+    """The model, loaded from safetensors only.
 
-    `model_class` is the class whose `from_pretrained` loads it (None: `AutoModelForCausalLM`);
-    `kwargs` go there too.
-
+    Args:
+        dtype: "auto": as it was saved.
+        model_class: the class whose `from_pretrained` loads it; by default `AutoModelForCausalLM`.
+        kwargs: further arguments of `from_pretrained`.
     Raises:
-        UserError: what `resolve_model` raises, a hub that refuses, weights that do not load, or an
+        UserError: as `resolve_model`, an error of the hub, weights that do not load, or an
             encoder-decoder model.
     """
     source = resolve_model(model_name_or_path)
@@ -146,7 +147,7 @@ def load_pretrained(
             use_safetensors=True,
             **kwargs,
         )
-    # Of some, BART for one, transformers would load the decoder alone.
+    # Of some encoder-decoders, such as BART, transformers would load only the decoder.
     if getattr(type(model.config), "is_encoder_decoder", False):
         raise UserError(
             f"{model_name_or_path}: is an encoder-decoder model, which is not trained here; take "
@@ -159,14 +160,16 @@ def load_model(
     args, training, *, float32: bool = False, masked: bool = False, **options: Any
 ) -> PreTrainedModel:
     """The model that a recipe's arguments name, in the dtype that its trainer computes in. Then the
-    seed is set: what is drawn next, such as an adapter's start, depends on nothing before.
+    seed is set, so that what is drawn next, such as an adapter's initial weights, depends on
+    nothing before.
 
     Args:
         args: a recipe's `model_name_or_path`, `revision` and `attn_implementation`.
         training: the trainer's arguments.
-        float32: for weights that are trained themselves; autocast or FSDP compute in less.
-        masked: a masked language model instead of a causal one.
-        options: further ones of `load_pretrained`, such as what `four_bit_loading` gives.
+        float32: load in float32, for weights that are trained themselves; autocast or FSDP then
+            compute in lower precision.
+        masked: load a masked language model instead of a causal one.
+        options: further arguments of `load_pretrained`, such as those from `four_bit_loading`.
     Raises:
         UserError: as `load_pretrained`.
     """
@@ -190,7 +193,7 @@ def stored_config(model_name_or_path: str | None = None, *, revision: str | None
     """What the model's config.json says, without loading the model.
 
     Raises:
-        UserError: what `resolve_model` raises, or a hub that refuses.
+        UserError: as `resolve_model`, or an error of the hub.
     """
     source = resolve_model(model_name_or_path)
     with hub_errors_in_one_line(model_name_or_path or BUNDLED_NAME, source, revision):
@@ -201,10 +204,12 @@ def stored_config(model_name_or_path: str | None = None, *, revision: str | None
 
 def is_masked(config: Mapping[str, Any]) -> bool:
     """Whether a model's config.json is that of a masked language model."""
-    return any(str(one).endswith("ForMaskedLM") for one in config.get("architectures") or ())
+    architectures = config.get("architectures") or ()
+    return any(str(architecture).endswith("ForMaskedLM") for architecture in architectures)
 
 
-# Whose learned positions end, and how many of them come before the first token's.
+# The model types that learn their positions, whose number is limited, and how many positions come
+# before the first token's.
 _LEARNED_POSITIONS = {
     **dict.fromkeys(("gpt2", "gpt_neo", "gpt_bigcode", "opt", "biogpt", "openai-gpt"), 0),
     **dict.fromkeys(("bert", "distilbert", "albert", "electra", "mobilebert", "deberta"), 0),
@@ -213,8 +218,8 @@ _LEARNED_POSITIONS = {
 
 
 def most_positions(config: Mapping[str, Any]) -> int:
-    """The longest text that a model of this config.json can read at all; rotary positions, as most
-    have, do not end.
+    """How many tokens a model of this config.json can read at most. Most models have rotary
+    positions, which have no limit; for them it is `sys.maxsize`.
     """
     before = _LEARNED_POSITIONS.get(config.get("model_type"))
     most = config.get("max_position_embeddings", config.get("n_positions"))
@@ -222,15 +227,17 @@ def most_positions(config: Mapping[str, Any]) -> int:
 
 
 def weights_identity(model_name_or_path: str | None, revision: str | None = None) -> list:
-    """What tells one model's, or adapter's, weights from another's without reading them."""
+    """What tells the weights of a model or adapter from others without reading them: the path or
+    hub id, the revision, and each file's name, size and time of change.
+    """
     path = Path(model_name_or_path or bundled_folder()).expanduser()
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    found = [(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in files]
-    return [str(path.resolve()) if files else model_name_or_path, revision, found]
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return [str(path.resolve()) if files else model_name_or_path, revision, stats]
 
 
 def layer_names(model: PreTrainedModel, names: list[str]) -> list[str] | str:
-    """What PEFT's `target_modules` takes for the names of a command line.
+    """The value of PEFT's `target_modules` for names from the command line.
 
     Raises:
         UserError: as `require_modules`.
@@ -242,15 +249,15 @@ def layer_names(model: PreTrainedModel, names: list[str]) -> list[str] | str:
 
 
 def require_modules(model: PreTrainedModel, names: Sequence[str]) -> None:
-    """Check that each name is, or ends, that of a layer with a matrix, before anything slow.
+    """Check that each name is the name of a layer with a weight matrix, or the end of one.
 
     Raises:
-        UserError: a name that fits no such layer; the line says which there are.
+        UserError: a name that fits no such layer; the line lists the layers' names.
     """
     layers = [
         name
-        for name, one in model.named_modules()
-        if getattr(getattr(one, "weight", None), "ndim", 0) > 1
+        for name, module in model.named_modules()
+        if getattr(getattr(module, "weight", None), "ndim", 0) > 1
     ]
     for wanted in names:
         if not any(f".{name}".endswith(f".{wanted}") for name in layers):
@@ -273,8 +280,8 @@ def _check_folder(folder: Path) -> None:
     weights = bool(files - {"adapter_model.safetensors"})
     if (folder / "adapter_config.json").is_file() and not weights:
         raise UserError(
-            f"{folder}: a PEFT adapter, not a whole model; merge it into its base model"
-            " (merge_and_unload, then save_pretrained) or pass the base model"
+            f"{folder}: a PEFT adapter, not a whole model; merge it into its base model with"
+            " recipes/merge.py, or pass the base model"
         )
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json, so no model folder; {INSTEAD}")
@@ -298,18 +305,18 @@ def _check_folder(folder: Path) -> None:
     )
 
 
-# The hub's refusals ------------------------------------------------------------------------------
+# Errors of the hub -------------------------------------------------------------------------------
 
 
 @contextmanager
 def hub_errors_in_one_line(name: str, source: str, revision: str | None) -> Iterator[None]:
-    """What is raised inside, while something is loaded from the hub or a folder, as one line.
+    """Turn errors in the block, which loads something from the hub or a folder, into one line.
 
     Args:
-        name: as the user gave it.
-        source: a folder or hub id.
+        name: the model's name as the user gave it.
+        source: the folder or hub id that is loaded from.
     Raises:
-        UserError: what went wrong and the cure; a revision of a folder.
+        UserError: what went wrong and the cure; or a revision was given for a folder.
     """
     from safetensors import SafetensorError
 
@@ -322,7 +329,7 @@ def hub_errors_in_one_line(name: str, source: str, revision: str | None) -> Iter
 
 
 def _reason(error: BaseException, name: str, source: str, revision: str | None) -> str:
-    """What failed and the cure, from an exception of `from_pretrained` and what caused it."""
+    """What failed and the cure, from an exception of `from_pretrained` and its causes."""
     from huggingface_hub import errors as hub
 
     causes: list[BaseException] = []

@@ -21,9 +21,9 @@ def four_bit_config(
     """NormalFloat 4 in blocks of 64 with double quantization, as in the paper: 4.13 bits a weight.
 
     Args:
-        dtype: of the weights that stay as they are (embeddings, head, norms). The packed ones are
-            stored under the same name, so that FSDP shards them along.
-        compute_dtype: what a layer unpacks its weights to; `dtype` by default.
+        dtype: of the weights that are not quantized (embeddings, head, norms). Packed weights are
+            stored as this dtype too, so that FSDP can shard them together.
+        compute_dtype: the dtype to which a layer unpacks its weights; `dtype` by default.
 
     Raises:
         UserError: bitsandbytes is missing.
@@ -44,11 +44,11 @@ def four_bit_config(
 
 
 def four_bit_loading(args, training: TrainingArguments) -> dict[str, Any]:
-    """What `load_pretrained` needs besides, to quantize the model while it is loaded onto its
-    device.
+    """Further arguments of `load_pretrained`, which make it quantize the model while loading it
+    onto its device.
 
     Args:
-        args: a recipe's `model_name_or_path` and `revision`; of the model only its config is read.
+        args: a recipe's `model_name_or_path` and `revision`; only the model's config is read.
     Raises:
         UserError: the model is quantized already, bitsandbytes is missing or does not work on this
             device, or FSDP would convert the packed weights.
@@ -63,7 +63,7 @@ def four_bit_loading(args, training: TrainingArguments) -> dict[str, Any]:
             "which destroys them; pass --bf16 true, or set mixed_precision: 'no' in the accelerate "
             "config and leave --fp16 out"
         )
-    try:  # its kernels are looked up at their first call
+    try:  # bitsandbytes looks its kernels up at their first call
         from bitsandbytes.functional import quantize_4bit
 
         quantize_4bit(torch.ones(64, device=training.device), quant_type="nf4")
@@ -77,10 +77,10 @@ def four_bit_loading(args, training: TrainingArguments) -> dict[str, Any]:
 
 
 def _require_unquantized(model_name_or_path: str | None, revision: str | None = None) -> None:
-    """Check that the model can still be quantized; only its config.json is read.
+    """Check that the model was not saved quantized; only its config.json is read.
 
     Raises:
-        UserError: it was saved quantized.
+        UserError: it was.
     """
     if model_name_or_path is None or model_name_or_path.lower().endswith(".gguf"):
         return  # prepared by us, in float32
@@ -92,31 +92,37 @@ def _require_unquantized(model_name_or_path: str | None, revision: str | None = 
 
 
 def prepare_four_bit(model: PreTrainedModel) -> None:
-    """Make a model with 4-bit weights fit for training; before its first forward pass.
+    """Make a model with 4-bit weights fit for training; call it before the first forward pass.
 
-    PEFT's `prepare_model_for_kbit_training` also turns embeddings, head and norms to float32: a
-    norm computes in float32 anyway, and under FSDP they are gathered in the dtype of the rest.
+    It does not convert embeddings, head and norms to float32, as PEFT's
+    `prepare_model_for_kbit_training` does: a norm computes in float32 anyway, and FSDP gathers all
+    of them in the dtype of the other weights.
 
     Raises:
-        UserError: bitsandbytes does not get the weights back on this device.
+        UserError: bitsandbytes does not unpack the weights correctly on this device.
     """
-    layers = [one for one in model.modules() if getattr(one, "quant_state", None) is not None]
-    for width in sorted({one.in_features for one in layers}):
+    layers = [
+        module for module in model.modules() if getattr(module, "quant_state", None) is not None
+    ]
+    for width in sorted({layer.in_features for layer in layers}):
         _require_exact(width, layers[0].weight.device)
     for layer in layers:
-        # On a CPU with AVX512-BF16 bitsandbytes 0.50 repacks the weights for inference when it
-        # first evaluates, and from then on no gradient passes the layer.
+        # On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks the weights for inference at the
+        # first evaluation, and from then on no gradient passes through the layer.
         layer.support_avx512bf16_for_cpu = False
     for weight in model.parameters():
-        # TRL rounds the adapter to bfloat16, in which Adam's small steps are lost.
+        # TRL converts the adapter to bfloat16, in which Adam's small steps are lost.
         if weight.requires_grad:
             weight.data = weight.data.float()
 
 
 def _require_exact(width: int, device: torch.device) -> None:
-    """Ask, with a matrix of its own, whether layers of so many inputs are unpacked as packed.
+    """Check with a random matrix that bitsandbytes unpacks layers of `width` inputs correctly.
 
-    On a CPU with AVX512 bitsandbytes 0.50 mixes the blocks up where they do not end with the rows.
+    On a CPU with AVX512, bitsandbytes 0.50 mixes up the blocks if a row does not end with a block.
+
+    Raises:
+        UserError: it does not.
     """
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
@@ -132,7 +138,7 @@ def _require_exact(width: int, device: torch.device) -> None:
 
 
 def describe_quantization(model: PreTrainedModel) -> str | None:
-    """For reports: the kind of 4-bit weights; None where there are none."""
+    """The kind of 4-bit weights, for reports; None if the model has none."""
     if not getattr(model, "is_loaded_in_4bit", False):
         return None
     config = model.config.quantization_config
@@ -141,11 +147,16 @@ def describe_quantization(model: PreTrainedModel) -> str | None:
 
 
 def count_parameters(model) -> tuple[int, int]:
-    """Trainable and all parameters; one that is tied counts once, 4-bit ones by their real size."""
-    packed = {  # by the layer, since a shard does not know what it is a shard of
-        id(one.weight): one.quant_state.shape.numel()
-        for one in model.modules()
-        if getattr(one, "quant_state", None) is not None
+    """How many parameters are trainable, and how many there are. A tied parameter counts once,
+    4-bit weights count as many as are packed.
+    """
+    packed = {  # from the layer, since a shard does not know the size of the whole
+        id(module.weight): module.quant_state.shape.numel()
+        for module in model.modules()
+        if getattr(module, "quant_state", None) is not None
     }
-    sizes = [(packed.get(id(one), one.numel()), one.requires_grad) for one in model.parameters()]
+    sizes = [
+        (packed.get(id(weight), weight.numel()), weight.requires_grad)
+        for weight in model.parameters()
+    ]
     return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)

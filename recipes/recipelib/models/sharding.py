@@ -22,17 +22,17 @@ FSDP_OFF = (
 
 
 def place_model(model, training):
-    """The model on this process's device, under FSDP its shard.
+    """The model on this process's device; under FSDP, this process's shard of it.
 
     Args:
-        training: a `RecipeConfig`, which has set the processes up.
+        training: a `RecipeConfig`, which has set up the processes.
     Raises:
-        UserError: what should be sharded is not.
+        UserError: the model should be sharded and is not.
     """
     model.eval()
     if not uses_fsdp():
         return model.to(training.device)
-    # As the trainer that may follow will ask for: one process can have one precision only.
+    # The precision of the trainer that may follow: a process can have only one.
     accelerator = Accelerator(mixed_precision=training.mixed_precision)
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
@@ -51,23 +51,24 @@ def place_model(model, training):
 
 
 def prepare_for_fsdp2(plugin, model) -> None:
-    """What accelerate's grouping of parameters needs to shard BERT and its like.
+    """Prepare BERT and similar models so that accelerate can shard them with FSDP2.
 
-    It groups the embeddings itself and fails where they are sharded already, so FSDP2 wraps the
-    layers only, and not what holds the embeddings, which transformers names beside them. The bias
-    of their head is registered twice, and torch refuses a parameter that two groups share: the one
-    that no forward pass reads is taken away, and `head_bias` of the model says where it belongs.
+    accelerate shards the embeddings itself and fails if they are sharded already. transformers
+    names the module that holds the embeddings among those to wrap, beside the layers; it is removed
+    from the list. The bias of the head is registered twice, and torch refuses a parameter that two
+    FSDP groups share: the registration that no forward pass reads is removed, and the model's
+    `head_bias` says where it belongs.
     """
     bare = bare_model(model)
     names = getattr(bare, "_no_split_modules", None) or ()
     embeddings, head = bare.get_input_embeddings(), bare.get_output_embeddings()
     holders = {
-        type(one).__name__
-        for one in bare.modules()
-        if any(part is embeddings for part in one.modules())
+        type(module).__name__
+        for module in bare.modules()
+        if any(inner is embeddings for inner in module.modules())
     }
     if holders.intersection(names) and plugin.transformer_cls_names_to_wrap is None:
-        plugin.transformer_cls_names_to_wrap = [one for one in names if one not in holders]
+        plugin.transformer_cls_names_to_wrap = [name for name in names if name not in holders]
     bias = getattr(head, "bias", None)
     for name, module in bare.named_modules():
         if bias is not None and module is not head and module._parameters.get("bias") is bias:
@@ -85,9 +86,9 @@ def prepare_for_fsdp2(plugin, model) -> None:
 
 
 def reshard(model) -> None:
-    """Let go of what a forward pass without a backward pass leaves gathered under FSDP2: parameters
-    outside the layers, without fsdp_reshard_after_forward all. The optimizer and a checkpoint have
-    to find them as shards.
+    """Shard again what a forward pass without a backward pass leaves gathered under FSDP2: the
+    parameters outside the layers, or all parameters if fsdp_reshard_after_forward is off. The
+    optimizer and a checkpoint need shards.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -95,14 +96,17 @@ def reshard(model) -> None:
 
 
 def check_shards(model, processes: int) -> None:
-    """Say which part of the parameters this process holds under FSDP2.
+    """Print how many of the parameters this process holds under FSDP2.
 
     Raises:
-        UserError: all of them.
+        UserError: it holds all of them, although there are several processes.
     """
     parameters = list(model.parameters())
-    parts = [one.to_local() if isinstance(one, DTensor) else one for one in parameters]
-    total, held = (sum(one.numel() for one in some) for some in (parameters, parts))
+    shards = [
+        parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        for parameter in parameters
+    ]
+    total, held = (sum(tensor.numel() for tensor in tensors) for tensors in (parameters, shards))
     if processes > 1 and held == total:
         raise UserError("FSDP left every parameter whole; install the versions of requirements.txt")
     say(
@@ -112,6 +116,6 @@ def check_shards(model, processes: int) -> None:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """What FSDP shards one by one and activation checkpointing recomputes."""
+    """The layers that FSDP shards one by one and activation checkpointing recomputes."""
     names = getattr(model, "_no_split_modules", None) or ()
-    return [one for one in model.modules() if type(one).__name__ in names]
+    return [module for module in model.modules() if type(module).__name__ in names]

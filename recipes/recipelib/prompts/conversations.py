@@ -1,4 +1,4 @@
-"""Conversations in the forms that data sets have them, as chat templates take them."""
+"""Reads conversations in the forms that data sets hold them into turns that chat templates take."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from recipelib.prompts.values import RowError, as_list
 
-# A turn: role, content and, for some, reasoning_content; for those of tools, tool_calls, name and
-# tool_call_id.
+# A turn has role and content. An assistant's may have reasoning_content, tool_calls and weight; a
+# tool's may have name and tool_call_id.
 Turn = Mapping[str, Any]
 
 
-# OpenAI's and ShareGPT's names -> those that chat templates know.
+# OpenAI's and ShareGPT's names of roles -> those that chat templates know.
 _ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
@@ -34,24 +34,24 @@ def read_turns(columns: Mapping[str, Any]) -> tuple[Turn, ...]:
     """The turns of a conversation as chat templates take them: {role, content} with the roles
     system, user, assistant and tool.
 
-    Read are OpenAI's {role, content}, ShareGPT's {from, value}, contents as lists of text parts,
+    It reads OpenAI's {role, content} and ShareGPT's {from, value}, contents as lists of text parts,
     tool calls in OpenAI's forms (`tool_calls`, the older `function_call`, arguments as JSON text)
-    and ShareGPT's `function_call` turns. A tool's turn that does not say which call it answers
-    answers the one in its place. A system turn without text is none. A turn that is not to be
-    learned keeps OpenAI's `weight: 0`. The assistant's reasoning, beside the content
-    (reasoning_content, reasoning, thinking) or at its beginning (<think>...</think>), becomes
-    `reasoning_content`. Other keys are left behind.
+    and ShareGPT's `function_call` turns. A tool's turn that names no call answers the call in the
+    same place: the first turn the first call, and so on. A system turn without text is left out. A
+    turn that is not to be learned keeps OpenAI's `weight: 0`. The assistant's reasoning, beside the
+    content (reasoning_content, reasoning, thinking) or at its beginning (<think>...</think>),
+    becomes `reasoning_content`. Other keys are dropped.
 
-    The order must be: a system turn or none, a user's, then turns of which no two of the user or
-    of the assistant meet, and those of tools stand behind the assistant's. Turns of the user or of
-    tools may end it; nothing is learned from them.
+    The order must be: at most one system turn, then a user's turn, then the rest. Two turns of the
+    user, or two of the assistant, never follow each other, and a tool's turn follows the
+    assistant's or another tool's. The conversation may end with turns of the user or of tools;
+    nothing is learned from them.
 
     Args:
-        columns: column -> list of turns. Where there are several, one conversation goes on through
-            them and only the last one's turns are learned (TRL's conversational prompt and
-            completion).
+        columns: column -> list of turns. Several columns are one conversation, of which only the
+            last column's turns are learned (TRL's conversational prompt and completion).
     Raises:
-        RowError: it is no such list; the error names the turn, from 1.
+        RowError: a column holds no such list; the error names the turn, counted from 1.
     """
     turns: list[dict[str, Any]] = []
     for column, value in columns.items():
@@ -109,7 +109,7 @@ def _read_turn(raw: Any) -> dict[str, Any]:
 
 
 def _read_content(content: Any) -> str:
-    """The text of a content, which may come in parts."""
+    """The text of a turn's content, which may be a list of parts."""
     if isinstance(content, str):
         return content
     texts = []
@@ -125,7 +125,7 @@ def _read_content(content: Any) -> str:
 
 
 def _refuse_misplaced(role: str, before: str | None) -> None:
-    """Refuse a turn of this role behind one of that role; None stands for the beginning."""
+    """Refuse a turn of `role` behind one of `before`, which is None at the beginning."""
     if role == "system" and before is not None:
         raise RowError("is a system turn; move it to the beginning or leave the row out")
     if role == "assistant" and before in (None, "system"):
@@ -137,14 +137,14 @@ def _refuse_misplaced(role: str, before: str | None) -> None:
 
 
 def _name_result(result: dict[str, Any], turns: Sequence[Turn]) -> None:
-    """Give a tool's turn the name and id of its call, which some templates want."""
+    """Give a tool's turn the name and id of the call it answers, which some templates want."""
     place = 0
     while turns[-1 - place]["role"] == "tool":
         place += 1
     calls = turns[-1 - place].get("tool_calls", ())
     identity = result.get("tool_call_id")
-    found = [call for call in calls if call.get("id") == identity] if identity else calls[place:]
-    for call in found[:1]:
+    answered = [call for call in calls if call.get("id") == identity] if identity else calls[place:]
+    for call in answered[:1]:
         result.setdefault("name", call["function"]["name"])
         if "id" in call:
             result["tool_call_id"] = call["id"]
@@ -171,10 +171,10 @@ def read_tools(value: Any, column: str = "tools") -> tuple[Mapping[str, Any], ..
     description, parameters}}.
 
     Args:
-        value: a list of them, or of their inner parts, or that list as JSON text; null, "" and []
-            are none.
+        value: a list of such functions, or of their inner {name, ...} only, or that list as JSON
+            text; null, "" and [] mean no functions.
     Raises:
-        RowError: it is no such list.
+        RowError: `value` is not such a list.
     """
     try:
         if isinstance(value, str):
@@ -201,7 +201,7 @@ def _is_map(value: Any) -> bool:
 def _read_json(text: str, what: str) -> Any:
     try:
         value = json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode()  # halves of surrogate pairs are no text
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is not text
     except (ValueError, RecursionError) as error:
         problem = " ".join(str(error).split())
         raise RowError(f"has no JSON for {what} ({problem}); mend it") from None
@@ -209,8 +209,8 @@ def _read_json(text: str, what: str) -> Any:
 
 
 def _without_nulls(value: Any, what: str, depth: int = 0) -> Any:
-    """The value without keys that are null: Arrow's tables, and so Parquet, give every row the keys
-    of all rows.
+    """The value without keys whose value is null: Arrow's tables, and so Parquet, give every row
+    the keys of all rows.
     """
     if depth > _DEEPEST:
         raise RowError(f"nests {what} more than {_DEEPEST} levels deep; flatten it")
@@ -226,4 +226,4 @@ def _without_nulls(value: Any, what: str, depth: int = 0) -> Any:
         return [_without_nulls(inner, what, depth + 1) for inner in value]
     if value is None or isinstance(value, str | int | float):
         return value
-    return str(value)  # dates and the like, which JSON lacks
+    return str(value)  # dates and other types that JSON lacks

@@ -1,10 +1,10 @@
-"""Jinja2 for text that a user or a download brings: data stays data and Python stays out of reach.
+"""Jinja2 for templates that a user wrote or downloaded: they read data and cannot reach Python.
 
-`ImmutableSandboxedEnvironment` is the class that transformers uses for chat templates. On top of it
+`ImmutableSandboxedEnvironment` is the class that transformers uses for chat templates. In addition,
 only the statements, filters and methods named here exist, undefined variables are errors,
 underscore attributes are refused when the template is loaded rather than at some later row, and no
-operation makes a huge text or number out of small ones. What is not limited is time: nested loops
-over long data, or a regular expression that backtracks, can run for as long as they like.
+operation makes a huge text or number out of small ones. Time is not limited: nested loops over long
+data, or a regular expression that backtracks, can run for as long as they like.
 """
 
 import re
@@ -14,8 +14,8 @@ from jinja2 import StrictUndefined, TemplateSyntaxError, Undefined, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.visitor import NodeTransformer
 
-# What a prompt needs. Left out are those that reach attributes by their names (attr, format) or
-# make a text as long as they are told to (center, indent, ljust, zfill).
+# The filters and methods that a prompt needs. Left out are those that reach attributes by their
+# names (attr, format) or make a text of any length asked for (center, indent, ljust, zfill).
 FILTERS = (
     *("abs", "capitalize", "default", "dictsort", "first", "float", "int", "items", "last"),
     *("length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "select"),
@@ -38,23 +38,23 @@ def _limit(length: int) -> None:
 
 
 def _limit_nested(value):
-    """The value itself, unless its text would be too long: lists that hold one another grow tenfold
-    with every line of a template.
+    """The value itself, refused if its text would be too long: lists that hold one another can grow
+    tenfold with every line of a template.
     """
     length, rest = 0, [value]
     while rest:
-        one = rest.pop()
-        if isinstance(one, dict):
-            rest += [*one.keys(), *one.values()]
-        elif isinstance(one, list | tuple):
-            rest += one
-        length += len(one) + 8 if isinstance(one, str | list | tuple | dict) else 8
+        item = rest.pop()
+        if isinstance(item, dict):
+            rest += [*item.keys(), *item.values()]
+        elif isinstance(item, list | tuple):
+            rest += item
+        length += len(item) + 8 if isinstance(item, str | list | tuple | dict) else 8
         _limit(length)
     return value
 
 
 def _written(value):
-    """What an expression writes: nothing for a null, and no Python for a method."""
+    """What an expression writes: nothing for None; a method that is not called is an error."""
     if callable(value) and not isinstance(value, Undefined):
         raise TypeError(f"{getattr(value, '__name__', value)} is a method; write () behind it")
     return "" if value is None else value
@@ -64,7 +64,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset("+*%")
 
     def getattr(self, obj, attribute):
-        # What the data holds goes before a dictionary's methods: order.items, meta.values.
+        # A key of the data goes before a dictionary's method of that name: order.items.
         if isinstance(obj, Mapping) and attribute in obj:
             return obj[attribute]
         return super().getattr(obj, attribute)
@@ -90,13 +90,13 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call(context, method, *args, **kwargs)
 
     def _generate(self, source, *args, **kwargs):
-        # Jinja's hook between the tree and its code: every text and every expression passes here.
+        # Jinja calls this between parsing and compiling, for every text and every expression.
         _refuse(source)
         return super()._generate(_Limited().visit(source), *args, **kwargs)
 
 
 def _join(parts, separator: str = "") -> str:
-    texts = [str(_written(part)) for part in parts]
+    texts = [str(_written(value)) for value in parts]
     _limit(sum(map(len, texts)) + len(separator) * len(texts))
     return separator.join(texts)
 
@@ -118,8 +118,8 @@ def _regex_replace(text: object, pattern: str, replacement: str = "") -> str:
 
 
 class _Limited(NodeTransformer):
-    """`a ~ b` as `[a, b]|join`, whose length is limited, and every list that a template makes as
-    one whose text is.
+    """Rewrites a template's tree so that lengths are limited: `a ~ b` becomes `[a, b]|join`, and
+    every list, tuple or dict that a template makes passes through the filter `limited`.
     """
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
@@ -137,8 +137,8 @@ class _Limited(NodeTransformer):
 
 def _environment() -> _Sandbox:
     environment = _Sandbox(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_written)
-    # cycler, joiner, lipsum, namespace and range: nothing that a prompt needs, all of them stepping
-    # stones. No loader is set either.
+    # The globals are cycler, joiner, lipsum, namespace and range: a prompt needs none of them, and
+    # all are stepping stones out of the sandbox. No loader is set either.
     environment.globals.clear()
     environment.filters = {name: environment.filters[name] for name in FILTERS}
     environment.filters |= {"join": _join, "replace": _replace, "regex_replace": _regex_replace}
@@ -150,7 +150,7 @@ ENVIRONMENT = _environment()
 
 
 def _refuse(tree: nodes.Template) -> None:
-    """Refuse a template that holds anything but what is named above, before any row is read."""
+    """Refuse a template that uses anything not named above, before any row is read."""
     for node in tree.find_all(nodes.Node):
         names = []
         if isinstance(node, nodes.Stmt) and not isinstance(node, _STATEMENTS):
@@ -178,27 +178,28 @@ def _refuse(tree: nodes.Template) -> None:
 
 
 def compile_text(source: str):
-    """A function of the variables that renders `source`.
+    """A function that renders `source` with the variables it is given.
 
     Raises:
-        TemplateSyntaxError, SecurityError: the text is no template, or tries to leave the sandbox.
+        TemplateSyntaxError: the text is not a template.
+        SecurityError: it tries to leave the sandbox.
     """
     template = ENVIRONMENT.from_string(source)
 
     def render(variables) -> str:
-        parts, length = [], 0
-        for part in template.generate(variables):
-            length += len(part)
+        chunks, length = [], 0
+        for chunk in template.generate(variables):
+            length += len(chunk)
             _limit(length)
-            parts.append(part)
-        return "".join(parts)
+            chunks.append(chunk)
+        return "".join(chunks)
 
     return render
 
 
 def compile_expression(source: str):
-    """A function of the variables that returns the value of the expression `source` itself, a list
-    for instance.
+    """A function that evaluates the expression `source` with the variables it is given; it returns
+    the value itself, such as a list, and not its text.
     """
     return ENVIRONMENT.compile_expression(source, undefined_to_none=False)
 

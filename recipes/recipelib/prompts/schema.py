@@ -1,8 +1,7 @@
-"""Reads a template file and checks it: every mistake is one line that names the file, the key and
-the cure.
+"""Finds a template file and checks its fields: every mistake is one line that names the file, the
+key and the cure.
 
-The fields are described in README.md ("One template") and, with their meaning for a row, in
-`template.py`.
+The fields are described in data_templates/README.md; `template.py` says what they mean for a row.
 """
 
 import copy
@@ -30,7 +29,8 @@ METRICS = (
     "loss",
 )
 
-# Fields whose text is Jinja, and those that are an expression whose value is used as it is.
+# Fields whose text is a Jinja template, and fields that are a Jinja expression, whose value is used
+# as it is.
 TEXTS = ("system", "prompt", "answer", "cloze", "first", "second", "question", "yes", "no")
 EXPRESSIONS = ("references", "start")
 CURE = "a template may use its variables and what recipelib/prompts/sandbox.py allows"
@@ -76,7 +76,7 @@ def check_fields(fields: dict[str, Any], path: Path) -> dict[str, Any]:
     """The fields of a template with their defaults filled in.
 
     Raises:
-        UserError: an unknown or missing key, a value of the wrong type, text that is no Jinja or
+        UserError: an unknown or missing key, a value of the wrong type, text that is not Jinja or
             that leaves the sandbox, fields that contradict one another.
     """
 
@@ -102,16 +102,18 @@ def check_fields(fields: dict[str, Any], path: Path) -> dict[str, Any]:
             }
             kinds = " or ".join(names[kind.__name__] for kind in KINDS[key])
             raise wrong(key, f"must be {kinds}, not {value!r}; put text into quotes")
-        for inner, part in value.items() if key in _INNER else ():
+        for inner, content in value.items() if key in _INNER else ():
             if inner not in _INNER[key]:
                 raise wrong(f"{key}.{inner}", f"unknown key; known keys: {', '.join(_INNER[key])}")
-            if inner in ("k", "types") or (part is None and key == "dataset"):
+            if inner in ("k", "types") or (content is None and key == "dataset"):
                 continue
-            if not isinstance(part, str):
-                raise wrong(f"{key}.{inner}", f'{part!r} is not text; write "{part}" in quotes')
+            if not isinstance(content, str):
+                raise wrong(
+                    f"{key}.{inner}", f'{content!r} is not text; write "{content}" in quotes'
+                )
     if not fields.get("name"):
         raise wrong("name", "is missing; give the task a short name")
-    # Runs write files of this name.
+    # Runs write files under this name.
     if Path(fields["name"]).name != fields["name"] or fields["name"] == "..":
         raise wrong("name", f"{fields['name']!r} is no plain name; leave out slashes")
     if fields.get("form") not in FORMS:
@@ -134,7 +136,7 @@ def check_fields(fields: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def own_variables(fields: dict[str, Any]) -> set[str]:
-    """The variables that a template's texts may use and no column brings."""
+    """The variables that a template's texts may use although no column brings them."""
     names = {"mask"}
     if "label" in fields:
         names.add("word")
@@ -146,7 +148,9 @@ def own_variables(fields: dict[str, Any]) -> set[str]:
 
 
 def _check_words(fields: dict, wrong) -> None:
-    """Label words are text: YAML reads [yes, no, off] as booleans."""
+    """Check that label words are text (YAML reads [yes, no, off] as booleans), and that no word
+    stands for two labels. A single word becomes a list.
+    """
     tables = [("verbalizer", fields["verbalizer"])] if "verbalizer" in fields else []
     if "spans" in fields:
         tables.append(("spans.types", fields["spans"].get("types")))
@@ -176,13 +180,13 @@ def _check_words(fields: dict, wrong) -> None:
 
 
 def plain(word: str) -> str:
-    """A label word as it is compared: letter case, space around it and full stops aside."""
+    """A label word as it is compared: without letter case, and spaces and full stops around it."""
     return word.strip(" .\n\t").casefold()
 
 
 def _check_shape(fields: dict, wrong) -> None:
-    """Which fields a form needs, and which belong together; fills in the defaults that follow from
-    the form.
+    """Check that a form has the fields it needs and that fields fit together; fill in the defaults
+    that follow from the form.
     """
     form = fields["form"]
     if "prompts" in fields:

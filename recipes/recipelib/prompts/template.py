@@ -1,8 +1,8 @@
-"""PromptTemplate: one file describes a task, every method of the collection reads that file.
+"""PromptTemplate: one file describes a task, and every method of the collection reads that file.
 
-A row of data becomes one or several `Question`s (one per entity type, one per candidate of a
-sentence pair, otherwise one). A question renders as a prompt with its answer, as a cloze with a
-mask, or as a sentence pair; what the model writes is read back by `read_answer` and `read_label`.
+A row of data becomes one or several `Question`s: one per entity type, one per candidate of a
+sentence pair, otherwise a single one. A question renders as a prompt with its answer, as a cloze
+with a mask, or as a sentence pair; `read_answer` and `read_label` read back what the model writes.
 Tokens are the business of the room `encoding`.
 """
 
@@ -25,12 +25,12 @@ from recipelib.prompts.schema import CURE, TEXTS, check_fields, find_template, o
 from recipelib.prompts.values import RowError, as_list, class_name, read_entities
 from recipelib.runtime import UserError, load_yaml
 
-# What a filter or an operator raises for a value that it was not made for.
+# What a filter or an operator may raise for a value that does not fit it.
 _MISFITS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, re.error)
 
 
 def _missing(value: Any) -> str | None:
-    """What an answer is that was not given; None for one that was."""
+    """What stands in place of an answer, "null" or "empty"; None where there is one."""
     if value is None:
         return "null"
     return "empty" if isinstance(value, str) and not value.strip() else None
@@ -46,12 +46,13 @@ class Question:
     Attributes:
         variables: what the texts of the template are rendered with.
         answer: the gold answer as text, its leading space included; None where the row has none.
-        rationale: the reasoning before the answer with what joins the two; empty without one.
+        rationale: the reasoning before the answer, with the text that joins the two; empty if the
+            template has none.
         references: every gold answer that counts as right, without leading space.
         label: the gold class; None without a verbalizer or without an answer.
         candidates: for each class, the answers that stand for it, one per label word.
         asked: the class whose word stands in the pair, or the entity type; None otherwise.
-        spans: [start, end) characters of the answers in the context, never to be cut away.
+        spans: [start, end) characters of the answers in the context, which must not be cut away.
         turns, tools: of a ready conversation, as `conversations` reads them; empty otherwise.
     """
 
@@ -77,7 +78,7 @@ class Question:
 
 
 class PromptTemplate:
-    """A task, as its YAML file describes it; the fields are attributes of the same names."""
+    """A task as its YAML file describes it; most fields are attributes of the same name."""
 
     def __init__(self, fields: Mapping[str, Any], path: Path | str = "template"):
         self.path = Path(path)
@@ -114,10 +115,10 @@ class PromptTemplate:
 
     @classmethod
     def load(cls, name_or_path: str, *, columns: Mapping[str, str] | None = None) -> PromptTemplate:
-        """The template in a file, or of that name in `data_templates/`.
+        """The template in a file, or the one of that name in `data_templates/`.
 
         Args:
-            columns: template variable -> column, over those of the file.
+            columns: template variable -> column; they override the file's own.
         Raises:
             UserError: no such file, or a mistake in it (one line: file, key, cure).
         """
@@ -139,30 +140,30 @@ class PromptTemplate:
         """The template for the bare answer.
 
         Raises:
-            UserError: it has no rationale that could be left out.
+            UserError: the template has no rationale to leave out.
         """
         self._require_rationale()
         bare = {key: value for key, value in self.fields.items() if key != "rationale"}
         return PromptTemplate(bare, self.path)
 
     def with_rationale_behind(self) -> PromptTemplate:
-        """The template whose answer is followed by the reasoning, as one text that is trained.
+        """The template whose answer is followed by the reasoning; both are one text to train on.
 
         Raises:
-            UserError: it has no rationale.
+            UserError: the template has no rationale.
         """
         bare = self.without_rationale()  # whose answer may be the label's word by default
         answer = f"{bare.texts['answer']}\n{self.fields['rationale']['text'].lstrip(' ')}"
         return PromptTemplate({**bare.fields, "answer": answer}, self.path)
 
     def with_instruction(self, instruction: str) -> PromptTemplate:
-        """The template with one more line of its `system` text."""
+        """The template with one more line in its `system` text."""
         own = self.fields.get("system")
         system = f"{own}\n{instruction}" if own is not None else instruction
         return PromptTemplate({**self.fields, "system": system}, self.path)
 
     def with_stop(self, stop: str) -> PromptTemplate:
-        """The template whose answers also end at a text."""
+        """The template whose answers end at this text, too."""
         return PromptTemplate({**self.fields, "stop": [stop, *self.stop]}, self.path)
 
     def _require_rationale(self) -> None:
@@ -186,7 +187,7 @@ class PromptTemplate:
 
     @cached_property
     def prompt_variables(self) -> set[str]:
-        """Variables that asking needs: columns by the names the template gives them."""
+        """The variables that are needed to ask: columns under the template's names for them."""
         if self.messages:
             return {self.messages, self.completion or self.messages}
         sources = [*self.prompts, *(self.texts[key] for key in self.texts if key != "answer")]
@@ -199,7 +200,7 @@ class PromptTemplate:
 
     @cached_property
     def answer_variables(self) -> set[str]:
-        """Variables that training and scoring need besides, and predicting does not."""
+        """The further variables that training and scoring need, but predicting does not."""
         needed = set().union(
             *map(variables_of, [self.texts.get("answer", ""), *(self.rationale or {}).values()])
         )
@@ -221,8 +222,8 @@ class PromptTemplate:
         return sorted({self.column(name) for name in needed - self.optional} - set(columns))
 
     def variables(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """A row's values under the template's names; nulls and absent optional columns are empty
-        text.
+        """A row's values under the template's names; nulls and optional columns that are absent
+        become empty text.
         """
         values = dict(row)
         values.update({name: row[column] for name, column in self.columns.items() if column in row})
@@ -230,7 +231,7 @@ class PromptTemplate:
         return {name: "" if value is None else value for name, value in values.items()}
 
     def read_class(self, value: Any) -> str | None:
-        """The verbalizer's key for the value of a label column; None for no such class."""
+        """The verbalizer's key for the value of a label column; None if it has no such class."""
         label = class_name(value)
         return label if label in self.verbalizer else None
 
@@ -243,8 +244,8 @@ class PromptTemplate:
             row: column -> value.
             answers: whether the row has to bring its answers; False for rows to predict.
         Raises:
-            RowError: a missing column, a label outside the verbalizer, an answer that is no span of
-                its context, text that cannot be rendered.
+            RowError: a missing column, a label outside the verbalizer, an answer that is not a span
+                of its context, text that cannot be rendered.
         """
         missing = self.missing_columns(row, answers=answers)
         if missing:
@@ -257,37 +258,41 @@ class PromptTemplate:
         answers = answers or self._has_answers(row)
         if self.messages:
             names = filter(None, (self.messages, self.completion))
-            turns = read_turns({self.column(one): values[one] for one in names})
+            turns = read_turns({self.column(name): values[name] for name in names})
             return [Question(values, turns=turns, tools=read_tools(values.get("tools")))]
         if answers:
             self._refuse_missing_answers(row)
         if self.entity_spans:
-            found = self._ask_entities(values, answers)
+            questions = self._ask_entities(values, answers)
         elif self.form == "extractive":
-            found = [self._ask_span(values, answers)]
+            questions = [self._ask_span(values, answers)]
         elif self.label:
-            found = self._ask_class(values, answers)
+            questions = self._ask_class(values, answers)
         else:
-            found = [Question(values)]
+            questions = [Question(values)]
             if answers:
                 answer = self._render(self._compiled["answer"], values, "answer")
-                found = [Question(values, answer=answer, references=(answer.strip(),))]
+                questions = [Question(values, answer=answer, references=(answer.strip(),))]
         if answers and self.rationale:
             parts = [self._render(self._rationale[key], values, key) for key in ("text", "join")]
-            found = [dataclasses.replace(one, rationale="".join(parts)) for one in found]
-        for one in found:  # a row that cannot be rendered must fail here, before a model is loaded
+            rationale = "".join(parts)
+            questions = [
+                dataclasses.replace(question, rationale=rationale) for question in questions
+            ]
+        # A row that cannot be rendered must fail here, before a model is loaded.
+        for question in questions:
             for phrasing in range(len(self.prompts)):
-                self.prompt(one, phrasing)
-            self.system(one)
-            self.cloze(one, "")
+                self.prompt(question, phrasing)
+            self.system(question)
+            self.cloze(question, "")
             if self.form == "inference":
-                self.pair(one)
-        return found
+                self.pair(question)
+        return questions
 
     def _has_answers(self, row: Mapping[str, Any]) -> bool:
         columns = map(self.column, self.answer_variables - self.optional)
         if self.label and class_name(row.get(self.column(self.label))) == "-1":
-            # GLUE's test files have it in place of a label.
+            # GLUE's test files have -1 in place of a label.
             return "-1" in self.verbalizer
         return all(_missing(row.get(column)) is None for column in columns)
 
@@ -364,10 +369,10 @@ class PromptTemplate:
         tokens = [str(token) for token in as_list(values[spec["tokens"]])]
         values[self.context] = " ".join(tokens)
         tags = as_list(values[spec["tags"]]) if answers else []
-        found = read_entities(tokens, tags, spec["types"]) if answers else []
+        entities = read_entities(tokens, tags, spec["types"]) if answers else []
         join, questions = spec["join"], []
         for kind, words in spec["types"].items():
-            texts = [text for type_, text, _, _ in found if type_ == kind]
+            texts = [text for type_, text, _, _ in entities if type_ == kind]
             scope = {**values, "type": words[0]}
             answer = None
             if answers:
@@ -375,7 +380,7 @@ class PromptTemplate:
                 if self.read_spans(scope["entities"]) != texts:
                     raise RowError(f"{texts} cannot be told apart; change spans.join or spans.none")
                 answer = self._render(self._compiled["answer"], scope, "answer")
-            spans = tuple((start, end) for type_, _, start, end in found if type_ == kind)
+            spans = tuple((start, end) for type_, _, start, end in entities if type_ == kind)
             questions.append(
                 Question(scope, answer=answer, references=tuple(texts), asked=kind, spans=spans)
             )
@@ -390,7 +395,7 @@ class PromptTemplate:
             raise UserError(f"{self.path}: {key}: {error}; {CURE}") from None
         except jinja2.UndefinedError as error:
             raise RowError(f"{key}: {error.message}; the template needs it") from None
-        except jinja2.TemplateRuntimeError as error:  # a filter's name is looked up when it runs
+        except jinja2.TemplateRuntimeError as error:  # Jinja looks filters up when it runs
             raise UserError(f"{self.path}: {key}: {error.message} See Jinja's filters") from None
         except _MISFITS as error:
             problem = " ".join(str(error).split())
@@ -404,18 +409,18 @@ class PromptTemplate:
         return value
 
     def text(self, key: str, question: Question, **more: Any) -> str:
-        """One of the template's texts, rendered for a question; empty where it has none."""
+        """One of the template's texts, rendered for a question; empty if the template lacks it."""
         scope = {**question.variables, **more}
         if self.form == "inference":
-            for part in ("first", "second", "question"):
-                if part in self._compiled and key not in ("first", "second"):
-                    scope[part] = self._render(self._compiled[part], scope, part)
+            for name in ("first", "second", "question"):
+                if name in self._compiled and key not in ("first", "second"):
+                    scope[name] = self._render(self._compiled[name], scope, name)
         if key.startswith("prompt"):
             return self._render(self._prompts[int(key[6:] or 0)], scope, "prompt")
         return self._render(self._compiled[key], scope, key) if key in self._compiled else ""
 
     def prompt(self, question: Question, phrasing: int = 0) -> str:
-        """The text that is asked; `phrasing` picks one of `prompts`."""
+        """The prompt; `phrasing` picks one of `prompts`."""
         return self.text(f"prompt{phrasing}", question)
 
     def system(self, question: Question) -> str:
@@ -434,7 +439,8 @@ class PromptTemplate:
 
     def read_answer(self, generated: str) -> str | None:
         """The answer in what a model wrote: cut at `stop`, found by `extract` (the last match of
-        the first pattern that matches), stripped. None where patterns are given and none matches.
+        the first pattern that matches), stripped. None if the template has patterns and none
+        matches.
         """
         for stop in self.stop:
             generated = generated.partition(stop)[0]
@@ -442,22 +448,27 @@ class PromptTemplate:
             matches = list(re.finditer(pattern, generated))
             if matches:
                 whole = matches[-1].group()
-                return next((part for part in matches[-1].groups() if part), whole).strip()
+                return next((group for group in matches[-1].groups() if group), whole).strip()
         return None if self.extract else generated.strip()
 
     def read_label(self, answer: str | None) -> str | None:
-        """The class whose word an answer is, letter case aside; None for no class's."""
+        """The class that has the answer among its words, as `plain` compares them; None if no class
+        has.
+        """
         if answer is None:
             return None
-        said, classes = plain(answer), self.verbalizer.items()
-        return next((label for label, words in classes if said in map(plain, words)), None)
+        word, classes = plain(answer), self.verbalizer.items()
+        return next((label for label, words in classes if word in map(plain, words)), None)
 
     def first_word(self, generated: str) -> str | None:
-        """The label word that stands first in what a model wrote, and of those the longest."""
-        words = sorted((word for some in self.verbalizer.values() for word in some), key=len)
-        either = "|".join(re.escape(word.strip()) for word in reversed(words))
-        found = re.search(rf"(?<!\w)(?:{either})(?!\w)", generated, re.IGNORECASE)
-        return found.group() if found else None
+        """The label word that stands first in what a model wrote; of several that begin there, the
+        longest.
+        """
+        all_words = (word for words in self.verbalizer.values() for word in words)
+        longest_first = reversed(sorted(all_words, key=len))
+        either = "|".join(re.escape(word.strip()) for word in longest_first)
+        match = re.search(rf"(?<!\w)(?:{either})(?!\w)", generated, re.IGNORECASE)
+        return match.group() if match else None
 
     def read_spans(self, answer: str | None) -> list[str]:
         """The entities named in an answer of a `spans` template."""

@@ -5,36 +5,30 @@ from typing import Any
 
 
 class RowError(ValueError):
-    """What is wrong with one row, and its cure; `data.py` adds the file and the row's number."""
+    """What is wrong with one row, and its cure; `data/rows.py` adds where the row stands."""
 
 
 def as_list(value: Any) -> list:
-    """A list, tuple or array as a list; anything else as the only element of one."""
+    """A list, tuple or array as a list; anything else as a list of one element."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def class_name(value: Any) -> str:
-    """The value of a label column as a template's verbalizer names it: 1.0 is 1."""
+    """The value of a label column as a template's verbalizer writes it: 1.0 becomes "1"."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value).strip()
 
 
-# Conversations
-
-
-# Entities
-
-
 def read_entities(
     tokens: Sequence[str], tags: Sequence[str], types: Mapping[str, Any]
 ) -> list[tuple[str, str, int, int]]:
-    """The entities of a BIO-tagged sentence as (type, text, start, end), characters of the tokens
-    joined by spaces.
+    """The entities of a BIO-tagged sentence as (type, text, start, end): [start, end) characters of
+    the tokens joined by spaces.
 
-    An `I-` that continues nothing begins an entity, as conlleval reads it.
+    An `I-` tag that continues no entity of its type begins one, as conlleval reads it.
 
     Raises:
         RowError: not as many tags as tokens, or a type that the template does not name.

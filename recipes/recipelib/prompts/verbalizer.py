@@ -1,4 +1,4 @@
-"""Label words' scores -> a label's score; and what a tokenizer makes of the words."""
+"""Label words' scores -> the labels' scores."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def label_scores(words: Mapping[str, Sequence[float]]) -> dict[str, float]:
     scores = {}
     for label, values in words.items():
         best = max(values)
-        # Where all are impossible, -inf less -inf would be no number.
+        # Where all words are impossible, -inf - -inf would be NaN.
         rest = sum(math.exp(value - best) for value in values) if best > -math.inf else 1.0
         scores[label] = best + math.log(rest)
     return scores
@@ -36,11 +36,11 @@ def combine_words(
 ) -> torch.Tensor:
     """The labels' scores, with gradients, from their words' log-likelihoods.
 
-    The words' probabilities are made to sum to one over all words, and divided by those of a text
-    without content where these are given (contextual calibration, Zhao et al. 2021,
-    arXiv:2102.09690, word by word as OpenPrompt's ManualVerbalizer). Log-sum-exp adds up the
-    probabilities of a label's words, "mean" takes their geometric mean (OpenPrompt), "max" the
-    likeliest word.
+    First the words' probabilities are normalized to sum to one over all words. If `content_free` is
+    given, they are divided by the probabilities that the words have in a text without content
+    (contextual calibration, Zhao et al. 2021, arXiv:2102.09690; word by word, as OpenPrompt's
+    ManualVerbalizer) and normalized again. Then "logsumexp" adds up the probabilities of a label's
+    words, "mean" takes their geometric mean (OpenPrompt), "max" the likeliest word.
 
     Args:
         words: [rows, words] log-likelihoods (nats).
@@ -57,9 +57,9 @@ def combine_words(
         words = (words - content_free.log_softmax(-1)).log_softmax(-1)
     groups = [words[:, labels == label] for label in range(int(labels.max()) + 1)]
     if combine == "logsumexp":
-        found = [group.logsumexp(-1) for group in groups]
+        scores = [group.logsumexp(-1) for group in groups]
     elif combine == "mean":
-        found = [group.mean(-1) for group in groups]
+        scores = [group.mean(-1) for group in groups]
     else:
-        found = [group.amax(-1) for group in groups]
-    return torch.stack(found, -1)
+        scores = [group.amax(-1) for group in groups]
+    return torch.stack(scores, -1)

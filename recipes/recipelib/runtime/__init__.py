@@ -1,4 +1,4 @@
-"""Processes and launching, errors, the files of a run, the console: what all else stands on."""
+"""Processes and launching, errors, the files of a run, the console: what every other room uses."""
 
 from recipelib.runtime.checkpoints import (
     TRAINED,

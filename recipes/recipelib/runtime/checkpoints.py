@@ -1,4 +1,6 @@
-"""The folder of a run: the checkpoint to go on from, and what an earlier run has left there."""
+"""The folder of a run: finding and checking the checkpoint to resume from, and clearing what an
+earlier run left there.
+"""
 
 import json
 import re
@@ -13,7 +15,8 @@ from recipelib.runtime.errors import UserError
 from recipelib.runtime.files import read_metrics
 from recipelib.runtime.launch import fsdp_option, uses_fsdp
 
-# Of an adapter's settings: where it comes from, and what does not change its weights.
+# Adapter settings that a resumed run may change: where the adapter comes from, and what does not
+# decide its weights.
 _NOT_COMPARED = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
     *("task_type", "lora_dropout", "adapter_dropout", "runtime_config", "loftq_config"),
@@ -21,8 +24,10 @@ _NOT_COMPARED = {
 
 
 def is_whole(folder: Path) -> bool:
-    """The trainer writes a checkpoint in place, `trainer_state.json` last: without it, or with half
-    of it, the rest may be half-written too.
+    """Whether a checkpoint was written to its end.
+
+    The trainer writes a checkpoint in place and `trainer_state.json` last: where that is missing or
+    cut short, the rest may be half-written too.
     """
     try:
         json.loads((folder / "trainer_state.json").read_text())
@@ -32,8 +37,8 @@ def is_whole(folder: Path) -> bool:
 
 
 def checkpoint_kind(folder: Path) -> str:
-    """How a checkpoint's training state is kept: "plain" (one process, or data parallel), "full"
-    (FSDP, gathered) or "sharded" (FSDP, a part from each process).
+    """How a checkpoint holds the training state: "plain" (one process, or data parallel), "full"
+    (FSDP, gathered into one file) or "sharded" (FSDP, a part from each process).
     """
     if (folder / "pytorch_model_fsdp_0").is_dir():
         return "sharded"
@@ -50,9 +55,9 @@ def _check_kind(folder: Path) -> None:
     asked = "plain"
     if uses_fsdp():
         asked = "sharded" if fsdp_option("STATE_DICT_TYPE") == "sharded_state_dict" else "full"
-    if (found := checkpoint_kind(folder)) != asked:
+    if (kind := checkpoint_kind(folder)) != asked:
         raise UserError(
-            f"--resume_from_checkpoint {folder}: was written {configs[found]}, and this run is "
+            f"--resume_from_checkpoint {folder}: was written {configs[kind]}, and this run is "
             f"{configs[asked]}; launch as it was (the number of processes may differ)"
         )
 
@@ -66,27 +71,28 @@ def find_checkpoint(
         output_dir: the run's folder.
         which: None for a fresh start, "last" for the newest whole checkpoint in `output_dir`, or
             a folder.
-        check: called with the checkpoint; raises an error if it is not this run's.
+        check: called with the checkpoint; raises an error if this run cannot resume from it.
 
-    Nothing is changed yet (see `clear_way`): what is wrong with the rest of the command line shows
-    before a finished run is given up for it. The main process alone looks for another run.
+    Nothing in the folder changes yet (see `clear_way`), so that a mistake elsewhere on the command
+    line shows before a finished run is given up for it. Only the main process refuses a fresh start
+    beside an unfinished run.
 
     Raises:
         UserError: nothing to resume from, a checkpoint of another kind of launch, or a fresh start
-            beside another run's checkpoints.
+            beside the checkpoints of an unfinished run.
     """
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {output_dir}: is a file; name a folder")
-    found = _checkpoints(folder)
+    checkpoints = _checkpoints(folder)
     if which is None:
-        if found and is_main_process() and not (folder / "metrics.json").exists():
+        if checkpoints and is_main_process() and not (folder / "metrics.json").exists():
             raise UserError(
-                f"--output_dir {folder}: holds {found[-1][1].name} of an unfinished run; pass "
-                "--resume_from_checkpoint last to go on, another --output_dir, or delete it"
+                f"--output_dir {folder}: holds {checkpoints[-1][1].name} of an unfinished run; "
+                "pass --resume_from_checkpoint last to go on, another --output_dir, or delete it"
             )
         return None
-    whole = [one for _, one in found if is_whole(one)]
+    whole = [path for _, path in checkpoints if is_whole(path)]
     if which == "last" and not whole:
         raise UserError(
             f"--resume_from_checkpoint last: no whole checkpoint in {output_dir}; start without it"
@@ -104,42 +110,44 @@ def find_checkpoint(
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of every checkpoint in the folder, the earliest first."""
     return sorted(
-        (int(one.name.split("-")[1]), one)
-        for one in folder.glob("checkpoint-*")
-        if re.fullmatch("checkpoint-[0-9]+", one.name) and one.is_dir()
+        (int(path.name.split("-")[1]), path)
+        for path in folder.glob("checkpoint-*")
+        if re.fullmatch("checkpoint-[0-9]+", path.name) and path.is_dir()
     )
 
 
 def check_adapter(checkpoint: str | None, model) -> None:
-    """Refuse a checkpoint whose adapter is not the model's, before its weights are put into it.
+    """Refuse a checkpoint whose adapter differs from the model's, before its weights are loaded.
 
     Raises:
-        UserError: other settings of the adapter, another kind, or a whole model on one side.
+        UserError: an adapter of another kind or with other settings, or a whole model on one side
+            and an adapter on the other.
     """
     if checkpoint is None:
         return
     file, own = Path(checkpoint, "adapter_config.json"), getattr(model, "active_peft_config", None)
-    said = f"--resume_from_checkpoint {checkpoint}: "
+    where = f"--resume_from_checkpoint {checkpoint}: "
     if own is None:
         if file.exists():
-            raise UserError(f"{said}holds an adapter, and this run trains all parameters")
+            raise UserError(f"{where}holds an adapter, and this run trains all parameters")
         return
-    if not file.exists():  # sharded ones have none
+    if not file.exists():  # a sharded checkpoint has none
         if Path(checkpoint, "model.safetensors").exists():
-            raise UserError(f"{said}holds a whole model, and this run trains an adapter")
+            raise UserError(f"{where}holds a whole model, and this run trains an adapter")
         return
     held = json.loads(file.read_text(encoding="utf-8"))
-    # As it is written: sets become lists.
-    own = json.loads(json.dumps(own.to_dict(), default=lambda one: sorted(map(str, one))))
+    # As PEFT writes the file: sets become lists.
+    own = json.loads(json.dumps(own.to_dict(), default=lambda names: sorted(map(str, names))))
     for name in sorted(held.keys() & own.keys() - _NOT_COMPARED):
         theirs, ours = (
-            sorted(map(str, one)) if isinstance(one, list) else one
-            for one in (held[name], own[name])
+            sorted(map(str, value)) if isinstance(value, list) else value
+            for value in (held[name], own[name])
         )
         if theirs != ours:
             raise UserError(
-                f"{said}its adapter has {name} {held[name]}, and this run's {own[name]}; go on "
+                f"{where}its adapter has {name} {held[name]}, and this run's {own[name]}; go on "
                 "with the same"
             )
 
@@ -147,48 +155,51 @@ def check_adapter(checkpoint: str | None, model) -> None:
 def clear_way(output_dir: str, checkpoint: str | None) -> None:
     """Make `output_dir` the folder of the run that begins to train now.
 
-    A fresh start clears the checkpoints and metrics.json of a finished run, and any samples. One
-    that goes on is unfinished again, and checkpoints behind the one that it goes on from are given
-    up: they are of another course. The main process alone clears.
+    A fresh start removes the checkpoints and metrics.json of a finished run, and any samples. A
+    resumed run is unfinished again, so metrics.json is removed; so are checkpoints later than the
+    one it resumes from, since they belong to another course of training. Only the main process
+    removes anything.
     """
     folder = Path(output_dir)
     if not is_main_process():
         return
     if checkpoint is not None:
         (folder / "metrics.json").unlink(missing_ok=True)
-        places = {one.resolve(): number for number, one in _checkpoints(folder)}
-        from_here = places.get(Path(checkpoint).resolve())
-        for place, number in places.items():
-            if from_here is not None and number > from_here:
-                say(f"{place.name} is given up, for the run goes on from checkpoint-{from_here}")
-                shutil.rmtree(place)
+        steps = {path.resolve(): step for step, path in _checkpoints(folder)}
+        resumed_at = steps.get(Path(checkpoint).resolve())
+        for path, step in steps.items():
+            if resumed_at is not None and step > resumed_at:
+                say(f"{path.name} is given up, for the run goes on from checkpoint-{resumed_at}")
+                shutil.rmtree(path)
         return
-    (folder / "samples.jsonl").unlink(missing_ok=True)  # to which a run adds
+    (folder / "samples.jsonl").unlink(missing_ok=True)  # a run appends to it
     if (folder / "metrics.json").exists():
         say(f"{output_dir}: the finished run there is replaced")
-        for _, one in _checkpoints(folder):
-            shutil.rmtree(one)
-        (folder / "metrics.json").unlink()  # last: an interrupted clearing is taken up again
+        for _, path in _checkpoints(folder):
+            shutil.rmtree(path)
+        # Last, so that the next run takes up a clearing that was interrupted.
+        (folder / "metrics.json").unlink()
 
 
-TRAINED = "trained.safetensors"  # of a checkpoint: everything that is trained, by its name
+# The file of a checkpoint that holds every trained tensor under its name.
+TRAINED = "trained.safetensors"
 
 
 def check_trained(checkpoint: Path, trained: Mapping[str, str]) -> None:
-    """See that a checkpoint holds what a run trains, before it is gone on from.
+    """Check that a checkpoint holds what this run trains, before the run resumes from it.
 
     Args:
-        trained: argument -> value, of all that decide what is trained.
+        trained: argument -> value, of all arguments that decide what is trained.
     Raises:
-        UserError: another recipe's, or other arguments.
+        UserError: the checkpoint of another recipe, or of a run with other arguments.
     """
     try:
         with safe_open(checkpoint / TRAINED, "pt") as file:
             held = file.metadata() or {}
     except (OSError, SafetensorError):
         raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: has no {TRAINED} of prompt_tuning.py; pass "
-            "a checkpoint of a run of this recipe"
+            f"--resume_from_checkpoint {checkpoint}: has no {TRAINED} of prompt_tuning.py or "
+            "cloze_sft.py; pass a checkpoint of a run of this recipe"
         ) from None
     for name, value in trained.items():
         if held.get(name) != value:
@@ -199,21 +210,22 @@ def check_trained(checkpoint: Path, trained: Mapping[str, str]) -> None:
 
 
 def refuse_trained_run(output_dir: str) -> None:
-    """Refuse to write what was only scored over what was trained.
+    """Refuse to write the results of a run that only scores over those of a run that trained.
 
     Raises:
-        UserError: a trained run is there.
+        UserError: the folder holds a trained run.
     """
     if read_metrics(output_dir).get("trainable_parameters"):
         raise UserError(f"--output_dir {output_dir}: holds a trained run; name another")
 
 
 def clear_results(output_dir: str, loaded_from: str) -> None:
-    """Remove what an earlier run of any kind has left of weights, templates and figures, before
-    this run's are written: nothing of it may pass for this run's, or be published with it.
+    """Remove the weights, templates and figures that an earlier run of any kind left, before this
+    run writes its own: none of them may pass for this run's, or be published with it.
 
     Args:
-        loaded_from: the model's own folder, which is left alone.
+        loaded_from: the folder that the model was loaded from; if it is `output_dir`, nothing is
+            removed.
     """
     folder = Path(output_dir)
     if not is_main_process() or folder.resolve() == Path(loaded_from).resolve():

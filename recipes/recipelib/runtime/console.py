@@ -27,8 +27,8 @@ def progress(description: str, unit: str = "row") -> Callable[[Iterable], Iterab
 
 
 def progress_bar(description: str | None, total: int) -> tqdm:
-    """A progress bar over rows, to be updated by hand; shown by the main process only, and only
-    with a description.
+    """A progress bar over rows that the caller updates; shown by the main process only, and only
+    if it has a description.
     """
     return tqdm(
         total=total,
@@ -56,13 +56,13 @@ def print_table(title: str, rows: Mapping[str, object]) -> None:
     table = Table(title=Text(printable(title), "bold"), title_justify="left", show_header=False)
     table.add_column(style="cyan", overflow="fold")
     table.add_column(overflow="fold")
-    for name, value in rows.items():  # as Text, in which [brackets] are no markup
+    for name, value in rows.items():  # as Text: rich would read [brackets] in a str as markup
         table.add_row(Text(printable(name)), Text(printable(value)))
     Console(**plain).print(table)
 
 
 def printable(value: object) -> str:
-    """A value as text, without what would spoil a terminal or a stream that is not UTF-8."""
+    """A value as text; control characters, and what the stream's encoding lacks, are escaped."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:,.0f}"
     text = "-" if value is None else str(value)

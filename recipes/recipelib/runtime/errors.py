@@ -7,8 +7,8 @@ from typing import Any
 class UserError(Exception):
     """A mistake that the user can mend.
 
-    Its text is the one line shown before exit code 2: the file, the key or row, what is wrong, and
-    the cure.
+    Its text is the one line that is shown before exit code 2: the file, the key or row, what is
+    wrong, and the cure.
     """
 
 
@@ -19,16 +19,21 @@ def first_line(message: object) -> str:
 
 
 def one_line(text: Any) -> str:
-    """Row values and other libraries' messages can hold whole documents."""
+    """A text on one line, its middle cut out where it is long: row values and other libraries'
+    messages can hold whole documents.
+    """
     line = " ".join(str(text).split())
     return line if len(line) <= 400 else f"{line[:250]} ... {line[-140:]}"
 
 
 def require_at_least(arguments: Any, **least: float) -> None:
-    """Refuse numbers that would fail late or mean nothing; None is left alone.
+    """Refuse numbers that would fail late or mean nothing; None passes.
 
+    Args:
+        arguments: the object whose attributes are checked.
+        least: argument -> its smallest value.
     Raises:
-        UserError: the first argument that is smaller than the number given under its name.
+        UserError: the first argument that is below its limit.
     """
     for name, limit in least.items():
         value = getattr(arguments, name)

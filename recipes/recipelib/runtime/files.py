@@ -16,8 +16,9 @@ from recipelib.runtime.errors import UserError
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """safe_load that refuses what it would change in silence: duplicate keys, and keys such as 0 or
-    no. Aliases, with which a few lines stand for gigabytes, are refused too.
+    """YAML's safe loader, which also refuses what it would change in silence: duplicate keys, and
+    keys that are not read as text, such as 0 or no. It refuses aliases too, with which a few lines
+    can stand for gigabytes.
     """
 
     def compose_node(self, parent, index):
@@ -47,8 +48,8 @@ def load_yaml(path: Path) -> dict:
     """The mapping in a YAML file.
 
     Raises:
-        UserError: no such file, not UTF-8, no mapping, duplicate or non-string keys, YAML's own
-        errors.
+        UserError: no such file, not UTF-8, not a mapping, duplicate or non-string keys, aliases, or
+            text that is not YAML.
     """
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
@@ -67,7 +68,7 @@ def load_yaml(path: Path) -> dict:
         raise UserError(
             f"{path}: {where}{problem}; put text with a colon, braces or quotes into quotes"
         ) from None
-    except ValueError as error:  # a date that is none, such as 2020-99-99
+    except ValueError as error:  # an impossible date, such as 2020-99-99
         raise UserError(f"{path}: {error}; put it into quotes") from None
     except RecursionError:
         raise UserError(f"{path}: nested too deeply to be a template; flatten it") from None
@@ -87,7 +88,7 @@ def read_metrics(folder: Path | str) -> dict:
     """What a run's metrics.json holds; empty where there is none.
 
     Raises:
-        UserError: it is no JSON.
+        UserError: the file is not JSON.
     """
     path = Path(folder) / "metrics.json"
     try:
@@ -105,8 +106,8 @@ def write_jsonl(path: str | os.PathLike, records: Iterable[object]) -> None:
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary file beside `path`, to be written in the block; at its end it takes the place of
-    `path` in one step. After an error what stood there stays, and nothing else is left.
+    """A temporary file beside `path`, to be written in the block. When the block ends, it replaces
+    `path` in one step; after an error `path` stays as it was and the temporary file is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,5 +134,5 @@ def _jsonable(value: Any) -> Any:
 
 
 def _utf8(line: str) -> bytes:
-    # A lone surrogate has no UTF-8; Python's backslash escape of it is JSON's escape of it as well.
+    # UTF-8 cannot hold a lone surrogate; Python's backslash escape of it is also JSON's.
     return (line + "\n").encode("utf-8", "backslashreplace")

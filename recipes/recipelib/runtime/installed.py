@@ -1,4 +1,4 @@
-"""Which versions of what a result depends on."""
+"""The versions of the libraries that a result depends on."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from contextlib import suppress
 
 
 def versions() -> dict[str, str]:
-    """Python's version and those of the libraries that decide a result, as far as installed."""
-    found = {"python": platform.python_version()}
+    """The version of Python, and of each library that decides a result and is installed."""
+    installed = {"python": platform.python_version()}
     packages = ["torch", "transformers", "trl", "peft", "accelerate", "datasets", "evaluate"]
     for package in [*packages, "bitsandbytes"]:
         with suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+            installed[package] = importlib.metadata.version(package)
+    return installed

@@ -1,4 +1,4 @@
-"""What a recipe asks of the processes it runs in, FSDP on a CPU included."""
+"""The processes of a launch: their cores, the accelerate config, joining (on CPUs too), the end."""
 
 import inspect
 import os
@@ -6,15 +6,16 @@ import os
 from recipelib.runtime.console import say
 from recipelib.runtime.errors import UserError
 
-# What of accelerate the rehearsal leans on: `PartialState._prepare_backend` with these parameters.
+# The rehearsal replaces `PartialState._prepare_backend` of accelerate, which must take these
+# parameters.
 _PREPARE_BACKEND = ["self", "cpu", "sagemaker_dp", "backend"]
 
 
 def use_all_cores() -> None:
-    """Give this process its share of the machine's cores where the launcher left it with one.
+    """Give this process its share of the machine's cores where the launcher left it a single one.
 
     `accelerate launch` sets OMP_NUM_THREADS=1 for processes on a CPU unless told otherwise, which
-    halves the speed on two cores. Another number is somebody's choice and stays.
+    halves the speed on two cores. Any other number is somebody's choice and stays.
     """
     import torch
 
@@ -29,18 +30,18 @@ def uses_fsdp() -> bool:
 
 
 def fsdp_option(name: str) -> str:
-    """The value of a key of the accelerate config's `fsdp_config`, in lower case, "" if unset.
+    """The value of a key of the accelerate config's `fsdp_config`, in lower case; "" if unset.
 
     Args:
-        name: without the prefix, in capitals, as accelerate puts it into the environment after
-            `FSDP_`: `VERSION`, `STATE_DICT_TYPE`, `OFFLOAD_PARAMS`, ...
+        name: the key in capitals and without its prefix, as accelerate puts it behind `FSDP_` in
+            the environment: `VERSION`, `STATE_DICT_TYPE`, `OFFLOAD_PARAMS`, ...
     """
     return os.environ.get(f"FSDP_{name}", "").lower()
 
 
 def processes_started() -> int:
-    """How many processes the launcher (torch's, else MPI's or Slurm's) says it started, over all
-    machines.
+    """How many processes the launcher (torch's, else MPI's or Slurm's) says it started, on all
+    machines together.
     """
     launchers = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
     return next((int(os.environ[name]) for name in launchers if os.environ.get(name)), 1)
@@ -49,18 +50,19 @@ def processes_started() -> int:
 def join_on_cpu(use_cpu: bool) -> bool:
     """Let the processes of a launch find each other on a machine without a GPU, over gloo.
 
-    accelerate reaches its FSDP branch only from the type of a GPU, and without one would train
-    unrelated models, one in each process. Told that gloo is the backend of such a type, it shards
-    on CPUs too. To be called before accelerate's state is made.
+    accelerate reaches its FSDP branch only for the device type of a GPU. Without a GPU it would
+    train unrelated models, one in each process. Told that gloo is the backend of such a device, it
+    shards on CPUs too. Call this before accelerate's state is made.
 
     Args:
         use_cpu: whether the user asked for the CPU.
 
     Returns:
         Whether the trainer has to be told to use the CPU (data parallel training). Under FSDP it
-        must not be: that would turn FSDP off.
+        must not be told: that would turn FSDP off.
     Raises:
-        UserError: a config that cannot run without a GPU, or an accelerate of another shape.
+        UserError: a config that cannot run without a GPU, or an accelerate whose private method
+            differs from what this leans on.
     """
     launched = "LOCAL_RANK" in os.environ
     if not launched or (_has_accelerator() and not use_cpu):
@@ -104,7 +106,7 @@ def join_on_cpu(use_cpu: bool) -> bool:
 
 
 def _has_accelerator() -> bool:
-    """Whether there is a device over which accelerate distributes; it does not over Apple's."""
+    """Whether accelerate can distribute over this machine's device; over Apple's it does not."""
     import torch
 
     return (
@@ -113,12 +115,13 @@ def _has_accelerator() -> bool:
 
 
 def check_joined(world_size: int) -> None:
-    """Refuse processes that would train models that have nothing to do with each other.
+    """Refuse processes that have not joined, each of which would train an unrelated model.
 
     Args:
         world_size: how many processes the trainer knows of.
     Raises:
-        UserError: it is not as many as were started, or as torch's process group has.
+        UserError: the trainer or torch's process group does not know of as many processes as were
+            started.
     """
     import torch
 
@@ -133,10 +136,10 @@ def check_joined(world_size: int) -> None:
 
 
 def end_process_group() -> None:
-    """End what the processes of a launch spoke through, at the end of a run that went well.
+    """End the process group of a launch, at the end of a run that went well.
 
-    Left open it is torn down with the interpreter: gloo's threads then let go of their last
-    tensors while Python ends, which once in many runs aborts a process whose work is done.
+    Left open, it is torn down with the interpreter: gloo's threads then release their last tensors
+    while Python ends, which once in many runs aborts a process whose work is done.
     """
     import torch
 

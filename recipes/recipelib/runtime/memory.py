@@ -1,4 +1,4 @@
-"""The memory of a process: a meter for what training takes."""
+"""Measures the memory that training takes in this process."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ class MemoryMeter:
     Make it before the model is loaded, and `restart` it when training starts. On a GPU it reports
     `torch.cuda.max_memory_allocated` over all devices of this process.
 
-    On CPU a thread samples what is in use, which is the same in spirit: the resident memory less
-    what glibc's heap holds free. Those holes are left by aligned blocks, such as torch's, and may
-    add up to more than what is in use; how much depends on all that was allocated before. (With
-    the environment variable MALLOC_MMAP_THRESHOLD_=1000000 there are none, at the price of speed.)
-    A block that was never written is free but was not resident; so the heap's own count of what
-    is in use, with the file pages that are mapped, is sampled too, and the larger figure holds.
+    On CPU a thread samples the counterpart of that figure: the resident memory less what glibc's
+    heap holds free. Aligned blocks, such as torch's, leave free holes in the heap that may add up
+    to more than what is in use; their size depends on everything allocated before. (With the
+    environment variable MALLOC_MMAP_THRESHOLD_=1000000 there are no holes, at the price of speed.)
+    A free block that was never written was not resident either, so this figure can be too small.
+    The heap's own count of what is in use, plus the mapped file pages, is therefore sampled too,
+    and the larger of the two peaks is reported.
     """
 
     def __init__(self) -> None:
@@ -49,7 +50,7 @@ class MemoryMeter:
         threading.Thread(target=self._watch, name="memory meter", daemon=True).start()
 
     def restart(self) -> None:
-        """Forget the peak so far; what counts is still what exceeds the level of the start."""
+        """Forget the peak so far; peaks still count from the level at which the meter was made."""
         import torch
 
         if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -58,7 +59,7 @@ class MemoryMeter:
         self._peak = self._start
 
     def _now(self) -> list[int]:
-        """Bytes: resident and not free; in use or mapped; resident."""
+        """Bytes: resident less free in the heap; in use in the heap plus mapped; resident."""
         process, heap = self._process.memory_info(), self._mallinfo()
         used = heap.uordblks + heap.hblkhd + getattr(process, "shared", 0)
         return [process.rss - heap.fordblks, used, process.rss]
@@ -71,7 +72,8 @@ class MemoryMeter:
         while not self._stopped.wait(pause):
             start = time.thread_time()
             self._sample()
-            # glibc walks through all holes, some milliseconds: it gets a hundredth of the time.
+            # glibc walks through all holes, which takes some milliseconds: sampling gets a
+            # hundredth of the time.
             pause = max(0.05, 100 * (time.thread_time() - start))
 
     def stop(self) -> int:
