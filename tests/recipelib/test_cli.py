@@ -498,11 +498,9 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 
 
 def test_a_recipe_run_as_a_script_ends_so_too():
-    done = subprocess.run(
-        [sys.executable, RECIPES[0], "--template_", "x"], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, RECIPES[0], "--merge"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1] == (
-        "error: command line: unknown argument --template_; did you mean --template?"
+    assert done.stderr == (
+        "error: --merge: has moved; run 'python recipes/merge.py OUTPUT_DIR' afterwards\n"
     )

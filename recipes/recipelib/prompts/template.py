@@ -152,9 +152,9 @@ class PromptTemplate:
         Raises:
             UserError: the template has no rationale.
         """
-        bare = self.without_rationale().fields
-        answer = f"{bare['answer']}\n{self.fields['rationale']['text'].lstrip(' ')}"
-        return PromptTemplate({**bare, "answer": answer}, self.path)
+        bare = self.without_rationale()  # whose answer may be the label's word by default
+        answer = f"{bare.texts['answer']}\n{self.fields['rationale']['text'].lstrip(' ')}"
+        return PromptTemplate({**bare.fields, "answer": answer}, self.path)
 
     def with_instruction(self, instruction: str) -> PromptTemplate:
         """The template with one more line in its `system` text."""

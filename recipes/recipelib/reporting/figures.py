@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -260,8 +261,15 @@ def _inches(text: str, size: float, weight: str = "normal") -> float:
 
 def _fitted(text: str, room: float, size: float, weight: str = "normal") -> str:
     """The text as one line, shortened to be at most `room` wide."""
-    tried = (shortened(text, length) for length in range(int(30 * room), 0, -1))
-    return next((line for line in tried if _inches(line, size, weight) <= room), "")
+    longest = shortened(text, int(30 * room))
+    if _inches(longest, size, weight) <= room:
+        return longest
+
+    def wide(length: int) -> float:
+        return _inches(shortened(text, length), size, weight)
+
+    fit = bisect_right(range(1, len(longest)), room, key=wide)
+    return shortened(text, fit) if fit else ""
 
 
 def _label_ends(axes, ends: Iterable[tuple[float, str, str]], gap: float, size: float) -> None:
@@ -314,9 +322,11 @@ def plot_loss(
 
     figure = Figure(figsize=(10, 5.625), dpi=160, facecolor="white")
     left, width, bottom = 0.075, 0.8, 0.32 if len(rates) else 0.11
-    plain = {"va": "center", "parse_math": False}  # a $ is a dollar
-    figure.text(left, 0.95, shortened(title, 75), fontsize=15, weight="bold", **plain)
-    figure.text(left, 0.905, shortened(subtitle, 115), fontsize=10.5, color=GRAY, **plain)
+    room = 10 * (1 - left) - _EDGE
+    bold = _fitted(title, room, 15, "bold")
+    figure.text(left, 0.95, bold, fontsize=15, weight="bold", **_PLAIN)
+    gray = _fitted(subtitle, room, 10.5)
+    figure.text(left, 0.905, gray, fontsize=10.5, color=GRAY, **_PLAIN)
     axes = figure.add_axes((left, bottom, width, 0.82 - bottom), xlim=(0, 1), ylim=(low, high))
 
     thin, dots = 0.8 if len(steps) <= 1000 else 0.4, "o" if len(steps) <= 60 else ""

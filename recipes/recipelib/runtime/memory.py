@@ -36,6 +36,7 @@ class MemoryMeter:
 
     def __init__(self) -> None:
         import psutil
+        import torch  # noqa: F401, whose own size is none of the training's
 
         self._process = psutil.Process()
         try:

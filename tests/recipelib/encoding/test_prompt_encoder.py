@@ -294,8 +294,44 @@ def test_data_cannot_pass_for_the_place_of_the_mask():
     assert (before, after) == ("\ufdd20\ufdd3 - \ufdd21\ufdd3 It was ", ", truly.")
 
 
-def test_rows_that_all_do_not_fit_end_in_one_line_before_any_model_is_loaded(task):
-    encoder = PromptEncoder(task.template, task.tokenizer, 3)
-    with pytest.raises(UserError, match="--max_length 3: no training row fits") as error:
-        encode_rows(encoder, [{"sentence": "film", "label": "positive"}])
-    assert "\n" not in str(error.value)
+def test_rows_that_all_do_not_fit_end_in_one_line_before_any_model_is_loaded():
+    encoder = PromptEncoder(template("free"), tokenizer_for("gpt2"), 3)
+    message = refusal(lambda: encode_rows(encoder, many_rows(2)))
+    assert message.startswith("--max_length 3: no training row fits")
+
+
+# Another template
+
+
+def test_an_encoder_with_another_template_encodes_as_a_new_one_would():
+    first, second = template("class"), template("free")
+    encoder = PromptEncoder(first, tokenizer_for("gpt2"), 90, "chat")
+    other = encoder.with_template(second)
+    fresh = PromptEncoder(second, tokenizer_for("gpt2"), 90, "chat")
+    rows = many_rows(5)
+    assert encode_rows(other, rows).examples == encode_rows(fresh, rows).examples
+    assert (other.max_length, other.chat, other.template) == (90, True, second)
+    assert encoder.template is first
+    assert encoder.text is other.text  # what a tokenizer can do is looked up once
+
+
+def test_a_conversation_is_a_chat_whatever_the_rendering_and_a_text_is_one_again():
+    encoder = PromptEncoder(template("free"), tokenizer_for("gpt2"), 90)
+    chat = encoder.with_template(PromptTemplate(CHAT))
+    assert [encoder.chat, chat.chat, chat.with_template(template("free")).chat] == [
+        False,
+        True,
+        False,
+    ]
+
+
+def test_a_template_that_the_tokenizer_cannot_take_is_refused_in_one_line():
+    tokenizer = copy.deepcopy(tokenizer_for("bert"))
+    tokenizer.chat_template = None
+    encoder = PromptEncoder(template("free"), tokenizer, 90)
+    message = refusal(lambda: encoder.with_template(PromptTemplate(CHAT)))
+    assert "messages: a conversation needs a chat template" in message
+    marked = template("free", prompts=["Fill [MASK]: {{ text }}"])
+    message = refusal(lambda: encoder.with_template(marked))
+    assert "'[MASK]' is a control token of this model" in message
+    assert encoder.template.name == "free"

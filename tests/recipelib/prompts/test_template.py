@@ -1,3 +1,5 @@
+"""Rows become texts as a template says, data stays data, and answers are read back."""
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -5,6 +7,7 @@ from template_fields import ASK, NAMES, PAIR, SORT, SPAN, first, make, one_line,
 
 from recipelib.prompts.template import PromptTemplate
 from recipelib.prompts.values import RowError
+from recipelib.runtime.errors import UserError
 
 ANY_TEXT = st.text(max_size=40) | st.sampled_from(
     [
@@ -327,3 +330,72 @@ def test_an_answer_never_holds_a_stop(generated):
 )
 def test_a_label_is_read_from_its_words(answer, label):
     assert make(SORT).read_label(answer) == label
+
+
+# Templates made of others
+
+REASONED = {"rationale": {"text": " {{ why }}", "join": "\nSo:"}}
+ROW = {"text": "1 + 1", "gold": "2", "label": "good", "why": "One more than one."}
+
+
+def target(template, row=ROW) -> str:
+    return first(template, row).target
+
+
+def test_a_template_without_its_rationale_asks_for_the_bare_answer():
+    template = make(ASK, **REASONED)
+    assert target(template) == " One more than one.\nSo: 2"
+    bare = template.without_rationale()
+    assert target(bare) == " 2"
+    assert (bare.rationale, bare.path, bare.name) == (None, template.path, template.name)
+    assert target(template) == " One more than one.\nSo: 2"  # which stays as it is
+
+
+@pytest.mark.parametrize(("fields", "answer"), [(ASK, " 2"), (SORT, " great")])
+def test_a_rationale_behind_the_answer_is_one_text_with_it(fields, answer):
+    template = make(fields, **REASONED).with_rationale_behind()
+    assert target(template) == f"{answer}\nOne more than one."
+    assert template.rationale is None
+
+
+@pytest.mark.parametrize("change", ["without_rationale", "with_rationale_behind"])
+def test_where_there_is_no_rationale_it_cannot_be_moved(change):
+    with pytest.raises(UserError) as error:
+        getattr(make(ASK), change)()
+    assert one_line(error).startswith("task.yaml: rationale: is missing; say there where")
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"), [({}, "Be brief."), ({"system": "Do sums."}, "Do sums.\nBe brief.")]
+)
+def test_an_instruction_is_a_further_line_of_the_system_text(own, expected):
+    template = make(ASK, **own).with_instruction("Be brief.")
+    assert template.system(first(template, ROW)) == expected
+    again = template.with_instruction("Be kind.")
+    assert again.system(first(again, ROW)) == f"{expected}\nBe kind."
+
+
+def test_a_further_stop_ends_an_answer_too():
+    template = make(ASK, stop=["Q:"]).with_stop("\n")
+    assert template.stop == ["\n", "Q:"]
+    assert [template.read_answer(text) for text in ("2\n3", "2 Q: 3")] == ["2", "2"]
+
+
+def test_columns_of_other_names_are_read_and_those_of_the_file_stay():
+    template = make(ASK, columns={"text": "sum", "gold": "result"})
+    changed = template.with_columns({"text": "question"})
+    assert target(changed, {"question": "1 + 1", "result": "2", "sum": "no"}) == " 2"
+    assert changed.prompt(first(changed, {"question": "1 + 1", "result": "2"})) == "Q: 1 + 1"
+    assert template.with_columns({}) is template
+    with pytest.raises(UserError, match=r"columns\.text: must name a column"):
+        template.with_columns({"text": 1})
+
+
+def test_what_was_changed_is_saved_with_the_template(tmp_path):
+    template = make(ASK, **REASONED).with_instruction("Be brief.").with_stop("\n")
+    template = template.with_rationale_behind().with_columns({"text": "sum"})
+    template.save(tmp_path / "task.yaml")
+    again = PromptTemplate.load(str(tmp_path / "task.yaml"))
+    assert again.fields == template.fields
+    row = {**ROW, "sum": "1 + 1"}
+    assert (target(again, row), again.stop) == (target(template, row), ["\n"])

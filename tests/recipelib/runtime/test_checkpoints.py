@@ -3,10 +3,21 @@
 import json
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from tiny_llama import tiny_llama
 
-from recipelib.runtime.checkpoints import check_adapter, checkpoint_kind, clear_way, find_checkpoint
+from recipelib.runtime.checkpoints import (
+    TRAINED,
+    check_adapter,
+    check_trained,
+    checkpoint_kind,
+    clear_results,
+    clear_way,
+    find_checkpoint,
+    refuse_trained_run,
+)
 from recipelib.runtime.errors import UserError
 
 STATE = json.dumps({"global_step": 20, "log_history": [{"loss": 0.5, "step": 1}]}, indent=2)
@@ -250,3 +261,94 @@ def test_an_adapter_is_not_gone_on_from_as_a_whole_model_nor_the_other_way_round
     check_adapter(str(folder / "whole"), tiny_llama(50))
     with pytest.raises(UserError, match="holds a whole model, and this run trains an adapter"):
         check_adapter(str(folder / "whole"), lora())
+
+
+# What an earlier run of another kind has left
+
+
+OF_AN_EARLIER_RUN = [
+    *("adapter_model.safetensors", "adapter_config.json", "trained.safetensors"),
+    *("model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"),
+    *("config.json", "generation_config.json", "template.yaml", "templates/sst2.yaml"),
+    *("confusion.png", "reliability.png", "peft_bottleneck.py", "predictions_samples.jsonl"),
+    *("merged/model.safetensors", "base_model/config.json", "dropped/layer.json"),
+]
+NOT_ITS_OWN = ["notes.txt", "predictions_mine.jsonl", "checkpoint-20/model.safetensors", "data.csv"]
+
+
+def leave(folder, names) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+
+
+def files(folder) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_nothing_of_an_earlier_run_passes_for_this_ones_and_what_is_the_users_stays(folder):
+    leave(folder, OF_AN_EARLIER_RUN + NOT_ITS_OWN)
+    clear_results(str(folder), "owner/base")
+    assert files(folder) == set(NOT_ITS_OWN)
+    clear_results(str(folder), "owner/base")  # there is nothing left to do
+    assert files(folder) == set(NOT_ITS_OWN)
+
+
+def test_a_folder_that_is_not_there_yet_is_as_good_as_empty(folder):
+    clear_results(str(folder), "owner/base")
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("named", ["as it is", "with a slash", "by a link"])
+def test_the_models_own_folder_is_left_alone_however_it_is_named(named, folder, tmp_path):
+    leave(folder, OF_AN_EARLIER_RUN)
+    (tmp_path / "link").symlink_to(folder)
+    names = {"as it is": str(folder), "with a slash": f"{folder}/", "by a link": tmp_path / "link"}
+    clear_results(str(folder), str(names[named]))
+    assert files(folder) == set(OF_AN_EARLIER_RUN)
+
+
+def test_other_processes_leave_the_clearing_to_the_main_one(folder, monkeypatch):
+    leave(folder, OF_AN_EARLIER_RUN)
+    monkeypatch.setenv("RANK", "1")
+    clear_results(str(folder), "owner/base")
+    assert files(folder) == set(OF_AN_EARLIER_RUN)
+
+
+# What a cloze's checkpoint was trained as
+
+
+def test_a_checkpoint_of_other_arguments_is_not_gone_on_from(folder):
+    folder.mkdir()
+    trained = {"tune": "prefix", "virtual_tokens": "8"}
+    save_file({"weight": torch.zeros(1)}, folder / TRAINED, trained)
+    check_trained(folder, trained)
+    with pytest.raises(UserError, match="was trained with --virtual_tokens 8, and this run has 16"):
+        check_trained(folder, {**trained, "virtual_tokens": "16"})
+    with pytest.raises(UserError, match="was trained with --soft_prompt None, and this run has"):
+        check_trained(folder, {"soft_prompt": "True"})
+
+
+@pytest.mark.parametrize("content", [None, b"no safetensors"])
+def test_a_checkpoint_of_another_recipe_is_one_line(folder, content):
+    folder.mkdir()
+    if content:
+        (folder / TRAINED).write_bytes(content)
+    with pytest.raises(UserError, match="of a run of this recipe") as error:
+        check_trained(folder, {})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "refused"),
+    [(None, 0), ({}, 0), ({"trainable_parameters": 0}, 0), ({"trainable_parameters": 9}, 1)],
+)
+def test_what_was_only_scored_is_not_written_over_what_was_trained(folder, metrics, refused):
+    folder.mkdir()
+    if metrics is not None:
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+    if not refused:
+        refuse_trained_run(str(folder))
+        return
+    with pytest.raises(UserError, match="run: holds a trained run; name another"):
+        refuse_trained_run(str(folder))
