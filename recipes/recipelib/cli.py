@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -150,14 +151,25 @@ class ClozeArguments(RecipeArguments):
             raise UserError("--calibrate: --soft_verbalizer has no words; leave one of them out")
 
 
-# Options that recipes had once: where to go instead.
+# Options, and values of an option, that recipes had once: where to go instead.
 _MOVED = {
-    ("--merge",): "run 'python recipes/merge.py OUTPUT_DIR' afterwards",
-    ("--search_label_words",): "run recipes/search_label_words.py",
-    ("--tune", "model"): "run recipes/cloze_sft.py",
-    ("--tune", "both"): "run recipes/cloze_sft.py --soft_prompt true",
-    ("--tune", "none"): "run recipes/cloze_sft.py --score_only true",
+    ("merge", None): "run 'python recipes/merge.py OUTPUT_DIR' afterwards",
+    ("search_label_words", None): "run recipes/search_label_words.py",
+    ("tune", "model"): "run recipes/cloze_sft.py",
+    ("tune", "both"): "run recipes/cloze_sft.py --soft_prompt true",
+    ("tune", "none"): "run recipes/cloze_sft.py --score_only true",
 }
+
+
+def _refuse_moved(name: str, value: str, known: bool, said: str) -> None:
+    """Raise an error that names the new place, if the option or its value was there once.
+
+    Args:
+        known: whether the recipe has the option now.
+        said: what stands before the option in the error.
+    """
+    if cure := _MOVED.get((name, value if known else None)):
+        raise UserError(f"{said}{name}{f' {value}' if known else ''}: has moved; {cure}")
 
 
 def _print_help(arguments: type, description: str, defaults: Mapping[str, Any]) -> None:
@@ -206,6 +218,7 @@ def _converted(
     actions = {action.dest: action for action in reversed(parser._actions)}  # not --no_bf16
     values = {}
     for key, value in given.items():
+        _refuse_moved(key, str(value), key in actions, f"{source}: ")
         if key not in actions:
             raise UserError(f"{source}: {key}: unknown key; {_closest(key, actions)}")
         kinds = {get_origin(kind) or kind for kind in (hints[key], *get_args(hints[key]))}
@@ -264,11 +277,11 @@ def parse_arguments(
     if "--help" in argv or "-h" in argv:
         _print_help(arguments, description, defaults)
         sys.exit(0)
-    for place in range(len(argv)):
-        for moved, cure in _MOVED.items():
-            known = moved[0].lstrip("-") in arguments.__dataclass_fields__
-            if tuple(argv[place : place + len(moved)]) == moved and known == (len(moved) > 1):
-                raise UserError(f"{' '.join(moved)}: has moved; {cure}")
+    for argument, following in pairwise([*argv, ""]):
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].replace("-", "_").partition("=")
+            known = name in arguments.__dataclass_fields__
+            _refuse_moved(name, value if equals else following, known, "--")
 
     # Where it is installed it recommends, on some CPUs, a package for a path that we keep shut.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -326,7 +339,7 @@ def run_recipe(
     left. A user's mistake ends in one line and exit code 2.
 
     Args:
-        trains: False for a recipe that trains nothing: it answers --predict itself.
+        trains: False for a recipe that answers --predict itself, for it needs no trained result.
     """
     try:
         args, training = parse_arguments(arguments, description, defaults)
@@ -342,7 +355,8 @@ def run_recipe(
         print(f"error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        resume = "--resume_from_checkpoint last" if trains else "--resume true"
+        own = "resume" in arguments.__dataclass_fields__
+        resume = "--resume true" if own else "--resume_from_checkpoint last"
         print(
             f"interrupted; {resume} goes on from what was saved, if anything was", file=sys.stderr
         )

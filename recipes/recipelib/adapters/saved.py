@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
@@ -14,10 +14,6 @@ import recipelib.adapters.bottleneck  # noqa: F401  PEFT knows its adapters from
 from recipelib.adapters.soft_verbalizer import SoftVerbalizer
 from recipelib.models import hub_errors_in_one_line, is_masked, load_pretrained, stored_config
 from recipelib.runtime import UserError
-
-if TYPE_CHECKING:
-    pass
-
 
 SOFT_VERBALIZER = "soft_verbalizer.safetensors"
 BASE = "base_model"  # where a model is kept that was tuned together with a soft prompt

@@ -70,8 +70,8 @@ def search_label_words(
     """
     if train.asked[0].questions[0].asked is not None and isinstance(asker, CausalAsker):
         raise UserError(
-            f"{asker.encoder.template.path}: --search_label_words: a pair that is asked once per "
-            "label has no words of its own; pass --cloze true"
+            f"{asker.encoder.template.path}: a pair that is asked once per label has no words of "
+            "its own; pass --cloze true"
         )
     classes = list(asker.encoder.template.verbalizer)
     draw = random.Random(seed)
@@ -154,7 +154,7 @@ def _candidates(
     for label in range(classes):
         rows, name = likely[gold == label], list(template.verbalizer)[label]
         if not len(rows):
-            raise UserError(f"--search_label_words: no training row has the label {name!r}")
+            raise UserError(f"{template.path}: no training row has the label {name!r}")
         some: dict[str, tuple[str, int]] = {}
         for token in rows.mean(0).argsort(descending=True).tolist():
             word = text.tokenizer.decode([token]).strip()
@@ -165,8 +165,8 @@ def _candidates(
                 break
         if len(some) < classes:  # each class takes another
             raise UserError(
-                f"--search_label_words: {len(some)} words of one token can stand in the blank for "
-                f"{name!r}; put a space in front of it in {template.path.name}"
+                f"{template.path}: {len(some)} words of one token can stand in the blank for "
+                f"{name!r}; put a space in front of it"
             )
         found.append(list(some.values()))
     return found
