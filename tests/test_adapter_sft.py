@@ -130,9 +130,7 @@ def test_variants_are_trained_and_load_with_peft(run, causal_model, options, cou
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("adapter_input", ["output", "residual"])
-def test_a_base_in_four_bits_learns_and_answers_as_it_scored(
-    run, reviews, adapter_input, tmp_path
-):
+def test_a_base_in_four_bits_learns_and_answers_as_it_scored(run, reviews, adapter_input, tmp_path):
     options = {
         "model_name_or_path": save_tiny_llama(tmp_path / "wide", hidden_size=64),
         "load_in_4bit": True,

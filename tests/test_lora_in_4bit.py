@@ -52,9 +52,7 @@ def finished(start, wide, tmp_path_factory):
 def test_the_base_is_in_4_bits_while_the_loss_falls(finished):
     folder, seen = finished
     model = seen.trainer.model
-    layers = [
-        layer for layer in model.modules() if getattr(layer, "quant_state", None) is not None
-    ]
+    layers = [layer for layer in model.modules() if getattr(layer, "quant_state", None) is not None]
     assert len(layers) == 14
     for layer in layers:
         size = layer.weight.numel() * layer.weight.element_size()
