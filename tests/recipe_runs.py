@@ -63,6 +63,13 @@ def reviews(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def questions(tmp_path_factory) -> Path:
+    """A file of the reviews that are scored, without their labels."""
+    rows = [{"sentence": f"validation: {row['sentence']}"} for row in REVIEWS[:6]]
+    return write_rows(tmp_path_factory.mktemp("questions"), questions=rows) / "questions.jsonl"
+
+
+@pytest.fixture(scope="session")
 def sums(tmp_path_factory) -> Path:
     """Rows for gsm8k, whose answers have reasons: 8 and 4."""
     return write_rows(tmp_path_factory.mktemp("sums"), train=SUMS[:8], test=SUMS[8:])

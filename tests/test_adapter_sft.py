@@ -10,7 +10,7 @@ import pytest
 import torch
 from optional_packages import needs_bitsandbytes
 from peft import PeftModel
-from recipe_runs import REVIEWS, changed, watched_training, write_rows
+from recipe_runs import changed, watched_training
 from run_files import losses, read_json, read_jsonl
 from safetensors.torch import load_file, save_file
 from tiny_llama import save_tiny_llama
@@ -237,10 +237,9 @@ def test_resuming_gives_the_uninterrupted_runs_losses_and_weights(run, tmp_path)
         assert torch.allclose(weight, weights(resumed)[name], atol=1e-6)
 
 
-def test_predict_answers_rows_without_answers_as_the_run_did(run, tmp_path):
+def test_predict_answers_rows_without_answers_as_the_run_did(run, questions):
     folder = run(adapter_input="input", learning_rate=0.01)
-    rows = [{"sentence": f"validation: {row['sentence']}"} for row in REVIEWS[:6]]
-    run(predict=write_rows(tmp_path, questions=rows) / "questions.jsonl")
+    run(predict=questions)
     answered = read_jsonl(folder / "predictions_questions.jsonl")
     scored = read_jsonl(folder / "predictions.jsonl")
     for answer, score in zip(answered, scored, strict=True):

@@ -208,7 +208,7 @@ def test_every_form_is_scored(run, tmp_path, template):
 
 
 def test_a_masked_model_fills_the_cloze(run, masked_model):
-    folder = run(model_name_or_path=masked_model, shots=2)
+    folder = run(model_name_or_path=masked_model, shots=1)
     records = read_jsonl(folder / "predictions.jsonl")
     assert len(records) == 6
     assert all(one["prompt"].count("[MASK]") >= 1 for one in records)

@@ -239,9 +239,8 @@ def test_preview_loads_the_tokenizer_only(run, causal_model, tmp_path, capsys):
     assert not folder.exists()
 
 
-def test_predict_answers_rows_without_answers_as_the_run_did(finished, run, tmp_path):
-    rows = [{"sentence": f"validation: {row['sentence']}"} for row in REVIEWS[:6]]
-    run(output_dir=finished, predict=write_rows(tmp_path, questions=rows) / "questions.jsonl")
+def test_predict_answers_rows_without_answers_as_the_run_did(finished, run, questions):
+    run(output_dir=finished, predict=questions)
     answered = read_jsonl(finished / "predictions_questions.jsonl")
     scored = read_jsonl(finished / "predictions.jsonl")
     for answer, score in zip(answered, scored, strict=True):
