@@ -55,4 +55,4 @@ def main(args: SearchArguments, training) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, SearchArguments, __doc__, DEFAULTS, trains=False)
+    run_recipe(main, SearchArguments, __doc__, DEFAULTS)

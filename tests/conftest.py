@@ -8,6 +8,8 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 
+pytest_plugins = ["recipe_runs"]
+
 # bitsandbytes, which PEFT imports, else loads torch's compiler: seconds in every process.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: a thread for each

@@ -1,73 +1,49 @@
 """recipes/cot_sft.py run whole, on a tiny model with random weights."""
 
-import json
 from pathlib import Path
 
 import cot_sft
 import pytest
-import torch
 from peft import PeftModel
+from recipe_runs import SUMS, changed, watched_training, write_rows
 from run_files import read_json, read_jsonl
-from tiny_llama import save_tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipelib.cli import parse_arguments
-from recipelib.data.rows import load_rows
+from recipelib.cli import arguments
 from recipelib.prompts.template import PromptTemplate
 from recipelib.runtime.errors import UserError
 
-ROWS = [
-    {
-        "question": f"{n} pens and {n} more?",
-        "answer": f"{n}+{n}=<<{n}+{n}={2 * n}>>{2 * n}\n#### {2 * n}",
-    }
-    for n in range(1, 14)
-]
 REASONED = " 1+1=2\nThe answer is 2</s>"
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    return save_tiny_llama(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def data_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rows")
-    for split, rows in (("train", ROWS[:8]), ("test", ROWS[8:])):
-        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder
+QUICK = {"template": "gsm8k", "max_steps": 2, "max_new_tokens": 8}
 
 
 @pytest.fixture
-def run(model_folder, data_folder, tmp_path):
-    """Runs `main` as the command line would, on the tiny model; gives the output folder."""
+def run(runs, sums):
+    """Runs the recipe; gives the output folder."""
+    return runs(cot_sft, dataset=sums, **QUICK)
 
-    def start(*argv: str) -> Path:
-        given = {
-            "--model_name_or_path": str(model_folder),
-            "--template": "gsm8k",
-            "--dataset": str(data_folder),
-            "--output_dir": str(tmp_path / "out"),
-            "--max_steps": "2",
-            "--max_new_tokens": "8",
-            "--disable_tqdm": "true",
-        }
-        given.update(zip(argv[::2], argv[1::2], strict=True))
-        flat = [part for pair in given.items() for part in pair]
-        cot_sft.main(*parse_arguments(cot_sft.CotArguments, "", cot_sft.DEFAULTS, flat))
-        return tmp_path / "out"
 
-    return start
+@pytest.fixture(scope="module")
+def finished(start, sums, tmp_path_factory) -> Path:
+    """A run that tests only read, scored by several samples too."""
+    folder = tmp_path_factory.mktemp("cot") / "out"
+    return start(cot_sft, folder, dataset=sums, samples=3, whole=True, **QUICK)
+
+
+@pytest.fixture(scope="module")
+def tuned_whole(start, sums, tmp_path_factory):
+    """A run that trained all parameters, where an adapter's was before; what was seen of it."""
+    folder = tmp_path_factory.mktemp("cot_full") / "out"
+    assert (start(cot_sft, folder, dataset=sums, **QUICK) / "adapter_config.json").exists()
+    with watched_training() as seen:
+        return start(cot_sft, folder, dataset=sums, full=True, learning_rate=1e-3, **QUICK), seen
 
 
 @pytest.fixture
-def pairs(tmp_path) -> tuple[str, ...]:
+def pairs(tmp_path) -> dict:
     """What points a run at sentence pairs with explanations."""
-    folder = tmp_path / "pairs"
-    folder.mkdir()
-    for split in ("train", "validation", "test"):
-        rows = [
+    splits = {
+        split: [
             {
                 "premise": f"{split} {n}: a dog runs.",
                 "hypothesis": "An animal moves.",
@@ -76,16 +52,17 @@ def pairs(tmp_path) -> tuple[str, ...]:
             }
             for n in range(6)
         ]
-        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return ("--template", "esnli", "--dataset", str(folder))
+        for split in ("train", "validation", "test")
+    }
+    return {"template": "esnli", "dataset": write_rows(tmp_path / "pairs", **splits)}
 
 
 def test_classes_without_their_rationale_are_scored_and_the_wrong_ones_shown(run, pairs, capsys):
-    folder = run(*pairs, "--target", "answer_only")
+    folder = run(**pairs, target="answer_only")
     assert read_json(folder / "metrics.json")["eval_rows"] == 6
     assert "are wrong, such as" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"--samples 8: without its rationale esnli is answered"):
-        run(*pairs, "--target", "answer_only", "--samples", "8")
+        run(**pairs, target="answer_only", samples=8)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +75,7 @@ def test_classes_without_their_rationale_are_scored_and_the_wrong_ones_shown(run
     ],
 )
 def test_a_target_trains_exactly_its_part_of_the_solution(run, capsys, target, expected):
-    run("--target", target, "--max_train_samples", "-1", "--preview", "20")
+    run(target=target, max_train_samples=-1, preview=20)
     shown = capsys.readouterr().out
     for text in expected:
         assert f"⟦{text}⟧" in shown
@@ -106,102 +83,92 @@ def test_a_target_trains_exactly_its_part_of_the_solution(run, capsys, target, e
 
 
 def test_mixed_asks_for_either_under_an_instruction_of_its_own(run, capsys):
-    run("--target", "mixed", "--preview", "9", "--rationale_instruction", "Reason.")
+    run(target="mixed", preview=9, rationale_instruction="Reason.")
     shown = capsys.readouterr().out
     assert shown.count("Reason.\n\nQuestion:") == 8
     assert shown.count("Give only the answer.\n\nQuestion:") == 1
 
 
-def test_a_run_is_scored_by_what_it_writes(run, model_folder):
-    folder = run("--samples", "3")
-    metrics = read_json(folder / "metrics.json")
+def test_a_run_is_scored_by_what_it_writes(finished, causal_model):
+    metrics = read_json(finished / "metrics.json")
     assert (metrics["method"], metrics["target"]) == ("cot lora", "rationale_answer")
     assert metrics["metric"] == "numeric_match"
-    assert metrics["eval_rows"] == 5
-    records = read_jsonl(folder / "predictions.jsonl")
-    unread = [one["prediction"] is None for one in records]
+    assert metrics["eval_rows"] == 4
+    assert metrics["estimated_memory_bytes"] > 0
+    records = read_jsonl(finished / "predictions.jsonl")
+    unread = [record["prediction"] is None for record in records]
     assert metrics["unreadable"] == sum(unread)
-    assert all(isinstance(one["generated"], str) for one in records)
-    voted = read_jsonl(folder / "predictions_samples.jsonl")
-    assert [len(one["generated"]) for one in voted] == [3] * 5
+    assert all(isinstance(record["generated"], str) for record in records)
+    voted = read_jsonl(finished / "predictions_samples.jsonl")
+    assert [len(record["generated"]) for record in voted] == [3] * 4
     assert metrics["self_consistency"]["samples"] == 3
-    assert metrics["self_consistency"]["score"] == sum(one["score"] for one in voted) / 5
-    base = AutoModelForCausalLM.from_pretrained(model_folder)
-    assert PeftModel.from_pretrained(base, folder)
-    assert AutoTokenizer.from_pretrained(folder)
+    assert metrics["self_consistency"]["score"] == sum(record["score"] for record in voted) / 4
+    base = AutoModelForCausalLM.from_pretrained(causal_model)
+    assert PeftModel.from_pretrained(base, finished)
+    assert AutoTokenizer.from_pretrained(finished)
 
 
 def test_a_mixed_model_is_scored_under_both_instructions(run):
-    metrics = read_json(run("--target", "mixed") / "metrics.json")
+    metrics = read_json(run(target="mixed") / "metrics.json")
     assert metrics["train_examples"] == 16
     assert 0 <= metrics["answer_only"]["score"] <= 1
 
 
-def test_an_answer_that_stands_first_ends_at_its_line(run, monkeypatch):
+def test_an_answer_that_stands_first_ends_at_its_line():
     template = PromptTemplate.load("gsm8k")
-    args, _ = parse_arguments(
-        cot_sft.CotArguments, "", cot_sft.DEFAULTS, ["--target", "answer_rationale"]
-    )
-    (trained,), asked = cot_sft.targets(template, args)
-    (question,) = trained.questions(ROWS[2])
+    args, _ = arguments(cot_sft, target="answer_rationale")
+    (trained,), (answering,) = cot_sft.targets(template, args)
+    (question,) = trained.questions(SUMS[2])
     assert question.target == " 6\n3+3=6"
-    (answering,) = asked.values()
     assert answering.read_answer(question.target) == "6"
-    (gold,) = answering.questions(ROWS[2])
+    (gold,) = answering.questions(SUMS[2])
     assert gold.references == ("6",)
     assert trained.prompt(question) == answering.prompt(gold) == template.prompt(gold)
 
 
-def test_all_parameters_are_trained_on_request_and_load_with_plain_transformers(run, model_folder):
-    folder = run("--full", "true", "--learning_rate", "1e-3")
+def test_all_parameters_are_trained_on_request_and_load_with_plain_transformers(tuned_whole):
+    folder, seen = tuned_whole
     metrics = read_json(folder / "metrics.json")
     assert metrics["trainable_parameters"] == metrics["total_parameters"]
-    tuned, base = (AutoModelForCausalLM.from_pretrained(one) for one in (folder, model_folder))
-    changed = [
-        not torch.equal(one, other)
-        for one, other in zip(tuned.parameters(), base.parameters(), strict=True)
-    ]
-    assert all(changed)
+    assert changed(seen) == seen.before.keys()
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    for name, parameter in loaded.named_parameters():
+        assert parameter.equal(seen.trainer.model.get_parameter(name))
     assert "library_name: transformers" in (folder / "README.md").read_text()
 
 
-@pytest.mark.parametrize("full", ["true", "false"])
-def test_a_trained_result_answers_new_rows(run, data_folder, tmp_path, full):
-    folder = run("--full", full)
-    file = tmp_path / "asked.jsonl"
-    template = PromptTemplate.load("gsm8k")
-    rows = load_rows(template, str(data_folder), "test").rows
-    file.write_text("\n".join(json.dumps({"question": row["question"]}) for row in rows))
-    run("--predict", str(file))
+def test_a_whole_model_takes_the_place_of_an_adapter_of_an_earlier_run(tuned_whole):
+    folder, _ = tuned_whole
+    assert not list(folder.glob("adapter_*"))
+
+
+@pytest.mark.parametrize("trained", ["finished", "tuned_whole"])
+def test_a_trained_result_answers_new_rows(run, tmp_path, trained, request):
+    result = request.getfixturevalue(trained)
+    folder = result if trained == "finished" else result[0]
+    asked = [{"question": row["question"]} for row in SUMS[8:]]
+    run(output_dir=folder, predict=write_rows(tmp_path, asked=asked) / "asked.jsonl")
     answered = read_jsonl(folder / "predictions_asked.jsonl")
     scored = read_jsonl(folder / "predictions.jsonl")
-    said = {one["prompt"]: one["generated"] for one in scored}
-    assert {one["prompt"]: one["generated"] for one in answered} == said
-
-
-def test_a_whole_model_takes_the_place_of_an_adapter_of_an_earlier_run(run, model_folder):
-    assert (run() / "adapter_config.json").exists()
-    folder = run("--full", "true", "--learning_rate", "1e-3")
-    assert not list(folder.glob("adapter_*"))
-    tuned, base = (AutoModelForCausalLM.from_pretrained(one) for one in (folder, model_folder))
-    assert not torch.equal(tuned.lm_head.weight, base.lm_head.weight)
+    said = {record["prompt"]: record["generated"] for record in scored}
+    assert {record["prompt"]: record["generated"] for record in answered} == said
 
 
 def test_a_template_without_rationale_is_refused_by_a_line_with_the_cure(run):
     with pytest.raises(UserError, match=r"sst2.yaml: rationale: is missing; .*lora_sft.py"):
-        run("--template", "sst2")
+        run(template="sst2")
 
 
 def test_samples_that_would_all_be_the_same_are_refused(run):
     with pytest.raises(UserError, match="--temperature"):
-        run("--temperature", "0", "--samples", "4")
+        run(temperature=0, samples=4)
 
 
 def test_wrong_answers_are_shown(run, capsys):
-    folder = run()
+    folder = run(max_steps=1)
     shown = capsys.readouterr().out
-    assert "5 of 5 are wrong, such as" in shown
+    assert "4 of 4 are wrong, such as" in shown
     records = read_jsonl(folder / "predictions.jsonl")
-    for one in records[:3]:
-        assert one["prompt"].partition("\n")[0] in shown
+    for record in records[:3]:
+        assert record["prompt"].partition("\n")[0] in shown
     assert shown.count("read: None; right: ['") == 3

@@ -344,7 +344,7 @@ def run_recipe(
     earlier run. A user's mistake ends in one line and exit code 2.
 
     Args:
-        trains: False for a recipe that trains nothing: it answers --predict itself.
+        trains: False for a recipe that answers --predict itself, for it needs no trained result.
     """
     try:
         args, training = parse_arguments(arguments, description, defaults)
@@ -360,7 +360,8 @@ def run_recipe(
         print(f"error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        resume = "--resume_from_checkpoint last" if trains else "--resume true"
+        own = "resume" in arguments.__dataclass_fields__
+        resume = "--resume true" if own else "--resume_from_checkpoint last"
         print(
             f"interrupted; {resume} goes on from what was saved, if anything was", file=sys.stderr
         )

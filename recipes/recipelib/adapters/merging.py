@@ -23,7 +23,7 @@ def merge_adapter(adapter: str, output: str, base: str | None = None, dtype: str
     Returns:
         The folder written to.
     Raises:
-        UserError: no adapter there, or one that cannot be merged.
+        UserError: no adapter there, one that cannot be merged, or no folder to write to.
     """
     folder = resolve_adapter(adapter)
     config = PeftConfig.from_pretrained(folder)
@@ -31,8 +31,12 @@ def merge_adapter(adapter: str, output: str, base: str | None = None, dtype: str
         raise UserError(f"{adapter}: {NO_MERGING}")
     if config.is_prompt_learning:
         raise UserError(f"{adapter}: a soft prompt is no weight of the model; keep it loaded")
-    revision = None if base else config.revision
-    model = load_pretrained(base or config.base_model_name_or_path, dtype=dtype, revision=revision)
+    revision, name = None if base else config.revision, base or config.base_model_name_or_path
+    if Path(output).is_file():
+        raise UserError(f"--output {output}: is a file; name a folder")
+    if Path(output).resolve() in (folder.resolve(), Path(name).resolve()):
+        raise UserError(f"--output {output}: holds what is merged; name another folder")
+    model = load_pretrained(name, dtype=dtype, revision=revision)
     try:
         merged = PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError) as error:

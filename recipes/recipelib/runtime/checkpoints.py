@@ -198,14 +198,19 @@ def check_trained(checkpoint: Path, trained: Mapping[str, str]) -> None:
             held = file.metadata() or {}
     except (OSError, SafetensorError):
         raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: has no {TRAINED} of prompt_tuning.py or "
-            "cloze_sft.py; pass a checkpoint of a run of this recipe"
+            f"--resume_from_checkpoint {checkpoint}: has no {TRAINED}, which a run through a cloze "
+            "leaves; pass a checkpoint of a run of this recipe"
         ) from None
+    if held.keys() != trained.keys():
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: is of another recipe; pass a checkpoint of a "
+            "run of this recipe"
+        )
     for name, value in trained.items():
-        if held.get(name) != value:
+        if held[name] != value:
             raise UserError(
-                f"--resume_from_checkpoint {checkpoint}: was trained with --{name} "
-                f"{held.get(name)}, and this run has {value}; go on with the same"
+                f"--resume_from_checkpoint {checkpoint}: was trained with --{name} {held[name]}, "
+                f"and this run has {value}; go on with the same"
             )
 
 

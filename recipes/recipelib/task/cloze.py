@@ -103,6 +103,8 @@ class ClozeTask(Task):
         """The task and the trainer's arguments of each run: one over all training rows, or one
         for each few-shot draw, in a folder of its own.
         """
+        if args.draws > 1 and is_main_process():  # until all are done again
+            Path(training.output_dir, "metrics.json").unlink(missing_ok=True)
         for draw, folder in enumerate(_folders(args, training)):
             run = copy.copy(training)
             run.accelerator_config = copy.deepcopy(training.accelerator_config)  # it is written to
@@ -193,8 +195,6 @@ def load_cloze_task(
             training.resume_from_checkpoint,
             check=lambda folder: check_trained(folder, task.trained_as),
         )
-    if args.draws > 1 and is_main_process():  # until all are done again
-        Path(training.output_dir, "metrics.json").unlink(missing_ok=True)
     if not trains:
         task.memory = MemoryMeter()  # else each draw has its own
     return task

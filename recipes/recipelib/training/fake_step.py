@@ -223,7 +223,7 @@ def _step(
             hollow[id(one)] = shape
     for module in model.modules():
         if (state := getattr(module, "quant_state", None)) is not None:
-            hollow[id(module)] = _Unpacking(state.shape, state.dtype)
+            hollow[id(module)] = _Unpacking(state.shape, state.dtype, training.device)
     if shortened is not None:
         whole, depth = shortened
         layers = nn.ModuleList(copy.deepcopy(one, hollow) for one in whole[:depth])
@@ -293,9 +293,16 @@ class _Unpacked(torch.autograd.Function):
 class _Unpacking(nn.Module):
     """Stands for bitsandbytes' 4-bit layer, whose kernels need values."""
 
-    def __init__(self, shape: torch.Size, dtype: torch.dtype):
+    bias = None  # no part of the memory that counts
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device):
         super().__init__()
-        self.shape, self.dtype = shape, dtype
+        self.shape, self.dtype, self.device = shape, dtype, device
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weights, unpacked, which DoRA asks for."""
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return _Unpacked.apply(inputs.to(self.dtype), self.shape, self.dtype)

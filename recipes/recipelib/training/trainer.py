@@ -183,7 +183,8 @@ class RecipeTrainer(SFTTrainer):
         """
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         if options.keys() & {"params", "model", "optimizer_dict"}:
-            raise UserError(f"--optim {self.args.optim}: groups parameters itself; try adamw_torch")
+            name = getattr(self.args.optim, "value", self.args.optim)
+            raise UserError(f"--optim {name}: groups parameters itself; try adamw_torch")
         decayed = {*self.get_decay_parameter_names(self.model)}
         groups: dict[tuple[float, float], list] = {}
         for name, parameter in self.model.named_parameters():
