@@ -91,6 +91,7 @@ def options_of(recipe: str, place: Place, **given: Any) -> dict[str, Any]:
     if recipe in TRAINING:
         options |= {"max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no"}
         options |= {"learning_rate": 0.01, "gradient_accumulation_steps": 1}
+        options |= {"max_eval_samples": -1}  # of which a draw would change the order
     else:
         options |= {"shots": 1, "max_length": 256}
     if recipe == "prompt_tuning":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipelib.adapters import base_of, resolve_adapter
+from recipelib.adapters import SOFT_VERBALIZER, base_of, resolve_adapter
 from recipelib.data import load_asked
 from recipelib.encoding import CausalAsker, MaskedAsker, asker_of
 from recipelib.models import describe_model, is_masked, most_positions, stored_config
@@ -61,6 +61,11 @@ def load_few_shot_task(args, training) -> FewShotTask:
     )
     if args.adapter:
         adapter = resolve_adapter(args.adapter)
+        if (adapter / SOFT_VERBALIZER).exists():
+            raise UserError(
+                f"--adapter {args.adapter}: was trained with --soft_verbalizer, whose labels have "
+                "no words to ask for; --predict of its own recipe answers with it"
+            )
         base, revision = base_of(adapter)
         if not args.model_name_or_path:
             args.model_name_or_path, args.revision = base, args.revision or revision
