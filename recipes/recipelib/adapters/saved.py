@@ -13,7 +13,13 @@ from transformers import AutoModelForMaskedLM
 import recipelib.adapters.bottleneck  # noqa: F401  PEFT knows its adapters from here on
 from recipelib.adapters.soft_prompts import PROMPTS
 from recipelib.adapters.soft_verbalizer import SoftVerbalizer
-from recipelib.models import hub_errors_in_one_line, is_masked, load_pretrained, stored_config
+from recipelib.models import (
+    hub_errors_in_one_line,
+    is_masked,
+    is_masked_model,
+    load_pretrained,
+    stored_config,
+)
 from recipelib.runtime import UserError, first_line
 
 SOFT_VERBALIZER = "soft_verbalizer.safetensors"
@@ -69,9 +75,12 @@ def with_adapter(model, adapter: Path | None):
         model.get_input_embeddings().weight.shape[1],
     )
     try:
-        # Of a soft prompt PEFT would see it only when it stands before a text.
+        # PEFT would see neither before a text is read.
         if config.peft_type in PROMPTS and config.token_dim != width:
             raise ValueError(f"its width is {config.token_dim}, the model's {width}")
+        masked = config.task_type == "FEATURE_EXTRACTION"  # see `prompt_shape`
+        if config.is_prompt_learning and masked != is_masked_model(model):
+            raise ValueError(f"it is for a {'masked' if masked else 'causal'} language model")
         return PeftModel.from_pretrained(model, adapter)
     except (ValueError, RuntimeError) as error:
         raise UserError(

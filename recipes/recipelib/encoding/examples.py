@@ -13,10 +13,13 @@ from recipelib.runtime import UserError
 
 @dataclass
 class EncodedRows:
-    """Training examples, each `input_ids` and `labels` of equal length, and the row of each."""
+    """Training examples, each `input_ids` and `labels` of equal length, the row of each, and how
+    many came from each `extend`.
+    """
 
     examples: list[dict[str, list[int]]] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
+    parts: list[int] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
 
     def add(self, row: int, input_ids: list[int], labels: list[int]) -> None:
@@ -36,6 +39,7 @@ class EncodedRows:
     def extend(self, other: EncodedRows) -> None:
         """Append another task's examples, whose rows then follow this one's; its counts too."""
         self.examples += other.examples
+        self.parts.append(len(other.examples))
         self.rows += [self.counts.rows + row for row in other.rows]
         for one in fields(Counts):
             total = getattr(self.counts, one.name) + getattr(other.counts, one.name)

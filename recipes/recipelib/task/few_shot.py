@@ -85,6 +85,17 @@ def load_few_shot_task(args, training) -> FewShotTask:
             f"--samples {args.samples}: {template.name} is answered by the likeliest label, which "
             "is always the same; leave it out, or add --reasoning trigger"
         )
+    if args.temperature and not writes:
+        raise UserError(
+            f"--temperature {args.temperature:g}: {template.name} is answered by the likeliest "
+            "label, and nothing is written; leave it out, or add --reasoning trigger"
+        )
+    if template.metric == "loss" and (args.temperature or args.reasoning == "trigger"):
+        name = "samples" if args.samples > 1 else "temperature" if args.temperature else "reasoning"
+        raise UserError(
+            f"--{name} {getattr(args, name)}: {template.name} is scored by the loss of what is "
+            "there, and nothing is written; leave it out"
+        )
     if args.score != "sum" and writes:
         raise UserError(
             f"--score {args.score}: answers of {template.name} are written; leave it out"
