@@ -86,13 +86,13 @@ def options_of(recipe: str, place: Place, **given: Any) -> dict[str, Any]:
         "dataset": str(place.sums if recipe == "cot_sft" else place.reviews),
         "disable_tqdm": True,
     }
-    if recipe != "cot_sft":  # whose default is by the rows
+    if recipe in RECIPES and recipe != "cot_sft":  # whose default is by the rows
         options |= {"max_new_tokens": 6}
     if recipe in TRAINING:
         options |= {"max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no"}
         options |= {"learning_rate": 0.01, "gradient_accumulation_steps": 1}
         options |= {"max_eval_samples": -1}  # of which a draw would change the order
-    else:
+    if recipe == "icl_eval":
         options |= {"shots": 1, "max_length": 256}
     if recipe == "prompt_tuning":
         options |= {"virtual_tokens": 4}
