@@ -78,6 +78,8 @@ class AdapterArguments(RecipeArguments):
         for name in own if self.adapterhub else ():
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise UserError(f"--{name}: an adapter of --adapterhub is as it is; leave it out")
+        if self.target_modules and self.placement != "both":
+            raise UserError("--placement: --target_modules names the places; leave one of them out")
         try:
             self.scaling = self.scaling if self.scaling == "learned" else float(self.scaling)
         except ValueError:

@@ -106,7 +106,8 @@ def main(args: LoraArguments, training) -> dict | None:
     if args.pissa:  # which has taken B A out of W
         save_start(model, training.output_dir)
     # LoRA+: B learns faster than A.
-    rates = {"lora_B": args.loraplus_ratio * training.learning_rate} if args.loraplus_ratio else {}
+    ratio = args.loraplus_ratio
+    rates = {} if ratio is None else {"lora_B": ratio * training.learning_rate}
     trainer = RecipeTrainer(model, training, task, rates=rates)
 
     base = task.score(trainer.model, "base model")

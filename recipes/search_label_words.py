@@ -13,6 +13,7 @@ written, to be edited and passed on as --template.
 from dataclasses import dataclass
 
 from recipelib.cli import RecipeArguments, option, run_recipe
+from recipelib.runtime import UserError
 
 DEFAULTS = {"output_dir": "runs/label_words"}
 
@@ -28,6 +29,12 @@ class SearchArguments(RecipeArguments):
     # What a search does not have of `ClozeArguments`.
     combine, calibrate, soft_verbalizer = "logsumexp", False, False
     per_class, draws = None, 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("max_new_tokens", "predict"):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise UserError(f"--{name}: a search answers no rows; leave it out")
 
 
 def main(args: SearchArguments, training) -> None:
@@ -49,7 +56,12 @@ def main(args: SearchArguments, training) -> None:
         return preview(task, args.preview)
     model = place_model(load_model(args, training, masked=task.masked), training)
     words = search_label_words(
-        model, task.asker, task.encode(task.train.rows), task.scored, training.seed
+        model,
+        task.asker,
+        task.encode(task.train.rows),
+        task.scored,
+        training.seed,
+        batch_tokens=args.eval_batch_tokens,
     )
     save_label_words(words, task.template, training.output_dir)
 

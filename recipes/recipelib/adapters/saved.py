@@ -10,10 +10,17 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
-import recipelib.adapters.bottleneck  # noqa: F401  adds bottleneck adapters to PEFT
+import recipelib.adapters.bottleneck  # noqa: F401  PEFT knows its adapters from here on
+from recipelib.adapters.soft_prompts import PROMPTS
 from recipelib.adapters.soft_verbalizer import SoftVerbalizer
-from recipelib.models import hub_errors_in_one_line, is_masked, load_pretrained, stored_config
-from recipelib.runtime import UserError
+from recipelib.models import (
+    hub_errors_in_one_line,
+    is_masked,
+    is_masked_model,
+    load_pretrained,
+    stored_config,
+)
+from recipelib.runtime import UserError, first_line
 
 SOFT_VERBALIZER = "soft_verbalizer.safetensors"
 BASE = "base_model"  # the subfolder of a model that was tuned together with a soft prompt
@@ -56,8 +63,30 @@ def base_of(adapter: Path) -> tuple[str, str | None]:
 
 
 def with_adapter(model, adapter: Path | None):
-    """The model with an adapter on it, if there is one."""
-    return model if adapter is None else PeftModel.from_pretrained(model, adapter)
+    """The model with an adapter on it, if there is one.
+
+    Raises:
+        UserError: the adapter was trained on another model.
+    """
+    if adapter is None:
+        return model
+    config, width = (
+        PeftConfig.from_pretrained(adapter),
+        model.get_input_embeddings().weight.shape[1],
+    )
+    try:
+        # PEFT would see neither before a text is read.
+        if config.peft_type in PROMPTS and config.token_dim != width:
+            raise ValueError(f"its width is {config.token_dim}, the model's {width}")
+        masked = config.task_type == "FEATURE_EXTRACTION"  # see `prompt_shape`
+        if config.is_prompt_learning and masked != is_masked_model(model):
+            raise ValueError(f"it is for a {'masked' if masked else 'causal'} language model")
+        return PeftModel.from_pretrained(model, adapter)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{adapter}: does not fit the model ({first_line(error)}); pass the one that it was "
+            f"trained on: {config.base_model_name_or_path}"
+        ) from None
 
 
 def load_soft_verbalizer(folder: Path | str, model) -> None:
@@ -91,7 +120,7 @@ def load_tuned(
     masked = is_masked(stored_config(base, revision=load.get("revision")))
     model = load_pretrained(base, model_class=AutoModelForMaskedLM if masked else None, **load)
     if adapted:
-        model = PeftModel.from_pretrained(model, folder)
+        model = with_adapter(model, folder)
     if run.get("verbalizer") == "soft":
         load_soft_verbalizer(folder, model)
     return model

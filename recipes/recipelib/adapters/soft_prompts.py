@@ -23,7 +23,7 @@ from recipelib.models import bare_model, is_masked_model
 from recipelib.prompts import Question, RowError
 from recipelib.runtime import UserError, fsdp_option, uses_fsdp
 
-_PROMPTS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
+PROMPTS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
 
 
 def start_ids(
@@ -173,7 +173,7 @@ def compute_prompt_once(model: PeftModel) -> bool:
     bare, config = model.get_base_model(), model.peft_config["default"]
     frozen = not any(parameter.requires_grad for parameter in bare.base_model.parameters())
     takes = inspect.signature(bare.forward).parameters
-    if config.peft_type not in _PROMPTS or config.task_type != "CAUSAL_LM" or not frozen:
+    if config.peft_type not in PROMPTS or config.task_type != "CAUSAL_LM" or not frozen:
         return False
     if uses_fsdp():
         return False

@@ -14,11 +14,12 @@ from recipelib.runtime import UserError
 @dataclass
 class EncodedRows:
     """Training examples (`input_ids` and `labels` of equal length), the number of each one's row,
-    and counts.
+    counts, and how many examples came from each `extend`.
     """
 
     examples: list[dict[str, list[int]]] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
+    parts: list[int] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
 
     def add(self, row: int, input_ids: list[int], labels: list[int]) -> None:
@@ -39,6 +40,7 @@ class EncodedRows:
     def extend(self, other: EncodedRows) -> None:
         """Append another task's examples and add its counts; its rows are numbered after ours."""
         self.examples += other.examples
+        self.parts.append(len(other.examples))
         self.rows += [self.counts.rows + row for row in other.rows]
         for count in fields(Counts):
             total = getattr(self.counts, count.name) + getattr(other.counts, count.name)

@@ -57,6 +57,8 @@ def search_label_words(
     train: ClozeRows,
     evaluation: ClozeRows,
     seed: int = 42,
+    *,
+    batch_tokens: int = 4096,
 ) -> LabelWords:
     """One word per class, so that they tell the training rows apart; the evaluation rows are only
     scored.
@@ -64,6 +66,7 @@ def search_label_words(
     Args:
         train, evaluation: as `encode_cloze_rows` gives them; of many rows MOST_ROWS are drawn.
         seed: of the draw.
+        batch_tokens: tokens in one forward pass, padding included; at most ROWS_AT_ONCE rows.
     Raises:
         UserError: pairs that are asked once per word, which have no words of their own; a class
             without rows, or for which no word was found.
@@ -78,11 +81,11 @@ def search_label_words(
     asked, held_out = (
         draw.sample(rows.asked, min(MOST_ROWS, len(rows.asked))) for rows in (train, evaluation)
     )
-    likely, gold = _at_cloze(model, asker, asked, "reading training rows")
+    likely, gold = _at_cloze(model, asker, asked, batch_tokens, "reading training rows")
     words = _candidates(asker, train.asked[0].questions[0], likely, gold, len(classes))
     tokens = [[token for _, token in class_words] for class_words in words]
     chosen = _choose(likely, gold, tokens)
-    held, held_gold = _at_cloze(model, asker, held_out, "reading evaluation rows")
+    held, held_gold = _at_cloze(model, asker, held_out, batch_tokens, "reading evaluation rows")
 
     def accuracies(picked: Sequence[int]) -> tuple[float, float]:
         ids = [class_tokens[at] for class_tokens, at in zip(tokens, picked, strict=True)]
@@ -104,7 +107,11 @@ def search_label_words(
 
 @torch.no_grad()
 def _at_cloze(
-    model, asker: CausalAsker | MaskedAsker, asked: Sequence[Asked], description: str
+    model,
+    asker: CausalAsker | MaskedAsker,
+    asked: Sequence[Asked],
+    batch_tokens: int,
+    description: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[rows, vocabulary] log-probabilities of the first token in the cloze, and [rows] labels."""
     run, classes = Lockstep(model), list(asker.encoder.template.verbalizer)
@@ -122,10 +129,12 @@ def _at_cloze(
         reads = {"lengths": [len(ids)], "reads": [[0, place, 0, 0, 1]]}
         examples[number] = {"input_ids": ids, **reads, "word_labels": [0], "labels": 0}
     own = sorted(examples, key=lambda number: examples[number]["lengths"])
+    longest = max((len(example["input_ids"]) for example in examples.values()), default=1)
+    at_once = max(1, min(ROWS_AT_ONCE, batch_tokens // longest))
     log_probs: dict[int, torch.Tensor] = {}
     with run, progress_bar(description, len(own)) as bar:
-        for start in range(0, len(own), ROWS_AT_ONCE):
-            numbers = own[start : start + ROWS_AT_ONCE]
+        for start in range(0, len(own), at_once):
+            numbers = own[start : start + at_once]
             batch = collate([examples[number] for number in numbers])
             ids, mask, places = (
                 batch[name].to(run.device) for name in ("input_ids", "attention_mask", "places")

@@ -9,7 +9,15 @@ from typing import Any
 
 from recipelib.evaluation import TaskScore
 from recipelib.models import count_parameters
-from recipelib.runtime import gib, is_main_process, print_table, versions, write_json, write_jsonl
+from recipelib.runtime import (
+    clear_figures,
+    gib,
+    is_main_process,
+    print_table,
+    versions,
+    write_json,
+    write_jsonl,
+)
 from recipelib.task import ClozeTask
 
 
@@ -44,6 +52,7 @@ def save_score(result: TaskScore, task: ClozeTask, training, model) -> dict:
     }
     if is_main_process():
         folder.mkdir(parents=True, exist_ok=True)
+        clear_figures(training.output_dir)
         encoder.template.save(folder / "template.yaml")
         write_jsonl(folder / "predictions.jsonl", result.records)
         write_json(folder / "metrics.json", metrics)

@@ -17,6 +17,7 @@ from recipelib.models import count_parameters
 from recipelib.reporting.figures import calibration_error, plot_confusion, plot_reliability
 from recipelib.runtime import (
     UserError,
+    clear_figures,
     gib,
     is_main_process,
     print_table,
@@ -86,6 +87,7 @@ def save_few_shot(result: FewShotScore, task: FewShotTask, args, training, model
         return metrics
 
     write_jsonl(folder / "predictions.jsonl", records)
+    clear_figures(training.output_dir)
     template.save(folder / "template.yaml")
     heading = f"{_model(metrics)}, {_several(metrics['shots'], 'shot')}, {first.rows:,} rows"
     if len(result.draws) > 1:

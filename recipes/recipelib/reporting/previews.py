@@ -11,22 +11,32 @@ from recipelib.task import ClozeTask, Task
 
 def preview(task: Task, count: int) -> None:
     """Show a task's first training examples token by token as the model will see them, the
-    supervised ones marked: colored in a terminal, elsewhere in ⟦ ⟧. Of a task that is asked through
-    a cloze its first rows, with the words that may fill it.
+    supervised ones marked: colored in a terminal, elsewhere in ⟦ ⟧. Of several tasks, or several
+    texts that are trained on a row, the first of each. Of a task that is asked through a cloze its
+    first rows, with the words that may fill it.
     """
-    from rich.console import Console
-    from rich.text import Text
-
     if not is_main_process():
         return
     if isinstance(task, ClozeTask):
         _preview_cloze(task, count)
         return
-    console, tokenizer = Console(highlight=False, soft_wrap=True), task.tokenizer
-    for number, example in enumerate(task.encoded.examples[:count]):
+    names, parts, start = [one.name for one in task.templates], task.encoded.parts, 0
+    for place, size in enumerate(parts):
+        named = f"{names[place]}, " if len(names) == len(parts) > 1 else ""
+        examples = task.encoded.examples[start : start + min(count, size)]
+        _show_examples(examples, task.tokenizer, named)
+        start += size
+
+
+def _show_examples(examples: Sequence[Mapping], tokenizer, named: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    for number, example in enumerate(examples):
         supervised = [label != IGNORED for label in example["labels"]]
         tokens = f"{len(supervised)} tokens, {sum(supervised)} supervised"
-        console.rule(f"example {number + 1}: {tokens}")
+        console.rule(f"{named}example {number + 1}: {tokens}")
         text, shown, start = Text(), "", 0
         for end in range(1, len(supervised) + 1):
             if end < len(supervised) and supervised[end] == supervised[start]:

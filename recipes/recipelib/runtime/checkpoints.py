@@ -224,20 +224,43 @@ def refuse_trained_run(output_dir: str) -> None:
         raise UserError(f"--output_dir {output_dir}: holds a trained run; name another")
 
 
-def clear_results(output_dir: str, loaded_from: str) -> None:
-    """Remove the weights, templates and figures that an earlier run of any kind left, before this
-    run writes its own: none of them may pass for this run's, or be published with it.
+# What a run of any kind leaves beside weights, which are *.safetensors: of a trained one the
+# settings of a model or an adapter, the tokenizer, ...
+_LEFT = (
+    *("adapter_config.json", "config.json", "generation_config.json", "peft_bottleneck.py"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    *("template.yaml", "trainer_state.json", "loss.png", "README.md"),
+)
+_LEFT_FOLDERS = ("base_model", "dropped", "merged", "templates", "partial")
+_FIGURES = ("confusion.png", "reliability.png")  # ... and of one that only scores
+
+
+def clear_results(output_dir: str, loaded_from: str, draws: int = 0) -> None:
+    """Remove what an earlier run of any kind has left of weights, templates, figures and answers,
+    before this run's are written: nothing of it may pass for this run's, or be published with it.
 
     Args:
-        loaded_from: the folder that the model was loaded from; if it is `output_dir`, nothing is
-            removed.
+        loaded_from: the model's own folder, which is left alone.
+        draws: how many few-shot draws this run has made; further ones are an earlier run's.
     """
-    folder = Path(output_dir)
-    if not is_main_process() or folder.resolve() == Path(loaded_from).resolve():
+    folder, source = Path(output_dir), Path(loaded_from).resolve()
+    if not is_main_process() or folder.resolve() == source:
         return
-    names = ["adapter_config.json", "config.json", "generation_config.json", "template.yaml"]
-    names += ["confusion.png", "reliability.png", "peft_bottleneck.py", "predictions_samples.jsonl"]
-    for file in [*(folder / name for name in names), *folder.glob("*.safetensors*")]:
+    clear_figures(output_dir)
+    left = [*(folder / name for name in _LEFT), *folder.glob("predictions*.jsonl")]
+    for file in [*left, *folder.glob("*.safetensors*")]:
         file.unlink(missing_ok=True)
-    for name in ("base_model", "dropped", "merged", "templates"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    drawn = [
+        place
+        for place in folder.glob("draw_*")
+        if re.fullmatch("draw_[0-9]+", place.name) and int(place.name.split("_")[1]) >= draws
+    ]
+    for place in [*(folder / name for name in _LEFT_FOLDERS), *drawn]:
+        if not source.is_relative_to(place.resolve()):
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def clear_figures(output_dir: str) -> None:
+    """Remove the figures that an earlier run has drawn of its score: another may draw none."""
+    for name in _FIGURES if is_main_process() else ():
+        Path(output_dir, name).unlink(missing_ok=True)

@@ -26,6 +26,7 @@ from recipelib.runtime import (
     MemoryMeter,
     UserError,
     check_trained,
+    clear_results,
     find_checkpoint,
     is_main_process,
     progress,
@@ -116,6 +117,8 @@ class ClozeTask(Task):
             encoded = self.encode(rows, progress=progress("encoding")).encoded
             memory = MemoryMeter()
             yield replace(self, encoded=encoded, validation=validation, memory=memory), run
+        if args.draws > 1:  # then nothing of another run stands beside them
+            clear_results(training.output_dir, str(args.model_name_or_path), args.draws)
 
 
 def _folders(args, training) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipelib.adapters import base_of, resolve_adapter
+from recipelib.adapters import SOFT_VERBALIZER, base_of, resolve_adapter
 from recipelib.data import load_asked
 from recipelib.encoding import CausalAsker, MaskedAsker, asker_of
 from recipelib.models import describe_model, is_masked, most_positions, stored_config
@@ -61,6 +61,11 @@ def load_few_shot_task(args, training) -> FewShotTask:
     )
     if args.adapter:
         adapter = resolve_adapter(args.adapter)
+        if (adapter / SOFT_VERBALIZER).exists():
+            raise UserError(
+                f"--adapter {args.adapter}: was trained with --soft_verbalizer, whose labels have "
+                "no words to ask for; --predict of its own recipe answers with it"
+            )
         base, revision = base_of(adapter)
         if not args.model_name_or_path:
             args.model_name_or_path, args.revision = base, args.revision or revision
@@ -79,6 +84,17 @@ def load_few_shot_task(args, training) -> FewShotTask:
         raise UserError(
             f"--samples {args.samples}: {template.name} is answered by the likeliest label, which "
             "is always the same; leave it out, or add --reasoning trigger"
+        )
+    if args.temperature and not writes:
+        raise UserError(
+            f"--temperature {args.temperature:g}: {template.name} is answered by the likeliest "
+            "label, and nothing is written; leave it out, or add --reasoning trigger"
+        )
+    if template.metric == "loss" and (args.temperature or args.reasoning == "trigger"):
+        name = "samples" if args.samples > 1 else "temperature" if args.temperature else "reasoning"
+        raise UserError(
+            f"--{name} {getattr(args, name)}: {template.name} is scored by the loss of what is "
+            "there, and nothing is written; leave it out"
         )
     if args.score != "sum" and writes:
         raise UserError(

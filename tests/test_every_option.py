@@ -1,0 +1,638 @@
+"""Every option of every recipe and tool changes something, or one line refuses it.
+
+A table names for each option a value, and where it shows that it is not the default: in what
+--preview prints, in what libraries and the trainer are given by a run that trains and scores
+nothing, in a line that refuses it.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import consolidate
+import merge
+import pytest
+from peft import get_peft_model
+from quick_runs import (
+    RECIPES,
+    REVIEWS,
+    SUMS,
+    TRAINING,
+    Place,
+    make_place,
+    module_of,
+    parsed,
+    run,
+    without_slow_parts,
+    write_rows,
+)
+from transformers import AutoTokenizer
+
+from recipelib.adapters import BottleneckConfig, adapter_layers
+from recipelib.cli import run_recipe
+from recipelib.evaluation import TaskScore
+from recipelib.models import loading
+from recipelib.prompts import PromptTemplate
+from recipelib.reporting import answer_file
+from recipelib.runtime import UserError
+from recipelib.training.cloze_trainer import ClozeTrainer
+from recipelib.training.trainer import RecipeTrainer
+
+SEARCH = "search_label_words"
+ALL = [*RECIPES, SEARCH]
+CHAT_TEMPLATE = (
+    "{{ mood|default('calm') }}{% for turn in messages %}[{{ turn.role }}] {{ turn.content }}</s>"
+    "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+# What is asked and trained on -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Models and rows; beside the reviews and the sums others, to tell options by: splits `more`,
+    a column `other`, another template, a bad row.
+    """
+    root = tmp_path_factory.mktemp("place")
+    with without_slow_parts():
+        place = make_place(root)
+        tokenizer = AutoTokenizer.from_pretrained(place.model)
+        tokenizer.chat_template = CHAT_TEMPLATE
+        tokenizer.save_pretrained(place.model)
+        kinds = {"reviews": ("sentence", REVIEWS), "sums": ("question", SUMS)}
+        for kind, (column, rows) in kinds.items():
+            rows = [{**row, "other": f"other {number}"} for number, row in enumerate(rows)]
+            splits = {"train": rows[:-3], "validation": rows[-3:], "more": rows[2:4]}
+            for split, part in splits.items():
+                write_rows(root / kind / f"{split}.jsonl", part)
+                others = [{**row, column: f"not {row[column]}"} for row in part]
+                write_rows(root / "others" / kind / f"{split}.jsonl", others)
+                write_rows(root / "bad" / kind / f"{split}.jsonl", [{column: 1}, *part])
+            name = {"reviews": "movie_reviews", "sums": "word_problems"}[kind]
+            template = PromptTemplate.load(name)
+            fields = {**template.fields, "prompt": f"Well. {template.fields['prompt']}"}
+            PromptTemplate(fields, template.path).save(root / f"{kind}.yaml")
+        write_rows(root / "questions.jsonl", [{"sentence": "fine", "question": "1 and 1?"}])
+        yield place
+
+
+def placed(value: Any, recipe: str, place: Place) -> Any:
+    """A value of the table with the files that it names: <model>, <rows>, <others>, <bad>, ..."""
+    if isinstance(value, list):
+        return [placed(item, recipe, place) for item in value]
+    if not isinstance(value, str):
+        return value
+    root, kind = place.model.parent, "sums" if recipe == "cot_sft" else "reviews"
+    names = {
+        **{f"<{name}>": str(folder) for name, folder in place._asdict().items()},
+        "<rows>": str(root / kind),
+        "<others>": str(root / "others" / kind),
+        "<bad>": str(root / "bad" / kind),
+        "<template>": str(root / f"{kind}.yaml"),
+        "<root>": str(root),
+    }
+    for name, path in names.items():
+        value = value.replace(name, path)
+    return value
+
+
+# Where an option shows --------------------------------------------------------------------------
+
+
+class Watch:
+    """Watches recipes; what was seen with the same options is kept."""
+
+    def __init__(self, place: Place, folder: Path):
+        self.place, self.folder = place, folder
+        self._seen: dict[str, Any] = {}
+
+    def once(self, how: Callable, recipe: str, options: dict) -> Any:
+        """What a way of watching sees of a recipe with these options."""
+        key = json.dumps([how.__name__, recipe, options], sort_keys=True)
+        if key not in self._seen:
+            self._seen[key] = how(self, recipe, options)
+        return self._seen[key]
+
+    def parse(self, recipe: str, options: dict) -> tuple[Any, Any]:
+        """What `main` takes."""
+        options = {name: placed(value, recipe, self.place) for name, value in options.items()}
+        folder = {"output_dir": str(self.folder / "out")}
+        return parsed(recipe, self.place, **{**folder, **options})
+
+
+class Line(str):
+    """What a user's mistake ends in."""
+
+
+def line_of(error: UserError) -> Line:
+    assert str(error).strip()
+    assert "\n" not in str(error)
+    return Line(error)
+
+
+def preview(watch: Watch, recipe: str, options: dict) -> str:
+    """What --preview prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            module_of(recipe).main(*watch.parse(recipe, {"preview": 1, **options}))
+        except UserError as error:
+            return line_of(error)
+    return out.getvalue()
+
+
+def start(watch: Watch, recipe: str, options: dict) -> dict[str, Any] | Line:
+    """What libraries and trainer are given by a run that trains nothing and scores nothing."""
+    seen: dict[str, Any] = {"loaded": [], "scored": [], "runs": [], "left": []}
+    with watched(seen), contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            module_of(recipe).main(*watch.parse(recipe, options))
+        except UserError as error:
+            return line_of(error)
+    return {**seen, "out": out.getvalue()}
+
+
+@contextlib.contextmanager
+def watched(seen: dict[str, Any]) -> Iterator[None]:
+    """Meanwhile what a run does is written down and, where it takes long, not done."""
+    load_pretrained = loading.load_pretrained
+
+    def load(name, **options):
+        seen["loaded"].append({key: str(value) for key, value in options.items()})
+        return load_pretrained(name, **{**options, "revision": None})
+
+    def score(model, asker, rows, draws=(), **options):
+        kept = {key: value for key, value in options.items() if key != "journal"}
+        seen["scored"].append({"rows": count(rows), "draws": len(draws), **kept})
+        return TaskScore("accuracy", 0.5, 0.1, rows=count(rows))
+
+    def count(rows) -> int:
+        return len(getattr(rows, "asked", rows))
+
+    def train(trainer, *args, **options):
+        model = trainer.model
+        config = getattr(model, "active_peft_config", None)
+        optimizer = trainer.optimizer or trainer.create_optimizer()
+        trained = {name: it for name, it in model.named_parameters() if it.requires_grad}
+        numbers = {
+            type(callback).__name__: {
+                name: value for name, value in vars(callback).items() if isinstance(value, int)
+            }
+            for callback in trainer.callback_handler.callbacks
+        }
+        seen["runs"].append(Path(trainer.args.output_dir).name)
+        seen["peft"] = config and config.to_dict()
+        seen["examples"] = len(trainer.task.encoded.examples)
+        seen["trained"] = {name: it.sum().item() for name, it in trained.items()}
+        seen["callbacks"] = numbers
+        seen["rates"] = {
+            name: group["lr"]
+            for group in optimizer.param_groups
+            for name, it in trained.items()
+            if any(it is parameter for parameter in group["params"])
+        }
+
+    def save(trainer, task, base, tuned, *, method, more=None):
+        seen["left"].append({"method": method, **(more or {})})
+        return {"score": 0.5, "base_score": 0.5, "train_seconds": 1, "peak_memory_bytes": 1}
+
+    def leave(name: str) -> Callable:
+        return lambda *args, **options: seen["left"].append({name: args[1:]})
+
+    def search(model, asker, train, evaluation, seed, **options):
+        seen["scored"].append({"train": count(train), "rows": count(evaluation), **options})
+
+    def embed(model, encoder):
+        seen["left"].append({"embedded": True})
+        return None  # by their words
+
+    def adapterhub(model, folder, **options):
+        seen["left"].append({"adapterhub": folder})
+        return get_peft_model(model, BottleneckConfig(task_type="CAUSAL_LM"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "load_pretrained", load)
+        # The tiny model's folder stands for a hub id, which has revisions.
+        patch.setattr(loading, "hub_errors_in_one_line", lambda *_: contextlib.nullcontext())
+        for name in ("task.task.evaluate_task", "task.cloze.score_cloze"):
+            patch.setattr(f"recipelib.{name}", score)
+        for name in ("score_labels", "score_answers", "score_losses"):
+            patch.setattr(f"recipelib.evaluation.{name}", score)
+        for trainer in (RecipeTrainer, ClozeTrainer):
+            patch.setattr(trainer, "train", train)
+            patch.setattr(trainer, "save_model", lambda self: None)
+        patch.setattr("recipelib.reporting.save_run", save)
+        patch.setattr("recipelib.evaluation.search_label_words", search)
+        patch.setattr("recipelib.inference.embedding_similarity", embed)
+        for name in ("save_draws", "save_score", "save_few_shot", "save_label_words"):
+            patch.setattr(f"recipelib.reporting.{name}", leave(name))
+        for name in ("save_predictions", "say_wrong"):
+            patch.setattr(f"recipelib.reporting.{name}", lambda *args: None)
+        for name in ("save_start", "save_as_lora", "save_own_code", "save_without_adapters_below"):
+            patch.setattr(f"recipelib.adapters.{name}", leave(name))
+        patch.setattr(adapter_layers, "load_adapterhub", adapterhub)
+        four_bits = {"quantization_config": None}
+        patch.setattr("recipelib.models.four_bit_loading", lambda *_: four_bits)
+        yield
+
+
+def answers(watch: Watch, recipe: str, options: dict) -> dict[str, str]:
+    """The answers to a file of questions, by what a run of LoRA has left that writes them."""
+    folder = watch.folder / "lora"
+    if not folder.exists():
+        sums = {"dataset": str(watch.place.sums), "template": "word_problems"}
+        run("lora_sft", watch.place, folder, **sums)
+    ask = {"template": "word_problems", "predict": "<root>/questions.jsonl", **options}
+    if recipe == "icl_eval":
+        args, training = watch.parse(recipe, {"dataset": "<sums>", **ask})
+        module_of(recipe).main(args, training)
+    else:
+        args, training = watch.parse(recipe, {**ask, "output_dir": str(folder)})
+        answer_file(args, training)
+    files = [*Path(training.output_dir).glob("predictions_*.jsonl")]
+    texts = {file.name: file.read_text() for file in files}
+    for file in files:
+        file.unlink()
+    return texts
+
+
+def command(watch: Watch, recipe: str, options: dict) -> list:
+    """Which files a command line has answered; and that `main` is called otherwise."""
+    asked, module = [], module_of(recipe)
+    kind = module.main.__annotations__["args"]
+    argv = [part for name, value in options.items() for part in (f"--{name}", value)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [f"{recipe}.py", *argv])
+        patch.setattr("recipelib.reporting.answer_file", lambda args, _: asked.append(args.predict))
+        main = lambda *_: asked.append("main")  # noqa: E731
+        run_recipe(main, kind, module.__doc__, module.DEFAULTS)
+    return asked
+
+
+# The table --------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    """A value that is not the default, how that shows, and the other options meanwhile.
+
+    `refuses` names what ends in a line: with the "value", or "without" it; neither by default.
+    """
+
+    value: Any
+    how: Callable
+    read: Callable[[Any], Any] = lambda seen: seen
+    given: Mapping[str, Any] = MappingProxyType({})
+    refuses: str = ""
+    says: str = ""
+
+
+def shown(value: Any, **given: Any) -> Case:
+    """In what --preview prints."""
+    return Case(value, preview, given=given)
+
+
+def started(value: Any, read: Callable[[dict], Any], **given: Any) -> Case:
+    """In what libraries and trainer are given."""
+    return Case(value, start, read, given)
+
+
+def answered(value: Any) -> Case:
+    """In the answers to a file of questions."""
+    return Case(value, answers)
+
+
+def refused(value: Any, says: str, **given: Any) -> Case:
+    """By the line that refuses it."""
+    return Case(value, preview, given=given, refuses="value", says=says)
+
+
+def allowed(value: Any, says: str, **given: Any) -> Case:
+    """By the line that comes without it."""
+    return Case(value, preview, given=given, refuses="without", says=says)
+
+
+def load(name: str) -> Callable[[dict], Any]:
+    """How the model is loaded."""
+    return lambda seen: [options.get(name, "left out") for options in seen["loaded"]]
+
+
+def score(name: str) -> Callable[[dict], Any]:
+    """What scoring is told."""
+    return lambda seen: [options.get(name) for options in seen["scored"]]
+
+
+def peft(name: str) -> Callable[[dict], Any]:
+    """What PEFT is told."""
+    return lambda seen: seen["peft"][name]
+
+
+def leave(name: str) -> Callable[[dict], Any]:
+    """What stands in metrics.json, or what a function that writes is given."""
+    return lambda seen: [written.get(name) for written in seen["left"]]
+
+
+def examples(seen: dict) -> int:
+    """How many examples are trained."""
+    return seen["examples"]
+
+
+def parameters(seen: dict) -> set[str]:
+    """Which parameters are trained."""
+    return {*seen["trained"]}
+
+
+def values(seen: dict) -> list[float]:
+    """Where training starts."""
+    return [*seen["trained"].values()]
+
+
+def has_adapter(seen: dict) -> bool:
+    """Whether PEFT is told anything."""
+    return seen["peft"] is not None
+
+
+COMMON = {
+    "model_name_or_path": shown("<masked>"),
+    "revision": started("v1", load("revision")),
+    "attn_implementation": started("eager", load("attn_implementation")),
+    "template": shown("<template>"),
+    "dataset": shown("<others>"),
+    "columns": shown(["text=other"]),
+    "train_split": shown("more"),
+    "eval_split": started("more", score("rows")),
+    "max_train_samples": started(2, examples),
+    "max_eval_samples": started(1, score("rows")),
+    "skip_bad_rows": allowed(True, "train.jsonl:1", dataset="<bad>"),
+    "rendering": shown("chat"),
+    "chat_template_kwargs": shown('{"mood": "glad"}', rendering="chat"),
+    "max_new_tokens": started(7, score("max_new_tokens")),
+    "eval_batch_tokens": started(100, score("batch_tokens")),
+    "preview": shown(2),
+    "predict": Case("rows.jsonl", command),
+}
+LORA = {"r": started(2, peft("r")), "alpha": started(2, peft("lora_alpha"))}
+FOUR_BITS = {"load_in_4bit": started(True, load("quantization_config"))}
+CLOZE = {
+    # What is shown are the rows that are scored.
+    "train_split": started("more", examples),
+    # Labels are chosen, but --predict answers with any recipe's run.
+    "max_new_tokens": answered(2),
+    "cloze": shown(True),
+    "combine": started("max", score("combine")),
+    "soft_verbalizer": started(True, parameters),
+    "calibrate": started(True, score("calibrate")),
+    "per_class": started(1, examples),
+    "draws": started(2, lambda seen: seen["runs"], per_class=1),
+}
+TWO_TASKS = ["movie_reviews=<rows>", "word_problems=<sums>"]
+CASES = {
+    "lora_sft": {
+        **COMMON,
+        **LORA,
+        "lora_dropout": started(0.5, peft("lora_dropout")),
+        "target_modules": started(["q_proj"], parameters),
+        "rslora": started(True, peft("use_rslora")),
+        "dora": started(True, peft("use_dora")),
+        "pissa": started(True, peft("init_lora_weights")),
+        "loraplus_ratio": started(4.0, lambda seen: {*seen["rates"].values()}),
+        **FOUR_BITS,
+    },
+    "adapter_sft": {
+        **COMMON,
+        "bottleneck_size": started(2, peft("bottleneck_size")),
+        "placement": started("ffn", parameters),
+        "adapter_input": started("input", peft("adapter_input")),
+        "act": started("relu", peft("act")),
+        "scaling": started("learned", parameters),
+        "adapter_dropout": started(0.5, peft("dropout")),
+        "init_weights": started("identity", values),
+        "train_norms": started(True, parameters),
+        "top_layers": started(1, parameters),
+        "target_modules": started(["o_proj"], parameters),
+        "adapterhub": started("<root>", leave("adapterhub")),
+        "drop_adapters_below": started(1, leave("save_without_adapters_below")),
+        **FOUR_BITS,
+    },
+    "prompt_tuning": {
+        **COMMON,
+        **CLOZE,
+        "tune": started("prefix", peft("peft_type")),
+        "virtual_tokens": started(2, peft("num_virtual_tokens")),
+        "init": started("words", values),
+        "prompt_encoder": started("lstm", parameters, tune="p_tuning"),
+    },
+    "cloze_sft": {
+        **COMMON,
+        **CLOZE,
+        "soft_prompt": started(True, parameters),
+        "virtual_tokens": started(2, peft("num_virtual_tokens"), soft_prompt=True),
+        "init": started("words", values, soft_prompt=True),
+        "score_only": started(True, lambda seen: seen["runs"]),
+    },
+    "instruction_sft": {
+        **COMMON,
+        "template": shown(["<template>=<rows>"]),
+        "dataset": shown("<others>", template=["movie_reviews"]),
+        "skip_bad_rows": allowed(True, "train.jsonl:1", template=["movie_reviews=<bad>"]),
+        "rendering": shown("text"),
+        "heldout_template": started(["word_problems=<sums>"], score("rows")),
+        "mixing": started("equal", leave("mixture"), template=TWO_TASKS, max_train_samples=11),
+        "lora": started(True, has_adapter),
+        "r": started(2, peft("r"), lora=True),
+        "alpha": started(2, peft("lora_alpha"), lora=True),
+        "early_stopping_patience": started(
+            1, lambda seen: seen["callbacks"].get("EarlyStopping"), save_strategy="steps"
+        ),
+        "sample_steps": started(2, lambda seen: seen["callbacks"].get("SampleWriter")),
+    },
+    "cot_sft": {
+        **COMMON,
+        **LORA,
+        "columns": shown(["question=other"]),
+        "target": shown("answer_only"),
+        "rationale_instruction": shown("Think.", target="mixed"),
+        "answer_instruction": shown("Say.", target="mixed"),
+        "samples": started(3, score("samples")),
+        "temperature": started(0.5, score("temperature"), samples=2),
+        "full": started(True, has_adapter),
+    },
+    "icl_eval": {
+        **COMMON,
+        "max_train_samples": shown(1),
+        "max_new_tokens": answered(2),
+        "predict": answered("<root>/others/sums/more.jsonl"),
+        "shots": shown(2),
+        "sampler": shown("first", shots=2),
+        "nearest_by": started("embedding", leave("embedded"), sampler="nearest"),
+        "draws": started(3, score("draws")),
+        "score": started("calibrated", score("score")),
+        "reasoning": shown("none", template="word_problems", dataset="<sums>"),
+        "trigger": started("So.", score("trigger"), reasoning="trigger"),
+        "samples": started(3, score("samples"), template="word_problems", dataset="<sums>"),
+        "temperature": started(
+            0.5, score("temperature"), template="word_problems", dataset="<sums>"
+        ),
+        "adapter": refused("<root>/none", "no such folder"),
+        "resume": started(True, lambda seen: "resuming" in seen["out"]),
+    },
+    SEARCH: {
+        **COMMON,
+        "train_split": started("more", score("train")),
+        "max_train_samples": started(2, score("train")),
+        "max_new_tokens": refused(7, "--max_new_tokens: a search answers no rows"),
+        "predict": refused("rows.jsonl", "--predict: a search answers no rows"),
+        "cloze": shown(True),
+    },
+}
+TABLE = [(recipe, option) for recipe, cases in CASES.items() for option in cases]
+
+
+@pytest.fixture(scope="module")
+def watch(place, tmp_path_factory):
+    return Watch(place, tmp_path_factory.mktemp("watch"))
+
+
+@pytest.mark.parametrize("recipe", ALL)
+def test_the_table_has_every_option(recipe):
+    kind = module_of(recipe).main.__annotations__["args"]
+    assert {field.name for field in dataclasses.fields(kind)} == CASES[recipe].keys()
+
+
+@pytest.mark.parametrize(("recipe", "option"), TABLE, ids=map("-".join, TABLE))
+def test_every_option_changes_something_or_one_line_refuses_it(recipe, option, watch):
+    case = CASES[recipe][option]
+    without = watch.once(case.how, recipe, {**case.given})
+    seen = watch.once(case.how, recipe, {**case.given, option: case.value})
+    for name, found in (("without", without), ("value", seen)):
+        assert isinstance(found, Line) == (case.refuses == name), found
+        assert not isinstance(found, Line) or case.says in found
+    if not case.refuses:
+        assert case.read(without) != case.read(seen)
+
+
+# Options together -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "says"),
+    [
+        (
+            "adapter_sft",
+            {"placement": "ffn", "target_modules": ["o_proj"]},
+            "--placement: --target_modules names the places; leave one of them out",
+        ),
+        ("icl_eval", {"samples": 3}, "--samples 3: movie_reviews is answered by the likeliest"),
+        ("icl_eval", {"temperature": 0.5}, "--temperature 0.5: movie_reviews is answered by the"),
+        *(
+            ("icl_eval", {"template": "conversations", "dataset": "<chats>", **options}, says)
+            for options, says in (
+                ({"samples": 3}, "--samples 3: conversations is scored by the loss"),
+                ({"temperature": 0.5}, "--temperature 0.5: conversations is scored by the loss"),
+                ({"reasoning": "trigger"}, "--reasoning trigger: conversations is scored by the"),
+                ({"score": "pmi"}, "--score pmi: answers of conversations are written"),
+            )
+        ),
+    ],
+)
+def test_what_would_be_passed_over_is_refused(recipe, options, says, watch):
+    line = watch.once(start, recipe, options | ({"shots": 0} if "template" in options else {}))
+    assert isinstance(line, Line)
+    assert says in line
+
+
+def test_a_preview_shows_so_many_examples_of_each_task(watch):
+    seen = watch.once(preview, "instruction_sft", {"template": TWO_TASKS, "preview": 2})
+    for task in ("movie_reviews", "word_problems"):
+        for number in (1, 2):
+            assert f"{task}, example {number}: " in seen
+    assert seen.count("example") == 4
+
+
+def test_a_preview_shows_so_many_examples_of_each_text_that_is_trained_on_a_row(watch):
+    seen = watch.once(preview, "cot_sft", {"target": "mixed", "preview": 2})
+    assert seen.count("Solve the task step by step.") == 2
+    assert seen.count("Give only the answer.") == 2
+
+
+def test_at_a_ratio_of_zero_the_b_of_lora_stands_still(watch):
+    rates = watch.once(start, "lora_sft", {"loraplus_ratio": 0.0})["rates"]
+    assert {rate for name, rate in rates.items() if "lora_B" in name} == {0.0}
+
+
+FIXED = "the rates of label embeddings (1e-3) and of cloze_sft.py's prompt (0.03) are fixed"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        *((recipe, {}) for recipe in TRAINING),
+        ("lora_sft", {"loraplus_ratio": 4.0}),
+        ("prompt_tuning", {"tune": "prefix"}),
+        ("instruction_sft", {"lora": True}),
+        ("cot_sft", {"full": True}),
+        *(
+            pytest.param(
+                recipe,
+                options,
+                marks=pytest.mark.xfail(strict=True, raises=AssertionError, reason=FIXED),
+            )
+            for recipe, options in (
+                ("prompt_tuning", {"soft_verbalizer": True}),
+                ("cloze_sft", {"soft_verbalizer": True}),
+                ("cloze_sft", {"soft_prompt": True}),
+            )
+        ),
+    ],
+)
+def test_the_learning_rate_reaches_all_that_is_trained(recipe, options, watch):
+    first, second = (
+        watch.once(start, recipe, {**options, **rate})["rates"]
+        for rate in ({}, {"learning_rate": 0.02})
+    )
+    assert first.keys() == second.keys()
+    assert all(second[name] == pytest.approx(2 * rate) for name, rate in first.items())
+
+
+# Tools ------------------------------------------------------------------------------------------
+
+# Whose options go to a function, and what they may be.
+TOOLS = {
+    merge: (
+        "recipelib.adapters.merge_adapter",
+        {
+            "adapter": ["other"],
+            "output": ["--output", "elsewhere"],
+            "model_name_or_path": ["--model_name_or_path", "base"],
+            "dtype": ["--dtype", "bfloat16"],
+        },
+    ),
+    consolidate: (
+        "consolidate.consolidate",
+        {"checkpoint": ["other"], "output": ["--output", "elsewhere"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.__name__)
+def test_every_option_of_a_tool_reaches_what_it_is_for(tool, monkeypatch, capsys):
+    function, options = TOOLS[tool]
+    given: list[tuple] = []
+    monkeypatch.setattr(function, lambda *args: given.append(args) or Path("folder"))
+    tool.main(["folder"])
+    for argv in options.values():
+        tool.main(argv if not argv[0].startswith("--") else ["folder", *argv])
+    assert len({*given}) == len(given) == 1 + len(options)
+
+    def stop(parser, argv):
+        assert {action.dest for action in parser._actions} == {"help", *options}
+        raise StopIteration
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    with pytest.raises(StopIteration):
+        tool.main([])
