@@ -13,7 +13,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "data_templates" / "examples"
-SCRIPTS = sorted([*(ROOT / "recipes").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
 # Written so that this line itself holds no such path.
 MACHINE_PATH = re.compile(r"(?<![\w.~$}*-])/(?:home|root|tmp|work|Users)/\w")
 
@@ -24,16 +23,6 @@ def test_ruff_is_content(command):
         [sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_no_script_is_longer_than_400_lines():
-    # The tuner is copied as one file, so it is one.
-    limits = {"bottleneck.py": 470}
-    lengths = {one.name: len(one.read_text(encoding="utf-8").splitlines()) for one in SCRIPTS}
-    assert len(lengths) > 20
-    assert {
-        name: length for name, length in lengths.items() if length > limits.get(name, 400)
-    } == {}
 
 
 def undocumented(file: Path) -> list[str]:

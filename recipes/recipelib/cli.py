@@ -8,9 +8,10 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -150,14 +151,20 @@ class ClozeArguments(RecipeArguments):
             raise UserError("--calibrate: --soft_verbalizer has no words; leave one of them out")
 
 
-# Options that recipes no longer have -> what to run instead.
+# Options that recipes no longer have, and values that an option no longer takes -> what to run.
 _MOVED = {
-    ("--merge",): "run 'python recipes/merge.py OUTPUT_DIR' afterwards",
-    ("--search_label_words",): "run recipes/search_label_words.py",
-    ("--tune", "model"): "run recipes/cloze_sft.py",
-    ("--tune", "both"): "run recipes/cloze_sft.py --soft_prompt true",
-    ("--tune", "none"): "run recipes/cloze_sft.py --score_only true",
+    "merge": "run 'python recipes/merge.py OUTPUT_DIR' afterwards",
+    "search_label_words": "run recipes/search_label_words.py",
+    "tune model": "run recipes/cloze_sft.py",
+    "tune both": "run recipes/cloze_sft.py --soft_prompt true",
+    "tune none": "run recipes/cloze_sft.py --score_only true",
 }
+
+
+def _moved(name: str, value: Any, known: Container[str]) -> str | None:
+    """The message for an option, or for its value, that has moved; None if it has not."""
+    was = f"{name} {value}" if name in known else name
+    return f"{was}: has moved; {_MOVED[was]}" if was in _MOVED else None
 
 
 def _print_help(arguments: type, description: str, defaults: Mapping[str, Any]) -> None:
@@ -211,8 +218,11 @@ def _converted(
     actions = {action.dest: action for action in reversed(parser._actions)}
     values = {}
     for key, value in given.items():
+        if moved := _moved(key, value, actions):
+            raise UserError(f"{source}: {moved}")
         if key not in actions:
             raise UserError(f"{source}: {key}: unknown key; {_closest(key, actions)}")
+        value = list(value) if isinstance(value, tuple) else value  # from Python
         kinds = {get_origin(kind) or kind for kind in (hints[key], *get_args(hints[key]))}
         several = isinstance(value, list) and value and actions[key].nargs == "+"
         if (value is None or isinstance(value, list | dict)) and not several:
@@ -244,6 +254,8 @@ def arguments(recipe: ModuleType, **options: Any) -> tuple[Any, Any]:
         UserError: an unknown option, or a value that does not fit.
     """
     kind = recipe.main.__annotations__["args"]
+    if isinstance(kind, str):  # a copy may begin with `from __future__ import annotations`
+        kind = getattr(recipe, kind)
     return parse_arguments(kind, recipe.__doc__, recipe.DEFAULTS, [], options)
 
 
@@ -269,11 +281,12 @@ def parse_arguments(
     if "--help" in argv or "-h" in argv:
         _print_help(arguments, description, defaults)
         sys.exit(0)
-    for place in range(len(argv)):
-        for moved, cure in _MOVED.items():
-            known = moved[0].lstrip("-") in arguments.__dataclass_fields__
-            if tuple(argv[place : place + len(moved)]) == moved and known == (len(moved) > 1):
-                raise UserError(f"{' '.join(moved)}: has moved; {cure}")
+    for word, following in pairwise([*argv, ""]):
+        if word.startswith("--"):
+            name, _, value = word[2:].partition("=")
+            known = arguments.__dataclass_fields__
+            if moved := _moved(name.replace("-", "_"), value or following, known):
+                raise UserError(f"--{moved}")
 
     # On some CPUs bitsandbytes recommends a package for a code path that we turn off.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

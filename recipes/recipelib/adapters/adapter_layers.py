@@ -22,7 +22,8 @@ from recipelib.runtime import UserError, is_main_process
 
 @contextmanager
 def errors_name_options() -> Iterator[None]:
-    """What PEFT and the adapters' configuration refuse, as one line that names the option.
+    """A context that turns what PEFT and the adapters' configuration refuse into one line that
+    names the option.
 
     Raises:
         UserError: what they said.
@@ -31,7 +32,7 @@ def errors_name_options() -> Iterator[None]:
         yield
     except ValueError as error:
         text = " ".join(str(error).split())
-        named = re.match(r"[a-z_]+[=:,]", text)  # else a model whose layers are not known
+        named = re.match(r"[a-z_]+[=:,]", text)  # else it is a model whose layers are unknown
         raise UserError(f"--{text if named else f'target_modules: {text}'}") from None
 
 
@@ -43,14 +44,14 @@ def add_bottlenecks(
     drop_below: int | None = None,
     revision: str | None = None,
 ) -> PeftModel:
-    """`get_peft_model` for bottleneck adapters, with what cannot work refused in a line.
+    """`get_peft_model` for bottleneck adapters; what cannot work is refused in one line.
 
     Args:
-        adapterhub: the folder of an adapter of AdapterHub's to start from, instead of `config`.
+        adapterhub: the folder of an AdapterHub adapter to start from, instead of `config`.
         top_layers: how many layers at the top get adapters; all by default. Below them there is no
             backward pass.
         drop_below: the layer below which adapters will be dropped once they are trained.
-        revision: of the base model, for PEFT to write down.
+        revision: of the base model; PEFT writes it into the adapter's configuration.
     Raises:
         UserError: layers that the model does not have, or adapters that it cannot have.
     """
@@ -73,20 +74,21 @@ def add_bottlenecks(
         else:
             model = get_peft_model(model, config, revision=revision)
     if top_layers:
-        # Where activations are recomputed, transformers asks for gradients down to the embeddings.
+        # Recomputing activations makes transformers ask for gradients of the embeddings; detached,
+        # the backward pass still ends here.
         decoder_layers(model)[lowest].register_forward_pre_hook(
-            lambda module, given: (given[0].detach(), *given[1:])
+            lambda module, inputs: (inputs[0].detach(), *inputs[1:])
         )
     if drop_below:
         with without_adapters(model, drop_below):
-            pass  # there are some to drop, or a line says so
+            pass  # raises if there are none to drop
     return model
 
 
 @contextmanager
 def without_adapters(model, below: int | None = None) -> Iterator[int]:
-    """The base model meanwhile, or only in the layers below a number. Gives the number of adapters
-    that are passed over.
+    """A context in which adapters are passed over: all of them, or those in layers below a number.
+    Yields how many.
 
     Raises:
         UserError: there are none below.
@@ -109,12 +111,14 @@ def without_adapters(model, below: int | None = None) -> Iterator[int]:
 
 
 def _is_below(number: int | None, layer: int) -> bool:
-    """Whether a layer is; what stands in none is not."""
+    """Whether a layer's number is below `layer`; None, of what stands in no layer, is not."""
     return number is not None and number < layer
 
 
 def save_without_adapters_below(output_dir: str, layer: int) -> None:
-    """Write the adapter without those of the lowest layers to OUTPUT_DIR/dropped, for PEFT."""
+    """Write the adapters without those of the layers below `layer` to OUTPUT_DIR/dropped, as PEFT
+    loads them.
+    """
     if not is_main_process():
         return
     weights = load_file(f"{output_dir}/adapter_model.safetensors")
@@ -133,6 +137,6 @@ def save_without_adapters_below(output_dir: str, layer: int) -> None:
 
 
 def save_own_code(output_dir: str) -> None:
-    """Put the file that makes PEFT know the adapters beside them, as `peft_bottleneck.py`."""
+    """Copy the file that adds the method to PEFT beside the adapters, as `peft_bottleneck.py`."""
     if is_main_process():
         shutil.copy(bottleneck.__file__, f"{output_dir}/peft_bottleneck.py")

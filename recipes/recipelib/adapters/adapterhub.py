@@ -1,4 +1,5 @@
-"""Adapters that AdapterHub's `adapters` has saved, as ours (Poth et al. 2023, arXiv:2311.11077).
+"""Adapters that AdapterHub's library `adapters` saved, converted to ours (Poth et al. 2023,
+arXiv:2311.11077).
 
 model = load_adapterhub(AutoModelForCausalLM.from_pretrained(base), folder)
 model.save_pretrained(output)      # from now on it is PEFT's
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from recipelib.adapters.bottleneck import SUBLAYERS, BottleneckConfig, BottleneckLayer, layer_number
 from recipelib.runtime import UserError
 
-# What a configuration may ask for and PEFT's tuner does not have, with the value that is none.
+# What their configuration may ask for and ours does not have, with the value that turns it off.
 _ABSENT = {
     "ln_before": False,
     "ln_after": False,
@@ -40,16 +41,16 @@ def load_adapterhub(
     task_type: str | None = None,
     revision: str | None = None,
 ) -> PeftModel:
-    """The model with the adapter that `save_adapter(folder, name, use_safetensors=True)` has left.
+    """The model with the adapter that `save_adapter(folder, name, use_safetensors=True)` wrote.
     A prediction head that was saved with it is not converted.
 
     Args:
         model: a transformers model of the kind that the adapter was trained on.
         task_type: PEFT's; with "SEQ_CLS" and the like the model's head is trained and saved, too.
-        revision: of the base model, for PEFT to write down.
+        revision: of the base model; PEFT writes it into the adapter's configuration.
     Raises:
-        UserError: no such folder, a pickle, another method or a variant that is not here, or
-            weights that do not fit the model, which is then as it was.
+        UserError: no such folder, a pickle, another method, a variant that ours does not have, or
+            weights that do not fit the model, which is left as it was.
     """
     folder, kind = Path(folder), model.config.model_type
     if kind not in SUBLAYERS or model.config.is_encoder_decoder:
@@ -57,11 +58,11 @@ def load_adapterhub(
     if getattr(model.config, "add_cross_attention", False):
         raise UserError(f"{folder}: adapters after cross-attention are not converted")
     config, weights = _read(folder, kind)
-    found = _by_place(folder, weights)
+    saved = _by_place(folder, weights)
     peft_config = _converted(folder, config)
     peft_config.task_type = task_type
-    peft_config.bottleneck_size = next(iter(found.values()))["down.weight"].shape[0]
-    layers = sorted({number for number, _ in found})
+    peft_config.bottleneck_size = next(iter(saved.values()))["down.weight"].shape[0]
+    layers = sorted({number for number, _ in saved})
     if layers != list(range(model.config.get_text_config().num_hidden_layers)):
         peft_config.layers_to_transform = layers
     try:
@@ -69,7 +70,7 @@ def load_adapterhub(
     except ValueError as error:  # layers that the model does not have
         raise UserError(f"{folder}: does not fit the model ({error})") from None
     try:
-        _fill(folder, adapted, kind, found, adapter_name)
+        _fill(folder, adapted, kind, saved, adapter_name)
     except UserError:
         adapted.unload()
         raise
@@ -78,53 +79,55 @@ def load_adapterhub(
 
 def _by_place(folder: Path, weights: dict) -> dict[tuple[int, str], dict[str, torch.Tensor]]:
     """The weights by layer and sublayer ("attention" or "ffn"), named as ours are."""
-    found: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
-    parts = r"(.*)\.adapters\.[^.]+\.(adapter_down\.0|adapter_up|scaling)(.*)"
+    by_place: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+    pattern = r"(.*)\.adapters\.[^.]+\.(adapter_down\.0|adapter_up|scaling)(.*)"
     for key, tensor in weights.items():
-        place, number = re.fullmatch(parts, key), layer_number(key)
-        if place is None or number is None:
+        match, number = re.fullmatch(pattern, key), layer_number(key)
+        if match is None or number is None:
             raise UserError(f"{folder}: {key}: is no part of a bottleneck adapter")
-        sublayer = "attention" if "attention" in place.group(1) else "ffn"
-        part = place.group(2).removeprefix("adapter_").removesuffix(".0")
-        found.setdefault((number, sublayer), {})[part + place.group(3)] = tensor
-    if not found or any("down.weight" not in some for some in found.values()):
+        sublayer = "attention" if "attention" in match.group(1) else "ffn"
+        name = match.group(2).removeprefix("adapter_").removesuffix(".0")
+        by_place.setdefault((number, sublayer), {})[name + match.group(3)] = tensor
+    if not by_place or any("down.weight" not in tensors for tensors in by_place.values()):
         raise UserError(f"{folder}: adapter.safetensors: holds no weights of adapters")
-    return found
+    return by_place
 
 
-def _fill(folder: Path, model: PeftModel, kind: str, found: dict, adapter_name: str) -> None:
-    """Copy the weights to where they belong."""
+def _fill(folder: Path, model: PeftModel, kind: str, saved: dict, adapter_name: str) -> None:
+    """Copy the saved weights, by their place, into the model's adapters."""
     expected = {
         (layer_number(name), _sublayer_of(kind, name)): layer
         for name, layer in model.named_modules()
         if isinstance(layer, BottleneckLayer) and adapter_name in layer.bottleneck_down
     }
-    for place in sorted(expected.keys() ^ found.keys()):
+    for number, sublayer in sorted(expected.keys() ^ saved.keys()):
         raise UserError(
-            f"{folder}: layer {place[0]}, {place[1]}: has an adapter in one of file and model"
+            f"{folder}: layer {number}, {sublayer}: has an adapter in one of file and model"
         )
-    for place, tensors in found.items():
-        layer = expected[place]
-        own = {
-            f"{part}.{name}": one
-            for part in ("down", "up")
-            for name, one in getattr(layer, f"bottleneck_{part}")[adapter_name].named_parameters()
-        }
+    for (number, sublayer), tensors in saved.items():
+        layer = expected[number, sublayer]
+        own = {}
+        for projection in ("down", "up"):
+            linear = getattr(layer, f"bottleneck_{projection}")[adapter_name]
+            own |= {f"{projection}.{name}": weight for name, weight in linear.named_parameters()}
         if adapter_name in layer.bottleneck_scaling:
             own["scaling"] = layer.bottleneck_scaling[adapter_name].weight
         for name in sorted(own.keys() | tensors.keys()):
-            shapes = [tuple(some[name].shape) if name in some else None for some in (own, tensors)]
-            if shapes[0] != shapes[1]:
+            in_model, in_file = (
+                tuple(weights[name].shape) if name in weights else None
+                for weights in (own, tensors)
+            )
+            if in_model != in_file:
                 raise UserError(
-                    f"{folder}: layer {place[0]}, {place[1]}, {name}: has shape {shapes[1]}, and "
-                    f"{shapes[0]} in this model; load it on the model it was trained on"
+                    f"{folder}: layer {number}, {sublayer}, {name}: has shape {in_file}, and "
+                    f"{in_model} in this model; load it on the model it was trained on"
                 )
             with torch.no_grad():
                 own[name].copy_(tensors[name])
 
 
 def _read(folder: Path, kind: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    """The configuration and the weights of a folder, for a model of a kind."""
+    """The configuration and the weights in a folder; both must be for models of this kind."""
     file = folder / "adapter_config.json"
     if not file.is_file():
         raise UserError(
@@ -155,9 +158,9 @@ def _read(folder: Path, kind: str) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def _converted(folder: Path, config: dict) -> BottleneckConfig:
-    """A configuration of adapters as ours; the size comes from the weights."""
-    for name, none in _ABSENT.items():
-        if config.get(name, none) != none:
+    """A configuration of AdapterHub's as ours, but for the size, which comes from the weights."""
+    for name, off in _ABSENT.items():
+        if config.get(name, off) != off:
             raise UserError(f"{folder}: {name}={config[name]!r}: such adapters are not converted")
     scaling = config.get("scaling", 1.0)
     missing = {"mh_adapter", "output_adapter", "non_linearity", "reduction_factor"} - config.keys()
@@ -182,6 +185,10 @@ def _converted(folder: Path, config: dict) -> BottleneckConfig:
 
 
 def _sublayer_of(kind: str, name: str) -> str:
-    """Which sublayer a module ends: "attention" or "ffn"."""
-    ends = {one.output: sublayer for sublayer, some in SUBLAYERS[kind].items() for one in some}
+    """The sublayer that a module is the end of: "attention" or "ffn"."""
+    ends = {
+        sublayer.output: place
+        for place, sublayers in SUBLAYERS[kind].items()
+        for sublayer in sublayers
+    }
     return ends[max((end for end in ends if f".{name}".endswith(f".{end}")), key=len)]

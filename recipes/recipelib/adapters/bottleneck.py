@@ -1,6 +1,6 @@
 """Bottleneck adapters (Houlsby et al. 2019, arXiv:1902.00751) as a PEFT tuner.
 
-    from peft_bottleneck import BottleneckConfig   # importing it makes PEFT know the method
+    from peft_bottleneck import BottleneckConfig   # importing it adds the method to PEFT
     model = get_peft_model(model, BottleneckConfig(task_type="CAUSAL_LM", bottleneck_size=64))
 
 After a sublayer of the transformer, before its output h is added to the residual x, an adapter
@@ -8,12 +8,12 @@ adds `scaling * up(act(down(h)))`: down takes the model's width d to a bottlenec
 back. (In Gemma 2 and 3 the norm of h comes between adapter and addition.) The model is frozen.
 PEFT's `save_pretrained`, `from_pretrained`, `add_adapter`, `set_adapter`, `delete_adapter`,
 `disable_adapter` and `unload` work as with LoRA; merging does not, for an adapter is not linear,
-nor do several adapters in one batch (`adapter_names`). Where a model drops out h itself (BERT), it
-does so after the adapter, and to what that adds, too; AdapterHub's reads h after it.
+nor do several adapters in one batch (`adapter_names`). Where a model applies dropout to h (BERT),
+it comes after the adapter, on what the adapter adds too; AdapterHub's read h after the dropout.
 
-This file needs torch, transformers and peft and nothing else of the collection: copy it, by another
-name, since pandas takes a bottleneck.py for a package that it would like to use. What is saved with
-it loads where it was imported first.
+This file needs torch, transformers and peft, and nothing else of the collection, so it can be
+copied; give the copy another name, for pandas would import a bottleneck.py in place of the package
+bottleneck. What it saves can be loaded wherever it was imported before.
 """
 
 from __future__ import annotations
@@ -49,9 +49,12 @@ class Sublayer(NamedTuple):
 
 
 def _pre_norm(attention: dict[str, str], ffn: dict[str, str]) -> dict[str, list[Sublayer]]:
-    """Sublayers whose norm is given x."""
-    places = {"attention": attention, "ffn": ffn}
-    return {place: [Sublayer(*one) for one in some.items()] for place, some in places.items()}
+    """Sublayers whose norm is given x: the path of a last linear layer -> that of the norm."""
+    sublayers = {"attention": attention, "ffn": ffn}
+    return {
+        place: [Sublayer(output, norm) for output, norm in norms.items()]
+        for place, norms in sublayers.items()
+    }
 
 
 _LLAMA = _pre_norm(
@@ -64,9 +67,10 @@ _T5 = _pre_norm(
 )
 _BERT = {
     place: [
-        Sublayer(f"{one}output.dense", f"{one}output", 1, f"{one}output.LayerNorm") for one in some
+        Sublayer(f"{path}output.dense", f"{path}output", 1, f"{path}output.LayerNorm")
+        for path in paths
     ]
-    for place, some in {"attention": ("attention.", "crossattention."), "ffn": ("",)}.items()
+    for place, paths in {"attention": ("attention.", "crossattention."), "ffn": ("",)}.items()
 }
 # By the `model_type` of transformers' config.
 SUBLAYERS: dict[str, dict[str, list[Sublayer]]] = {
@@ -86,12 +90,12 @@ SUBLAYERS: dict[str, dict[str, list[Sublayer]]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "smollm3"), _LLAMA),
     **dict.fromkeys(("gemma2", "gemma3", "gemma3_text"), _GEMMA2),
 }
-# What transformers calls the list of a model's layers; T5 has lists of sublayers in them.
+# What transformers calls the list of a model's layers; T5's `block`s hold lists of sublayers.
 _LAYER_LISTS = ["block", "h", "layers", "layer"]
 
 
 def _peft_type() -> PeftType:
-    """PEFT's list of methods is closed, so ours becomes a member of it when this is imported."""
+    """Our method in PEFT's list of methods, which is closed: importing this file adds it."""
     if "BOTTLENECK" not in PeftType.__members__:
         member = str.__new__(PeftType, "BOTTLENECK")
         member._name_ = member._value_ = "BOTTLENECK"
@@ -108,7 +112,7 @@ BOTTLENECK = _peft_type()
 
 @dataclass
 class BottleneckConfig(PeftConfig):
-    """What the adapters are and where they sit; the values of the paper are the defaults.
+    """What the adapters are and where they sit; the defaults are the paper's values.
 
     Pfeiffer et al. 2021 (arXiv:2005.00247): placement="ffn", adapter_input="residual", act="relu".
     He et al. 2022 (arXiv:2110.04366), parallel: placement="ffn", adapter_input="input", act="relu",
@@ -119,21 +123,23 @@ class BottleneckConfig(PeftConfig):
         reduction_factor: sets m to the model's width divided by it, at least 1.
         placement: after the "attention" sublayer (cross-attention too), after the feed-forward
             sublayer ("ffn"), or after "both".
-        adapter_input: what is read. "output": h, that of the sublayer; "residual": h + x, through
-            the norm that follows in post-norm models; "input": x, beside the sublayer (parallel).
+        adapter_input: what an adapter reads. "output": h, what the sublayer puts out; "residual":
+            h + x, in post-norm models through the norm that follows; "input": x, beside the
+            sublayer (parallel).
         act: the activation, a name of transformers' ACT2FN.
-        scaling: factor of what is added, or "learned": one number for each adapter, from 1.
-        dropout: of what is added.
-        init_weights: "near_identity": weights normal with standard deviation 0.01, cut off at two
-            of them, biases zero; "identity": `up` zero besides, so that the model starts unchanged.
-        train_norms: train the model's layer norms, too, as the paper does; by default of all but
-            causal language models. With `layers_to_transform` those of these layers. They keep the
-            model's dtype, and 16 bits are too few for their small steps.
+        scaling: factor of what is added, or "learned": one number for each adapter, starting at 1.
+        dropout: on what is added.
+        init_weights: "near_identity": normal weights with a standard deviation of 0.01, cut off at
+            two deviations, and zero biases; "identity": the weights of `up` are zero as well, so
+            that the model starts unchanged.
+        train_norms: train the model's layer norms too, as the paper does; the default in all but
+            causal language models. With `layers_to_transform` only those in these layers. They keep
+            the model's dtype, and 16 bits are too few for their small steps.
         target_modules: linear layers to put adapters after, instead of `placement`: for models
-            that SUBLAYERS does not have, and for some of them only.
-        exclude_modules: of these, the ones to leave out.
+            that SUBLAYERS does not list, or to adapt only some sublayers.
+        exclude_modules: those of the targets to leave out.
         layers_to_transform: numbers of the layers that get adapters, from 0; all by default.
-        layers_pattern: the name of the model's list of layers, where it is an unusual one.
+        layers_pattern: the name of the model's list of layers, where it is unusual.
         modules_to_save: further modules to train and save whole, such as a new head.
     """
 
@@ -184,8 +190,8 @@ class BottleneckConfig(PeftConfig):
 
 
 class LearnedScale(nn.Module):
-    """A factor that is trained. It is called and has a `weight`: what PEFT's policy for FSDP1 takes
-    for a unit of its own, apart from the model's 16 bits.
+    """A factor that is trained. It is a module with a `weight` because PEFT's policy for FSDP1
+    makes such a module a unit of its own, apart from the model's 16-bit weights.
     """
 
     def __init__(self):
@@ -198,8 +204,8 @@ class LearnedScale(nn.Module):
 
 
 class BottleneckLayer(nn.Module, BaseTunerLayer):
-    """A sublayer's last linear layer with the adapters after it. Several that are active are
-    applied one after the other, in their order. While `passed_over` is set none is; unlike PEFT's
+    """A sublayer's last linear layer with the adapters after it. The active ones are applied one
+    after the other, in their order; none while `passed_over` is set. Unlike PEFT's
     `disable_adapter` that leaves `requires_grad` alone, which FSDP2 reads only once.
     """
 
@@ -217,7 +223,8 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = self.passed_over = False
         self.merged_adapters = []
         self._residual = self._hook = None
-        # In a tuple, so that it is no part of this module; by name, for PEFT wraps what is trained.
+        # Parent and name: in a tuple, so that the norm is no submodule of this one; by name, since
+        # PEFT wraps norms that are trained.
         self._norm: tuple[nn.Module, str] | None = None
         self.update_layer(adapter_name, config)
 
@@ -241,7 +248,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def watch_residual(self, block: nn.Module, sublayer: Sublayer) -> None:
-        """Take x, which never comes by here, from the module that is given it."""
+        """Take x, which this layer never gets, from the module that gets it."""
         self._argument, source = sublayer.argument, block.get_submodule(sublayer.residual)
         self._hook = source.register_forward_pre_hook(self._keep_residual, with_kwargs=True)
         if sublayer.norm:
@@ -251,13 +258,13 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     @property
     def reads_residual(self) -> bool:
         """Whether any adapter needs x."""
-        return any(one.adapter_input != "output" for one in self.bottleneck_config.values())
+        return any(config.adapter_input != "output" for config in self.bottleneck_config.values())
 
     def _keep_residual(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._residual = [*args, *kwargs.values()][self._argument]
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """h, and what the active adapters add to it."""
+        """h plus what the active adapters add to it."""
         hidden = self.base_layer(x, *args, **kwargs)
         residual, self._residual = self._residual, None
         if self.disable_adapters or self.passed_over:
@@ -316,11 +323,14 @@ class BottleneckModel(BaseTuner):
                     "feed-forward sublayers, such as ['o_proj', 'down_proj']"
                 )
             places = [config.placement] if config.placement != "both" else list(known)
-            config.target_modules = {one.output for place in places for one in known[place]}
-            if config.placement == "ffn" and known is _BERT:  # some names end others
+            config.target_modules = {
+                sublayer.output for place in places for sublayer in known[place]
+            }
+            if config.placement == "ffn" and known is _BERT:
+                # "output.dense" also ends the names of attention's layers.
                 if isinstance(config.exclude_modules, str):
                     raise ValueError("exclude_modules: pass a list, to which attention is added")
-                attention = {one.output for one in known["attention"]}
+                attention = {sublayer.output for sublayer in known["attention"]}
                 config.exclude_modules = attention | set(config.exclude_modules or ())
         reads_x = config.adapter_input != "output"
         if reads_x and known is None:
@@ -356,7 +366,7 @@ class BottleneckModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        """PEFT's. It copies norms that are trained, whose hooks must not be copied with them."""
+        """PEFT's. Our hooks are off meanwhile, for it copies norms that are trained, hooks too."""
         self._leave_residuals()
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -369,13 +379,13 @@ class BottleneckModel(BaseTuner):
                     layer.watch_residual(model.get_submodule(block), sublayer)
 
     def unload(self) -> nn.Module:
-        """The model as it was, all its norms too; what `modules_to_save` named besides stays
-        trained, as with LoRA.
+        """The model as it was, with its own norms; other `modules_to_save` stay as trained, as with
+        LoRA.
         """
         self._leave_residuals()
-        for one in self.model.modules():
-            if isinstance(one, ModulesToSaveWrapper) and _is_norm(one.original_module):
-                one.set_adapter([])
+        for module in self.model.modules():
+            if isinstance(module, ModulesToSaveWrapper) and _is_norm(module.original_module):
+                module.set_adapter([])
         return super().unload()
 
     def _leave_residuals(self) -> None:
@@ -388,7 +398,7 @@ class BottleneckModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, adapter_names: list[str] | None = None, **kwargs):
-        """PEFT's, by which it hands on whose adapter each row of a batch wants."""
+        """PEFT's, by which it says which adapter each row of a batch wants; not possible here."""
         if adapter_names is not None:
             raise NotImplementedError("adapter_names: all rows of a batch have the active adapters")
         yield
@@ -396,9 +406,9 @@ class BottleneckModel(BaseTuner):
 
 def layer_number(name: str) -> int | None:
     """The number of the layer that a module or parameter belongs to, by its name."""
-    found = re.search(rf"(?:^|\.)(?:{'|'.join(_LAYER_LISTS)})\.(\d+)\.", name)
-    found = found or re.search(r"\.(\d+)\.", name)
-    return int(found.group(1)) if found else None
+    match = re.search(rf"(?:^|\.)(?:{'|'.join(_LAYER_LISTS)})\.(\d+)\.", name)
+    match = match or re.search(r"\.(\d+)\.", name)
+    return int(match.group(1)) if match else None
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -406,13 +416,13 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def norm_names(model: nn.Module, layers: list[int] | int | None = None) -> list[str]:
-    """The layer norms of a model, as PEFT's `modules_to_save` takes them: by the ends of their
-    names; by their whole names where these end others', too, or where only those of some layers
-    are asked for. Norms of queries and keys are left out, and what cannot be told from them: the
-    last norm of a Qwen3 or Gemma 3 without a head.
+    """The layer norms of a model, as PEFT's `modules_to_save` takes them: by the last part of their
+    names, or by their whole names where that part also ends the names of other modules or of norms
+    in layers that were not asked for. Norms of queries and keys are left out, and so is what cannot
+    be told from them by its name: the last norm of a Qwen3 or Gemma 3 without a head.
     """
     chosen = [layers] if isinstance(layers, int) else layers
-    kinds = {  # of a norm that another adapter trains, too, its own and not its wrapper's
+    kinds = {  # where another adapter trains a norm too: that of the norm, not of PEFT's wrapper
         name.removesuffix(".original_module"): _is_norm(module)
         for name, module in model.named_modules()
         if ".modules_to_save" not in name
@@ -432,7 +442,7 @@ def norm_names(model: nn.Module, layers: list[int] | int | None = None) -> list[
 
 
 def _width(layer: nn.Module) -> int:
-    """The width of what Linear (also in 4 or 8 bits) or transformers' Conv1D puts out."""
+    """The width of the output of a Linear (also in 4 or 8 bits) or of transformers' Conv1D."""
     width = getattr(layer, "out_features", getattr(layer, "nf", None))
     if width is None:
         raise ValueError(
@@ -442,18 +452,18 @@ def _width(layer: nn.Module) -> int:
 
 
 def _sublayer(kind: str, key: str) -> Sublayer:
-    """The sublayer that a module ends."""
-    some = [one for place in SUBLAYERS[kind].values() for one in place]
-    ends = [one for one in some if f".{key}".endswith(f".{one.output}")]
+    """The sublayer that a module is the end of."""
+    sublayers = [sublayer for place in SUBLAYERS[kind].values() for sublayer in place]
+    ends = [sublayer for sublayer in sublayers if f".{key}".endswith(f".{sublayer.output}")]
     if not ends:
         raise ValueError(
             f"target_modules: {key} ends no sublayer of {kind!r}, so what it is added to is not "
             "known; pass adapter_input='output'"
         )
-    return max(ends, key=lambda one: len(one.output))
+    return max(ends, key=lambda sublayer: len(sublayer.output))
 
 
-if BOTTLENECK in PEFT_TYPE_TO_CONFIG_MAPPING:  # by another copy of this file, whose classes hold
+if BOTTLENECK in PEFT_TYPE_TO_CONFIG_MAPPING:  # by another copy of this file: its classes are used
     BottleneckConfig = PEFT_TYPE_TO_CONFIG_MAPPING[BOTTLENECK]
     BottleneckModel = PEFT_TYPE_TO_TUNER_MAPPING[BOTTLENECK]
     BottleneckLayer = BottleneckModel.tuner_layer_cls

@@ -1,4 +1,4 @@
-"""An adapter added into the weights of its base model."""
+"""A LoRA adapter added into the weights of its base model."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def merge_adapter(adapter: str, output: str, base: str | None = None, dtype: str
     Args:
         adapter: the folder of a run, or a hub id.
         output: the folder to write to.
-        base: the base model, if it is not where it was when the adapter was trained.
-        dtype: of the merged weights; "auto" for the base's own.
+        base: the base model, if it has moved since the adapter was trained.
+        dtype: of the merged weights; "auto" for the base model's.
     Returns:
-        The folder.
+        The folder written to.
     Raises:
         UserError: no adapter there, or one that cannot be merged.
     """

@@ -1,8 +1,8 @@
 """PiSSA's adapter as plain LoRA, which fits the untouched base model (Meng et al. 2024,
 arXiv:2404.02948, appendix C).
 
-PEFT converts it while it saves, by loading the start into the live model; a model that FSDP has
-sharded cannot be changed so, and here only files are.
+PEFT converts it while it saves, by loading the starting adapter into the live model. That cannot
+be done to a model that FSDP has sharded, so this changes the saved files instead.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from recipelib.runtime import is_main_process
 
 
 def save_start(model, output_dir: str) -> None:
-    """Keep the adapter that PiSSA starts from, of which it has taken the product out of W."""
+    """Save the adapter that PiSSA starts from, whose product B0 A0 it has taken out of W."""
     if is_main_process():
         model.save_pretrained(f"{output_dir}/pissa_start")
 
 
 def save_as_lora(output_dir: str) -> None:
-    """Make PiSSA's saved adapter a plain LoRA of rank 2r that fits the untouched base:
-    W' + s B A = W + s (B A - B0 A0) with W' = W - s B0 A0, so A0 goes below A and -B0 beside B.
+    """Make PiSSA's saved adapter a plain LoRA of rank 2r that fits the untouched base model:
+    W' + s B A = W + s (B A - B0 A0) with W' = W - s B0 A0, so A0 is put below A and -B0 beside B.
     """
     if not is_main_process():
         return

@@ -1,30 +1,26 @@
-"""Adapters and prompts that a run has saved, put on their model again."""
+"""Adapters and soft prompts that a run has saved, put on their model again."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
-import recipelib.adapters.bottleneck  # noqa: F401  PEFT knows its adapters from here on
+import recipelib.adapters.bottleneck  # noqa: F401  adds bottleneck adapters to PEFT
 from recipelib.adapters.soft_verbalizer import SoftVerbalizer
 from recipelib.models import hub_errors_in_one_line, is_masked, load_pretrained, stored_config
 from recipelib.runtime import UserError
 
-if TYPE_CHECKING:
-    pass
-
-
 SOFT_VERBALIZER = "soft_verbalizer.safetensors"
-BASE = "base_model"  # where a model is kept that was tuned together with a soft prompt
+BASE = "base_model"  # the subfolder of a model that was tuned together with a soft prompt
 
 
 def resolve_adapter(adapter: str, revision: str | None = None) -> Path:
-    """The folder of a PEFT adapter, fetched from the hub if it is not here; safetensors only.
+    """The folder of a PEFT adapter, fetched from the hub if it is not local; safetensors only.
 
     Raises:
         UserError: no adapter there, pickled weights only, or a hub that refuses.
@@ -65,7 +61,7 @@ def with_adapter(model, adapter: Path | None):
 
 
 def load_soft_verbalizer(folder: Path | str, model) -> None:
-    """Put the trained label embeddings of a run into its model: its logits are then those of the
+    """Put the trained label embeddings of a run into its model, whose logits are then those of the
     labels, [rows, tokens, labels], in the order of the template's verbalizer.
     """
     SoftVerbalizer(**load_file(Path(folder) / SOFT_VERBALIZER)).into(model)
@@ -75,11 +71,11 @@ def load_tuned(
     folder: Path | str, run: Mapping[str, Any], model_name_or_path: str | None = None, **load: Any
 ):
     """The model of a finished run: an adapter or a soft prompt on the model that it was trained
-    with, or a tuned model; with the soft verbalizer where there is one.
+    with, or a tuned model; with its soft verbalizer if it has one.
 
     Args:
-        run: what its metrics.json holds.
-        model_name_or_path: of the untouched model behind an adapter, if it lies elsewhere now.
+        run: what the run's metrics.json holds.
+        model_name_or_path: of the untouched model under an adapter, if it has moved.
         load: options of `load_pretrained`.
     """
     folder = Path(folder)
@@ -88,8 +84,8 @@ def load_tuned(
     if run.get("tune") == "both":
         base = str(folder / BASE)
     elif adapted:
-        kept, revision = base_of(folder)
-        base = model_name_or_path or kept
+        trained_on, revision = base_of(folder)
+        base = model_name_or_path or trained_on
         if not model_name_or_path and not load.get("revision"):
             load["revision"] = revision
     masked = is_masked(stored_config(base, revision=load.get("revision")))

@@ -1,9 +1,9 @@
 """Where soft prompts and prefixes start, and a soft prompt that is computed once for all rows of a
 batch: in a causal model, what stands in front of every text does not depend on the texts.
 
-PEFT puts the prompt in front of each row, and so computes it as often as there are rows; with rows
-as short as a sentence that is a third of all tokens. Here its keys and values are computed once,
-with their gradients, and every row sees them as a cache.
+PEFT puts the prompt in front of each row and computes it once per row; with rows as short as a
+sentence the prompt is a third of all tokens. Here its keys and values are computed once, with their
+gradients, and every row sees them as its KV cache.
 """
 
 from __future__ import annotations
@@ -33,41 +33,42 @@ def start_ids(
     question: Question,
     words: Mapping[str, Sequence[Sequence[int]]],
 ) -> list[int]:
-    """The tokens that a soft prompt of `count` tokens starts at; none for random numbers.
+    """The tokens at whose embeddings a soft prompt of `count` tokens starts; none for random
+    numbers.
 
     Args:
         init: "template" for the template's own text, "words" for the label words in turn,
-            "vocabulary" for a draw from its most frequent tokens, or "random".
-        question: one of the task's.
+            "vocabulary" for a draw from the most frequent tokens, or "random".
+        question: any question of the task, whose columns are emptied for "template".
         words: label -> the ids of its words.
     Raises:
-        UserError: a template that has no text without a row.
+        UserError: "template", and the template renders nothing without a row's values.
     """
     text, template = asker.encoder.text, asker.encoder.template
-    found: list[int] = []
+    start: list[int] = []
     if init == "template":
         emptied = question.change(**dict.fromkeys(template.prompt_variables, ""))
         try:
             ids = asker.prompt(emptied, ()).ids
         except RowError as error:
             raise UserError(f"--init template: {error}; pass --init words") from None
-        found = [token for token in ids if token not in text.control_ids]
+        start = [token for token in ids if token not in text.control_ids]
     elif init == "words":
-        turns = zip(*words.values(), strict=False)
-        found = [token for some in turns for ids in some for token in ids]
-    elif init == "vocabulary":  # the most frequent come first in most vocabularies
+        turns = zip(*words.values(), strict=False)  # first the labels' first words, and so on
+        start = [token for turn in turns for ids in turn for token in ids]
+    elif init == "vocabulary":  # most vocabularies begin with the most frequent tokens
         common = range(min(5000, len(text.tokenizer)))
         plain = [token for token in common if token not in text.control_ids]
-        found = random.choices(plain, k=count)
-    return (found * count)[:count]
+        start = random.choices(plain, k=count)
+    return (start * count)[:count]
 
 
 def refuse_shards(option: str) -> None:
-    """Refuse a launch whose checkpoints are shards, out of which PEFT reads no soft prompt; it is
-    some kilobytes anyway.
+    """Refuse a launch that saves checkpoints as shards: PEFT cannot read a soft prompt from them,
+    and it has only a few kilobytes anyway.
 
     Args:
-        option: that asks for the prompt.
+        option: the one that asks for the prompt.
     Raises:
         UserError: it is such a launch.
     """
@@ -83,13 +84,13 @@ def prompt_shape(
 ) -> dict[str, Any]:
     """What PEFT's configurations of soft prompts have in common.
 
-    PEFT has no task type for masked models: as a feature extractor it puts the prompt in front and
-    leaves the rest to us.
+    PEFT has no task type for masked models: with that of a feature extractor it puts the prompt in
+    front and leaves the rest to us.
 
     Args:
-        revision: of the base model, for PEFT to write down.
-        sizes: the model's, as PEFT does not know what all models call them, nor embeddings of
-            another size than states. Those of a prefix it finds itself.
+        revision: of the base model; PEFT writes it into the configuration.
+        sizes: include the model's sizes. PEFT does not know what every model calls them, nor
+            embeddings of another size than the states. Those of a prefix it finds itself.
     """
     shape: dict[str, Any] = {
         "task_type": "FEATURE_EXTRACTION" if is_masked_model(model) else "CAUSAL_LM",
@@ -107,8 +108,8 @@ def prompt_shape(
 
 @torch.no_grad()
 def start_prompt(model: PeftModel, ids: Sequence[int]) -> PeftModel:
-    """Let a soft prompt start at the embeddings of tokens; without any, at random numbers that
-    spread as those do.
+    """Start a soft prompt at the embeddings of tokens; without tokens, at random numbers with the
+    embeddings' standard deviation.
     """
     embeddings = bare_model(model).get_input_embeddings().weight
     prompt = model.prompt_encoder["default"].embedding.weight
@@ -121,8 +122,8 @@ def start_prompt(model: PeftModel, ids: Sequence[int]) -> PeftModel:
 
 @torch.no_grad()
 def start_prefix(model: PeftModel, start: torch.Tensor | None) -> PeftModel:
-    """Let a prefix start at `keys_and_values`; without any, at small random numbers: as large as
-    PEFT's they would drown the text (Li and Liang 2021).
+    """Start a prefix at `keys_and_values`; without them, at small random numbers, since those of
+    PEFT's size would drown the text (Li and Liang 2021).
     """
     prefix = model.prompt_encoder["default"].embedding.weight
     prefix.mul_(0.02) if start is None else prefix.copy_(start)
@@ -130,7 +131,8 @@ def start_prefix(model: PeftModel, start: torch.Tensor | None) -> PeftModel:
 
 
 def require_cache(model) -> None:
-    """A prefix is keys and values that a model takes for those of tokens before the text.
+    """Refuse models that take no KV cache: a prefix is given as the keys and values of tokens
+    before the text.
 
     Raises:
         UserError: the model takes none.
@@ -143,31 +145,33 @@ def require_cache(model) -> None:
 
 
 def keys_and_values(model, ids: list[int]) -> torch.Tensor | None:
-    """[tokens, 2 x layers x heads x size] what a causal model's layers keep of a text, in the order
-    of PEFT's prefixes, which then begin as this text (Li and Liang 2021, section 7.4). None without
-    a text, and for masked models, which keep nothing.
+    """[tokens, 2 x layers x heads x size] keys and values of a text in a causal model, in the order
+    of PEFT's prefixes: a prefix can start as this text (Li and Liang 2021, section 7.4). None
+    without a text, and for masked models, which have no KV cache.
     """
     if not ids or is_masked_model(model):
         return None
     with torch.no_grad():
         cache = model(torch.tensor([ids], device=model.device), use_cache=True).past_key_values
-    parts = [one[0].transpose(0, 1) for layer in cache.layers for one in (layer.keys, layer.values)]
-    return torch.stack(parts, 1).flatten(1)
+    states = [
+        tensor[0].transpose(0, 1) for layer in cache.layers for tensor in (layer.keys, layer.values)
+    ]
+    return torch.stack(states, 1).flatten(1)
 
 
 def compute_prompt_once(model: PeftModel) -> bool:
-    """Replace the forward pass of a frozen causal model behind a soft prompt.
+    """Make a frozen causal model compute its soft prompt once per batch, not once per row.
 
-    Values stay, only the speed changes. Models that keep other things than keys and values of all
-    tokens (sliding windows, recurrent layers) go PEFT's way. So does everything under FSDP, whose
-    layers cannot be computed twice before the backward pass: they are sharded again after the first
-    part of it.
+    Values stay the same, only the speed changes. Models that keep anything but the keys and values
+    of all tokens (sliding windows, recurrent layers) go PEFT's way. So does everything under FSDP:
+    its layers cannot be computed twice before the backward pass, because they are sharded again
+    after the first part of it.
 
     Returns:
         Whether the forward pass was replaced.
     """
     bare, config = model.get_base_model(), model.peft_config["default"]
-    frozen = not any(one.requires_grad for one in bare.base_model.parameters())
+    frozen = not any(parameter.requires_grad for parameter in bare.base_model.parameters())
     takes = inspect.signature(bare.forward).parameters
     if config.peft_type not in _PROMPTS or config.task_type != "CAUSAL_LM" or not frozen:
         return False
@@ -175,19 +179,19 @@ def compute_prompt_once(model: PeftModel) -> bool:
         return False
     if "past_key_values" not in takes or not _keeps_all(DynamicCache(config=bare.config)):
         return False
-    if bare.base_model is bare:  # its body has another name than transformers expects
+    if bare.base_model is bare:  # its body does not have the name that transformers expects
         return False
     plain = model.forward
 
     def forward(input_ids=None, attention_mask=None, **options):
-        # Recomputing in the backward pass would add to the cache again.
+        # Layers recomputed in the backward pass would add to the KV cache again.
         recomputed = model.training and bare.is_activation_checkpointing
         known = options.keys() <= {"use_cache", "logits_to_keep"}
         if input_ids is None or attention_mask is None or not known or recomputed:
             return plain(input_ids=input_ids, attention_mask=attention_mask, **options)
         cache = DynamicCache(config=bare.config)
         prompt = model.get_prompt(batch_size=1).to(bare.get_input_embeddings().weight.dtype)
-        # Not by a call, for hooks on the body mean the rows.
+        # `forward`, not a call: hooks on the body are meant for the rows.
         bare.base_model.forward(inputs_embeds=prompt, past_key_values=cache, use_cache=True)
         for layer in cache.layers:
             layer.keys = layer.keys.expand(len(input_ids), -1, -1, -1)
@@ -206,4 +210,4 @@ def compute_prompt_once(model: PeftModel) -> bool:
 
 def _keeps_all(cache: DynamicCache) -> bool:
     """Whether every layer keeps the keys and values of all tokens, and nothing else."""
-    return bool(cache.layers) and all(type(one) is DynamicLayer for one in cache.layers)
+    return bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)

@@ -1,4 +1,4 @@
-"""A trained embedding per label in place of the head's last layer (WARP)."""
+"""A trained embedding for each label in place of the head's last layer (WARP)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class SoftVerbalizer(torch.nn.Module):
     """A trained embedding for each label in place of the head's last layer (Hambardzumyan et al.
     2021, WARP, arXiv:2101.00121). It starts at the mean of the label's words.
 
-    The model that it is put `into` has one "token" for each label: see `soft_requests`.
+    After `into`, a model's vocabulary is the labels, one "token" for each: see `soft_requests`.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
@@ -25,7 +25,7 @@ class SoftVerbalizer(torch.nn.Module):
 
     @classmethod
     def at_words(cls, model, words: Mapping[str, Sequence[Sequence[int]]]) -> SoftVerbalizer:
-        """The one that training starts from.
+        """The embeddings that training starts from.
 
         Args:
             words: label -> the ids of its words.
@@ -38,7 +38,7 @@ class SoftVerbalizer(torch.nn.Module):
         )
 
     def into(self, model) -> None:
-        """Take the place of the last layer of a model's head, as its `soft_verbalizer`."""
+        """Replace the last layer of a model's head; the model gets it as `soft_verbalizer`."""
         bare = bare_model(model)
         bare.soft_verbalizer = self.to(bare.device)
         bare.get_output_embeddings().forward = self.forward
@@ -49,6 +49,10 @@ class SoftVerbalizer(torch.nn.Module):
 
 
 def _means(rows: torch.Tensor, words: Mapping[str, Sequence[Sequence[int]]]) -> torch.Tensor:
+    """[labels, ...] for each label the mean over its words, each the mean of its tokens' rows."""
     return torch.stack(
-        [torch.stack([rows[list(ids)].mean(0) for ids in some]).mean(0) for some in words.values()]
+        [
+            torch.stack([rows[list(ids)].mean(0) for ids in label_words]).mean(0)
+            for label_words in words.values()
+        ]
     ).float()

@@ -3,14 +3,14 @@
 from recipelib.evaluation.answers import score_answers
 from recipelib.evaluation.calibration import probabilities
 from recipelib.evaluation.evaluation import evaluate_task
-from recipelib.evaluation.label_search import Found, search_label_words
+from recipelib.evaluation.label_search import LabelWords, search_label_words
 from recipelib.evaluation.labels import score_cloze, score_labels
 from recipelib.evaluation.losses import score_losses
 from recipelib.evaluation.scores import FewShotScore, TaskScore, mean_score
 
 __all__ = [
     "FewShotScore",
-    "Found",
+    "LabelWords",
     "TaskScore",
     "evaluate_task",
     "mean_score",

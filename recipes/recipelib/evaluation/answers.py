@@ -12,7 +12,7 @@ from recipelib.evaluation.scores import FewShotScore, score_records
 from recipelib.inference import Journal, Written, generate
 from recipelib.prompts import PromptTemplate, Question
 
-ANSWER_TOKENS = 32  # of the answer that is asked for behind written reasoning
+ANSWER_TOKENS = 32  # of the answer that is asked for after written reasoning
 
 
 def score_answers(
@@ -35,9 +35,9 @@ def score_answers(
 
     Args:
         samples: answers per question, of which the majority counts (self-consistency, Wang et al.
-            2023, arXiv:2203.11171); of equals the one with the likeliest sample.
+            2023, arXiv:2203.11171); of a tie the one with the likeliest sample.
         trigger: what the answer is made to begin with (zero-shot chain of thought, Kojima et al.
-            2022, arXiv:2205.11916). Then the template's `rationale.join` is put behind what was
+            2022, arXiv:2205.11916). The template's `rationale.join` is then put after what was
             written, and the answer is asked for again.
     """
     template, start = encoder.template, time.perf_counter()
@@ -67,14 +67,14 @@ def score_answers(
         description=description,
         **options,
     )
-    texts = [[sample.text for sample in samples_of] for samples_of in written]
+    texts = [[sample.text for sample in prompt_samples] for prompt_samples in written]
     for stop in template.stop if join else ():
-        texts = [[text.partition(stop)[0] for text in samples_of] for samples_of in texts]
+        texts = [[text.partition(stop)[0] for text in prompt_texts] for prompt_texts in texts]
     if join:
         again = [
             prompt.ids + encoder.answer(f" {trigger}{text}{join}")
-            for prompt, samples_of in zip(prompts, texts, strict=True)
-            for text in samples_of
+            for prompt, prompt_texts in zip(prompts, texts, strict=True)
+            for text in prompt_texts
         ]
         ends = iter(
             generate(
@@ -86,11 +86,13 @@ def score_answers(
                 **options,
             )
         )
-        # Patterns may look for what leads to the answer; without them it is what comes behind.
-        lead = join if template.extract else ""
+        # Patterns may look for what leads to the answer; without patterns, the second text is it.
         texts = [
-            [f"{text}{lead}" * bool(lead) + next(ends)[0].text for text in samples_of]
-            for samples_of in texts
+            [
+                (f"{text}{join}" if template.extract else "") + next(ends)[0].text
+                for text in prompt_texts
+            ]
+            for prompt_texts in texts
         ]
 
     waiting = iter(zip(texts, written, strict=True))
@@ -100,12 +102,12 @@ def score_answers(
         for row in draw:
             said, read = [], []
             for _ in row.questions:
-                samples_of, likelihoods = next(waiting)
-                said.append(samples_of if samples > 1 else samples_of[0])
-                answers_of = [template.read_answer(text) for text in samples_of]
-                if join and template.label and not template.extract:  # more may stand behind it
-                    answers_of = [template.first_word(text) for text in samples_of]
-                read.append(vote(answers_of, likelihoods, template))
+                prompt_texts, prompt_samples = next(waiting)
+                said.append(prompt_texts if samples > 1 else prompt_texts[0])
+                prompt_answers = [template.read_answer(text) for text in prompt_texts]
+                if join and template.label and not template.extract:  # more may follow the word
+                    prompt_answers = [template.first_word(text) for text in prompt_texts]
+                read.append(vote(prompt_answers, prompt_samples, template))
             prediction, answer = predicted(template, row.questions, read)
             record = record_of(encoder, row, answer, prediction, None)
             said = said[0] if len(said) == 1 else said
@@ -118,12 +120,14 @@ def vote(
     answers: Sequence[str | None], written: Sequence[Written], template: PromptTemplate
 ) -> str | None:
     """The answer that most samples give (self-consistency, Wang et al. 2023, arXiv:2203.11171); of
-    equals the one with the likeliest sample. Samples in which none was found, or no class's word
-    where there are classes, do not vote.
+    a tie the one with the likeliest sample. Samples without an answer do not vote, nor, where there
+    are classes, those whose answer is no class's word.
     """
-    keys = [template.read_label(one) for one in answers]
+    keys = [template.read_label(answer) for answer in answers]
     if not template.label:
-        keys = [None if one is None else answer_key(template.metric, one) for one in answers]
+        keys = [
+            None if answer is None else answer_key(template.metric, answer) for answer in answers
+        ]
     counts = Counter(key for key in keys if key is not None)
     if not counts:
         return None
@@ -137,11 +141,16 @@ def vote(
 def predicted(
     template: PromptTemplate, questions: Sequence[Question], read: Sequence[str | None]
 ) -> tuple:
-    """The prediction for a row and its gold answer, from the answers read to its questions."""
+    """A row's prediction, from the answers read to its questions, and its gold answer."""
     if template.entity_spans:
         pairs = zip(questions, read, strict=True)
-        said = [[one.asked, text] for one, answer in pairs for text in template.read_spans(answer)]
-        return said, [[one.asked, text] for one in questions for text in one.references]
+        said = [
+            [question.asked, text]
+            for question, answer in pairs
+            for text in template.read_spans(answer)
+        ]
+        gold = [[question.asked, text] for question in questions for text in question.references]
+        return said, gold
     if template.label:
         return template.read_label(read[0]), questions[0].label
     return read[0], list(questions[0].references)

@@ -1,4 +1,4 @@
-"""Scores of candidates from one set of likelihoods: plain, per length, and calibrated."""
+"""Scores of labels from one set of likelihoods: plain, per length, and calibrated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from recipelib.prompts import label_scores
 
 
 class Word(NamedTuple):
-    """An answer that stands for a label: its log-likelihood (nats), and its length."""
+    """A word that stands for a label: its log-likelihood (nats), and its length."""
 
     log_likelihood: float
     tokens: int
@@ -23,43 +23,43 @@ Words = Mapping[str, Sequence[Word]]
 def candidate_scores(
     words: Words, content_free: Sequence[Words] = (), alone: Words | None = None
 ) -> dict[str, dict[str, float]]:
-    """Each kind's score of each label; the largest wins.
+    """Kind -> label -> score; the label with the largest score wins.
 
     - sum: the log-probability that any of a label's words is the answer.
-    - mean, bytes: of a label's words the best log-likelihood per token, and per UTF-8 byte.
+    - mean, bytes: the best log-likelihood per token, or per UTF-8 byte, among a label's words.
     - pmi: domain-conditional pointwise mutual information (Holtzman et al. 2021,
       arXiv:2104.08315): `sum` less that of a prompt without content and without demonstrations.
     - calibrated: contextual calibration (Zhao et al. 2021, arXiv:2102.09690): the probabilities of
-      the labels, which sum to one, over their mean for prompts without content under the same
-      demonstrations; log of it, normalized.
+      the labels, which sum to one, divided by their mean for prompts without content under the same
+      demonstrations; the logarithm of that, normalized.
 
-    What is impossible (-inf) stays so in every kind; `calibrated` gives all labels the same where
-    none is possible.
+    What is impossible (-inf) stays so in every kind; where no label is possible, `calibrated` gives
+    all the same.
 
     Args:
-        words: label -> its words' likelihoods behind the prompt.
-        content_free: the same behind each prompt without content; empty leaves `calibrated` out.
+        words: label -> its words' likelihoods after the prompt.
+        content_free: the same after each prompt without content; empty leaves `calibrated` out.
         alone: the same without demonstrations; None leaves `pmi` out.
     """
     sums = _sums(words)
     scores = {
         "sum": sums,
         "mean": {
-            label: max(one.log_likelihood / one.tokens for one in some)
-            for label, some in words.items()
+            label: max(word.log_likelihood / word.tokens for word in label_words)
+            for label, label_words in words.items()
         },
         "bytes": {
-            label: max(one.log_likelihood / one.bytes for one in some)
-            for label, some in words.items()
+            label: max(word.log_likelihood / word.bytes for word in label_words)
+            for label, label_words in words.items()
         },
     }
     if alone is not None:
         prior = _sums(alone)
         scores["pmi"] = {label: _less(value, prior[label]) for label, value in sums.items()}
     if content_free:
-        free = [_normalized(_sums(one)) for one in content_free]
-        # Their sum instead of their mean: what comes of it is normalized.
-        prior = label_scores({label: [one[label] for one in free] for label in words})
+        free = [_normalized(_sums(empty)) for empty in content_free]
+        # The probabilities' sum in place of their mean: the result is normalized.
+        prior = label_scores({label: [log_probs[label] for log_probs in free] for label in words})
         scores["calibrated"] = _normalized(
             {label: _less(value, prior[label]) for label, value in sums.items()}
         )
@@ -67,7 +67,7 @@ def candidate_scores(
 
 
 def pair_scores(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """What a candidate is worth that was asked with yes or no: by how much yes leads, by kind."""
+    """Kind -> score of a candidate that was asked about with yes or no: by how much yes leads."""
     return {kind: _less(values["yes"], values["no"]) for kind, values in scores.items()}
 
 
@@ -78,7 +78,10 @@ def probabilities(scores: Mapping[str, float]) -> dict[str, float]:
 
 def _sums(words: Words) -> dict[str, float]:
     return label_scores(
-        {label: [one.log_likelihood for one in some] for label, some in words.items()}
+        {
+            label: [word.log_likelihood for word in label_words]
+            for label, label_words in words.items()
+        }
     )
 
 
@@ -87,9 +90,9 @@ def _less(value: float, other: float) -> float:
 
 
 def _normalized(scores: Mapping[str, float]) -> dict[str, float]:
-    """Log-probabilities that sum to one; where the best are infinite, those share it evenly."""
+    """Log-probabilities that sum to one; infinite best scores share it evenly."""
     best = max(scores.values())
     if math.isinf(best):
-        scores = {label: 0.0 if one == best else -math.inf for label, one in scores.items()}
+        scores = {label: 0.0 if score == best else -math.inf for label, score in scores.items()}
     total = label_scores({"all": list(scores.values())})["all"]
     return {label: value - total for label, value in scores.items()}

@@ -32,15 +32,15 @@ def evaluate_task(
 
     Args:
         rows: as `data.load_rows` gives them.
-        max_new_tokens: the longest answer where the task is scored by generating.
+        max_new_tokens: of an answer, where the task is scored by generating.
         batch_tokens: tokens in one forward pass, padding included.
-        samples, temperature, seed: where the task is scored by generating, so many answers are
+        samples, temperature, seed: where the task is scored by generating, `samples` answers are
             drawn and the majority counts (self-consistency, see `vote`); at temperature 0 the
             likeliest tokens are taken.
         answers: False for rows without answers: the records then hold predictions only.
     Raises:
-        UserError: conversations that are to be scored otherwise than by their loss, or answered;
-            no row fits.
+        UserError: conversations that should be answered, or scored by anything but their loss; no
+            row fits.
     """
     template = encoder.template
     if template.messages and not (template.metric == "loss" and answers):

@@ -1,9 +1,9 @@
 """Label words for a task that has none, found with a few labeled rows (LM-BFF, Gao et al. 2021,
 arXiv:2012.15723, section 4.1).
 
-For each class the words that its rows make likely in the blank are candidates. Among them one word
-per class is sought that together tell the rows apart, class by class in turn until none gains: the
-paper tries all combinations, which only few classes allow.
+For each class the words that its rows make likely in the cloze are candidates. Among them one word
+per class is sought, so that together they tell the rows apart: class by class in turn, until no
+change helps. The paper tries all combinations, which is possible with few classes only.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from recipelib.runtime import UserError, progress_bar
 
 CANDIDATES = 100  # words per class that are tried
 SHOWN = 8  # words per class that are shown
-MOST_ROWS = 1000  # of training and of evaluation; each costs the whole vocabulary in memory
+MOST_ROWS = 1000  # of training and of evaluation; each holds the whole vocabulary in memory
 ROWS_AT_ONCE = 8
 _ROUNDS = 10
 
 
 @dataclass
-class Found:
-    """What the search came to.
+class LabelWords:
+    """The result of the search.
 
     Attributes:
         words: label -> its word.
-        train, evaluation: the accuracy with these words on the rows.
-        others: label -> the best words in its place, each with both accuracies.
+        train, evaluation: the accuracy of these words on the rows.
+        others: label -> the best words for it, the chosen one included, each with both accuracies.
     """
 
     words: dict[str, str]
@@ -57,35 +57,35 @@ def search_label_words(
     train: ClozeRows,
     evaluation: ClozeRows,
     seed: int = 42,
-) -> Found:
-    """A word for each class that tells the training rows apart; the evaluation rows are only
+) -> LabelWords:
+    """One word per class, so that they tell the training rows apart; the evaluation rows are only
     scored.
 
     Args:
         train, evaluation: as `encode_cloze_rows` gives them; of many rows MOST_ROWS are drawn.
         seed: of the draw.
     Raises:
-        UserError: pairs that are asked once per word have no words of their own; a class without
-            rows, or for which no word was found.
+        UserError: pairs that are asked once per word, which have no words of their own; a class
+            without rows, or for which no word was found.
     """
     if train.asked[0].questions[0].asked is not None and isinstance(asker, CausalAsker):
         raise UserError(
-            f"{asker.encoder.template.path}: --search_label_words: a pair that is asked once per "
-            "label has no words of its own; pass --cloze true"
+            f"{asker.encoder.template.path}: a pair that is asked once per label has no words of "
+            "its own; pass --cloze true"
         )
     classes = list(asker.encoder.template.verbalizer)
     draw = random.Random(seed)
-    some, held_out = (
+    asked, held_out = (
         draw.sample(rows.asked, min(MOST_ROWS, len(rows.asked))) for rows in (train, evaluation)
     )
-    likely, gold = _at_cloze(model, asker, some, "reading training rows")
+    likely, gold = _at_cloze(model, asker, asked, "reading training rows")
     words = _candidates(asker, train.asked[0].questions[0], likely, gold, len(classes))
-    tokens = [[token for _, token in some] for some in words]
+    tokens = [[token for _, token in class_words] for class_words in words]
     chosen = _choose(likely, gold, tokens)
     held, held_gold = _at_cloze(model, asker, held_out, "reading evaluation rows")
 
     def accuracies(picked: Sequence[int]) -> tuple[float, float]:
-        ids = [some[at] for some, at in zip(tokens, picked, strict=True)]
+        ids = [class_tokens[at] for class_tokens, at in zip(tokens, picked, strict=True)]
         return tuple(
             (rows[:, ids].argmax(-1) == labels).float().mean().item()
             for rows, labels in ((likely, gold), (held, held_gold))
@@ -95,50 +95,50 @@ def search_label_words(
     for number, label in enumerate(classes):
         tried = []
         for at, (word, _) in enumerate(words[number]):
-            picked = [at if place == number else one for place, one in enumerate(chosen)]
+            picked = [*chosen[:number], at, *chosen[number + 1 :]]
             tried.append((word, *accuracies(picked)))
-        others[label] = sorted(tried, key=lambda one: -one[1])[:SHOWN]
+        others[label] = sorted(tried, key=lambda entry: -entry[1])[:SHOWN]
     best = {label: words[number][chosen[number]][0] for number, label in enumerate(classes)}
-    return Found(best, *accuracies(chosen), others)
+    return LabelWords(best, *accuracies(chosen), others)
 
 
 @torch.no_grad()
 def _at_cloze(
     model, asker: CausalAsker | MaskedAsker, asked: Sequence[Asked], description: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[rows, vocabulary] log-probabilities of the first token in the blank, and [rows] labels."""
+    """[rows, vocabulary] log-probabilities of the first token in the cloze, and [rows] labels."""
     run, classes = Lockstep(model), list(asker.encoder.template.verbalizer)
     model.eval()
     rank, world = process_group()
     examples: dict[int, Example] = {}
     for number in range(rank, len(asked), world):
-        one = asked[number]
+        row = asked[number]
         if isinstance(asker, CausalAsker):
-            ids = one.prompts[0].ids
+            ids = row.prompts[0].ids
             place = len(ids) - 1
         else:
-            ids, (place,), _ = asker.encoder.cloze(one.questions[0], 1)
-        # Any token, for all of them are read.
+            ids, (place,), _ = asker.encoder.cloze(row.questions[0], 1)
+        # Whatever token is named: the log-probabilities of all tokens at this place are used.
         reads = {"lengths": [len(ids)], "reads": [[0, place, 0, 0, 1]]}
         examples[number] = {"input_ids": ids, **reads, "word_labels": [0], "labels": 0}
     own = sorted(examples, key=lambda number: examples[number]["lengths"])
-    found: dict[int, torch.Tensor] = {}
+    log_probs: dict[int, torch.Tensor] = {}
     with run, progress_bar(description, len(own)) as bar:
         for start in range(0, len(own), ROWS_AT_ONCE):
-            some = own[start : start + ROWS_AT_ONCE]
-            batch = collate([examples[number] for number in some])
+            numbers = own[start : start + ROWS_AT_ONCE]
+            batch = collate([examples[number] for number in numbers])
             ids, mask, places = (
                 batch[name].to(run.device) for name in ("input_ids", "attention_mask", "places")
             )
             with logits_at(model, places, ids.shape[1]):
                 logits = run(input_ids=ids, attention_mask=mask, use_cache=False).logits
             likely = logits[0].float().log_softmax(-1).cpu()
-            # Copies, since a row that is sent to others would take its neighbors along.
-            found |= {number: row.clone() for number, row in zip(some, likely, strict=True)}
-            bar.update(len(some))
-    found = gather_results(found)
-    labels = [classes.index(one.questions[0].label) for one in asked]
-    return torch.stack([found[number] for number in range(len(asked))]), torch.tensor(labels)
+            # Copies: a view that is sent to other processes would take its whole batch along.
+            log_probs |= {number: row.clone() for number, row in zip(numbers, likely, strict=True)}
+            bar.update(len(numbers))
+    log_probs = gather_results(log_probs)
+    labels = [classes.index(row.questions[0].label) for row in asked]
+    return torch.stack([log_probs[number] for number in range(len(asked))]), torch.tensor(labels)
 
 
 def _candidates(
@@ -148,52 +148,52 @@ def _candidates(
     gold: torch.Tensor,
     classes: int,
 ) -> list[list[tuple[str, int]]]:
-    """For each class the whole words that its rows make likeliest, with their tokens."""
+    """For each class the whole words that its rows make likeliest, each with its token."""
     text, template = asker.encoder.text, asker.encoder.template
-    encode, found = word_encoder(asker, question), []
+    encode, candidates = word_encoder(asker, question), []
     for label in range(classes):
         rows, name = likely[gold == label], list(template.verbalizer)[label]
         if not len(rows):
-            raise UserError(f"--search_label_words: no training row has the label {name!r}")
-        some: dict[str, tuple[str, int]] = {}
+            raise UserError(f"{template.path}: no training row has the label {name!r}; add some")
+        words: dict[str, tuple[str, int]] = {}
         for token in rows.mean(0).argsort(descending=True).tolist():
             word = text.tokenizer.decode([token]).strip()
-            # A word that stands in the template as it does in the text, in one letter case.
+            # A word that the template encodes as this token; of its letter cases the likeliest.
             if word.isalpha() and len(word) > 1 and encode(word) == [token]:
-                some.setdefault(word.casefold(), (word, token))
-            if len(some) == CANDIDATES:
+                words.setdefault(word.casefold(), (word, token))
+            if len(words) == CANDIDATES:
                 break
-        if len(some) < classes:  # each class takes another
+        if len(words) < classes:  # each class takes a different one
             raise UserError(
-                f"--search_label_words: {len(some)} words of one token can stand in the blank for "
-                f"{name!r}; put a space in front of it in {template.path.name}"
+                f"{template.path}: {len(words)} words of one token can fill the cloze for "
+                f"{name!r}; put a space in front of it"
             )
-        found.append(list(some.values()))
-    return found
+        candidates.append(list(words.values()))
+    return candidates
 
 
 def _choose(likely: torch.Tensor, gold: torch.Tensor, tokens: list[list[int]]) -> list[int]:
-    """For each class the place of its word, so that together they tell the rows apart best; of
-    equals the words that make the right class likelier.
+    """For each class the place of its word in `tokens`, so that the words together tell the rows
+    apart best; of a tie those that make the right class likelier.
     """
     # Start at the word that most sets a class apart from the others.
     chosen, taken = [], set()
-    for label, some in enumerate(tokens):
-        apart = likely[gold == label][:, some].mean(0) - likely[gold != label][:, some].mean(0)
+    for label, ids in enumerate(tokens):
+        apart = likely[gold == label][:, ids].mean(0) - likely[gold != label][:, ids].mean(0)
         order = apart.argsort(descending=True).tolist()
-        chosen.append(next(at for at in order if some[at] not in taken))
-        taken.add(some[chosen[-1]])
+        chosen.append(next(at for at in order if ids[at] not in taken))
+        taken.add(ids[chosen[-1]])
     for _ in range(_ROUNDS):
         before = list(chosen)
-        for label, some in enumerate(tokens):
+        for label, ids in enumerate(tokens):
             picked = [words[at] for words, at in zip(tokens, chosen, strict=True)]
-            scores = likely[:, picked][:, None].repeat(1, len(some), 1)  # [rows, words, labels]
-            scores[:, :, label] = likely[:, some]
+            scores = likely[:, picked][:, None].repeat(1, len(ids), 1)  # [rows, words, labels]
+            scores[:, :, label] = likely[:, ids]
             right = (scores.argmax(-1) == gold[:, None]).float().mean(0)
             sure = scores.log_softmax(-1)[torch.arange(len(gold)), :, gold].mean(0)
             others = {token for place, token in enumerate(picked) if place != label}
             chosen[label] = max(
-                (at for at in range(len(some)) if some[at] not in others),
+                (at for at in range(len(ids)) if ids[at] not in others),
                 key=lambda at, right=right, sure=sure: (right[at].item(), sure[at].item()),
             )
         if chosen == before:

@@ -1,8 +1,9 @@
-"""Labels chosen by likelihood: of what follows a prompt, or of what fills a cloze.
+"""Labels chosen by likelihood: of what follows a prompt (`score_labels`), or of what fills a cloze
+(`score_cloze`).
 
-Three things differ between the ways: which requests are made of a row (an asker, or prepared cloze
-rows), how likely their words are (`inference`), and how words make a label's score (`calibration`,
-`combine_words`). Then the likeliest label is taken, by `_choose`.
+Three things differ between the two: which requests are made of a row (by an asker, or prepared
+cloze rows), how likely their words are (`inference`), and how words make a label's score
+(`calibration`, `combine_words`). Then `_choose` takes the likeliest label.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class _Requests:
         self._places: dict[bytes, int] = {}
 
     def add(self, request) -> int:
-        """The place of a request among those kept."""
+        """Keep a request, and give its place among those kept."""
         key = hashlib.blake2b(repr(request).encode(), digest_size=16).digest()
         if key not in self._places:
             self._places[key] = len(self.items)
@@ -49,7 +50,7 @@ class _Requests:
 
 
 def _choose(scores: Mapping[str, float]) -> str:
-    """The label with the largest score; of equals the first."""
+    """The label with the largest score; of a tie the first."""
     return max(scores, key=scores.__getitem__)
 
 
@@ -66,12 +67,12 @@ def score_labels(
     description: str | None = None,
     journal: Journal | None = None,
 ) -> FewShotScore:
-    """Choose among the label words by their likelihood, scored in every way that
-    `calibration.py` knows, all from the same forward passes.
+    """Choose among the label words by their likelihood, scored in every way that `calibration.py`
+    knows, all from the same forward passes.
 
     Args:
         draws: the demonstrations of each draw.
-        score: the way that decides.
+        score: the kind of score that decides.
         all_scores: False to leave out what needs further forward passes, over inputs without
             content.
         answers: False for rows without answers.
@@ -95,7 +96,8 @@ def score_labels(
         return [places_of(requests_without_content(asker, question, text, shown)) for text in texts]
 
     asked = [asker.ask(rows, answers, demonstrate) for demonstrate in draws]
-    waiting: list[tuple] = []  # for each question: itself, without content, without demonstrations
+    # For each question: itself, without content, and without content and demonstrations.
+    waiting: list[tuple] = []
     for row in (row for draw in asked for row in draw):
         for question, prompt in zip(row.questions, row.prompts, strict=True):
             free = without_content(question, row.demonstrations, content_free)
@@ -120,16 +122,16 @@ def score_labels(
         return words
 
     def scores_of(row: Asked) -> dict[str, dict[str, float]]:
-        """By kind of score the score of each label."""
+        """Kind of score -> label -> score."""
         kinds: dict[str, dict[str, float]] = {}
         for question in row.questions:
             itself, free, alone = next(remaining)
             scored = candidate_scores(
-                words_of(itself), [words_of(part) for part in free], *map(words_of, alone)
+                words_of(itself), [words_of(places) for places in free], *map(words_of, alone)
             )
             if question.asked is None or masked:
                 return scored
-            # a pair for each candidate, asked with yes or no
+            # There is a question for each candidate, answered with yes or no.
             for kind, value in pair_scores(scored).items():
                 kinds.setdefault(kind, {})[question.asked] = value
         return kinds
@@ -169,8 +171,8 @@ def score_cloze(
     Args:
         rows: as `encode_cloze_rows` gives them.
         combine: how words make a label's score, see `verbalizer.combine_words`.
-        calibrate: whether the labels' scores are calibrated. Where it is possible the metric of the
-            other way is kept among the details.
+        calibrate: whether the labels' scores are calibrated. Where both can be computed,
+            the details hold the metric of the other.
         answers: False for rows without answers: the records then hold predictions only.
     Raises:
         UserError: `calibrate` without inputs free of content.
@@ -178,7 +180,7 @@ def score_cloze(
     encoder, template = asker.encoder, asker.encoder.template
     start, classes = time.perf_counter(), list(template.verbalizer)
     soft = getattr(bare_model(model), "soft_verbalizer", None) is not None
-    question, *pairs = rows.asked[0].questions  # of pairs each is asked with yes or no
+    question, *pairs = rows.asked[0].questions  # several: candidates asked with yes or no
     free = [] if soft or pairs else template.content_free
     if calibrate and not free:
         raise UserError(
@@ -189,28 +191,28 @@ def score_cloze(
     examples = rows.encoded.examples
     words = score_examples(model, examples, batch_tokens=batch_tokens, description=description)
     labels = torch.tensor(examples[0]["word_labels"])
-    ways = {"uncalibrated": combine_words(words, labels, combine)}
+    kinds = {"uncalibrated": combine_words(words, labels, combine)}
     if free:
         asked = [requests_without_content(asker, question, text) for text in free]
         emptied = [example_of(requests, classes, None) for requests in asked]
         # The mean of the probabilities over the texts without content; its scale cancels.
         prior = score_examples(model, emptied, batch_tokens=batch_tokens)
         prior = prior.log_softmax(-1).logsumexp(0)
-        ways["calibrated"] = combine_words(words, labels, combine, prior)
-    way = "calibrated" if calibrate else "uncalibrated"
+        kinds["calibrated"] = combine_words(words, labels, combine, prior)
+    decisive = "calibrated" if calibrate else "uncalibrated"
     scores = {
-        key: [dict(zip(classes, values, strict=True)) for values in scored.tolist()]
-        for key, scored in ways.items()
+        kind: [dict(zip(classes, values, strict=True)) for values in scored.tolist()]
+        for kind, scored in kinds.items()
     }
-    chosen = {key: [_choose(values) for values in scored] for key, scored in scores.items()}
+    chosen = {kind: [_choose(values) for values in scored] for kind, scored in scores.items()}
     records = []
-    for row, label, values in zip(rows.asked, chosen[way], scores[way], strict=True):
+    for row, label, values in zip(rows.asked, chosen[decisive], scores[decisive], strict=True):
         record = record_of(encoder, row, row.questions[0].label, label, None)
         records.append({**record, "log_likelihoods": values})
     result = score_records(template, records, rows.encoded.counts.rows, answers)
     if answers:
         golds = [record["answer"] for record in records]
-        for key in chosen.keys() - {way}:
-            result.details[key] = score_rows(template.metric, chosen[key], golds).score
+        for kind in chosen.keys() - {decisive}:
+            result.details[kind] = score_rows(template.metric, chosen[kind], golds).score
     result.seconds = time.perf_counter() - start
     return result

@@ -30,7 +30,8 @@ def score_loss(
     is better.
 
     Args:
-        demonstrate: the demonstrations of a row, from its number and itself; not for conversations.
+        demonstrate: gives the demonstrations of a row, from its number and itself; not for
+            conversations.
     """
     template, requests, kept = encoder.template, [], []
     for number, row in enumerate(rows):
@@ -79,7 +80,7 @@ def score_loss(
     if not n:
         return TaskScore("loss", math.nan, math.nan, left_out=len(rows))
     loss = sums.sum() / counts.sum()
-    # The standard error of a ratio of two sums over rows (linearized); none from a single row.
+    # The standard error of a ratio of two sums over rows (linearized); a single row has none.
     residuals = (sums - loss * counts)[used]
     stderr = math.sqrt(n / (n - 1) * (residuals**2).sum()) / counts.sum() if n > 1 else math.nan
     return TaskScore("loss", float(loss), stderr, {}, records, n, len(rows) - n)
@@ -92,10 +93,10 @@ def score_losses(
     draws: Sequence[Demonstrate | None],
     **options,
 ) -> FewShotScore:
-    """The loss of the gold answers, for templates whose answers cannot be compared."""
+    """`score_loss` for each draw of demonstrations."""
     start = time.perf_counter()
     scores = []
     for number, demonstrate in enumerate(draws):
         scores.append(score_loss(model, encoder, rows, demonstrate=demonstrate, **options))
-        scores[-1].records = [{"draw": number, **one} for one in scores[-1].records]
+        scores[-1].records = [{"draw": number, **record} for record in scores[-1].records]
     return FewShotScore(scores, seconds=time.perf_counter() - start)

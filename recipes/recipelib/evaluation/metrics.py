@@ -1,4 +1,4 @@
-"""Scores that need no network: each one an `evaluate.Metric` with a standard error beside it.
+"""Scores that need no network: each an `evaluate.Metric`, with a standard error beside it.
 
 `evaluate.load("accuracy")` downloads a script; the metrics here need only this file. Scores are
 fractions from 0 to 1. `evaluate` and scikit-learn take seconds to import, so that happens inside
@@ -36,8 +36,8 @@ class Definition:
     Attributes:
         takes: `label` (a string against a string), `text` (a string against one or several golds)
             or `entities` (a list of (type, text) pairs against another).
-        row: one prediction and its reference -> named values; the first is what the row is worth.
-        total: all predictions and references -> named values, the first is the score; None where
+        row: a prediction and its reference -> named values; the first is the score of the row.
+        total: all predictions and references -> named values; the first is the score. None where
             that is the mean of the rows.
         resampler: all predictions and references -> a function from the rows' weights to the score,
             for the bootstrap; given together with `total`.
@@ -57,14 +57,14 @@ def _macro_f1(predictions: list[str], references: list[str]) -> Values:
     from sklearn.metrics import f1_score
 
     # No answer is a miss, not a class.
-    classes = sorted({*references, *(one for one in predictions if one)})
+    classes = sorted({*references, *(label for label in predictions if label)})
     score = f1_score(references, predictions, labels=classes, average="macro", zero_division=0)
     return {"macro_f1": float(score)}
 
 
 def _macro_f1_resampler(predictions: list[str], references: list[str]):
     """The same F1 for weighted rows, a hundred times faster than scikit-learn on strings."""
-    labels = dict.fromkeys([*references, *(one for one in predictions if one)])
+    labels = dict.fromkeys([*references, *(label for label in predictions if label)])
     classes = len(labels)
     number = {"": classes} | {label: place for place, label in enumerate(labels)}
     predicted = np.array([number[label] for label in predictions])
@@ -111,7 +111,7 @@ def _token_f1(said: list[str], gold: list[str]) -> float:
 
 
 def _f1(hits: float, predicted: float, gold: float) -> float:
-    """F1 of counts; 1 where nothing was to be found and nothing was found."""
+    """F1 of counts; 1 where there was nothing to find and nothing was found."""
     return float(2 * hits / (predicted + gold)) if predicted + gold else 1.0
 
 
@@ -235,7 +235,7 @@ def load_metric(name: str) -> evaluate.Metric:
 
 
 def answer_key(name: str, prediction: str) -> str:
-    """What two answers have in common that a metric takes for the same one."""
+    """A key that is equal for two answers if the metric takes them for the same."""
     if name == "numeric_match":
         number = _last_number(prediction)
         return prediction if number is None else str(number)
@@ -243,7 +243,7 @@ def answer_key(name: str, prediction: str) -> str:
 
 
 class Scored(NamedTuple):
-    """A score, its standard error, what each row is worth, and further figures of the metric."""
+    """A score, its standard error, the score of each row, and further values of the metric."""
 
     score: float
     stderr: float
@@ -260,11 +260,11 @@ def score_rows(name: str, predictions: Sequence, references: Sequence) -> Scored
         references: [n] strings, lists of strings (text metrics) or lists of pairs.
 
     Returns:
-        The score (for `squad` the F1), its standard error, what each of the n rows is worth, and
+        The score (for `squad` the F1), its standard error, the score of each of the n rows, and
         what else the metric's `compute` gives, all from one pass over the rows. The error is the
         rows' standard deviation (ddof=1) / sqrt(n) where the score is their mean; for `macro_f1`
         and `entity_f1` it is the deviation over 200 bootstrap samples of the rows (Efron 1979),
-        always the same ones. It is NaN for a single row.
+        always the same samples. It is NaN for a single row.
 
     Raises:
         UserError, ValueError: as `load_metric`.
@@ -272,12 +272,12 @@ def score_rows(name: str, predictions: Sequence, references: Sequence) -> Scored
     definition = _definition(name)
     _refuse_missing(name, predictions, references)
     references = _golds(definition, references)
-    each = _rows(name, predictions, references)
-    values = definition.total(predictions, references) if definition.total else _means(each)
-    # The first figure is the score itself.
+    row_values = _rows(name, predictions, references)
+    values = definition.total(predictions, references) if definition.total else _means(row_values)
+    # The first value is the score itself.
     score, *_ = values.values()
     details = {key: float(value) for key, value in list(values.items())[1:]}
-    rows = [next(iter(row.values())) for row in each]
+    rows = [next(iter(row.values())) for row in row_values]
     if len(rows) == 1:
         stderr = math.nan
     elif definition.resampler:
@@ -290,6 +290,9 @@ def score_rows(name: str, predictions: Sequence, references: Sequence) -> Scored
 def _refuse_missing(name: str, predictions: Sequence, references: Sequence) -> None:
     if len(predictions) == 0:
         raise ValueError(f"metric {name}: there are no rows to score")
+    if len(predictions) != len(references):
+        counts = f"{len(predictions)} predictions and {len(references)} references"
+        raise ValueError(f"metric {name}: {counts}; give each prediction its own")
     for number, row in enumerate(zip(predictions, references, strict=False), 1):
         if None in row:  # evaluate looks at the first row only
             raise ValueError(f"metric {name}, evaluated row {number}: None instead of a value")

@@ -1,4 +1,4 @@
-"""What an evaluation comes to: a task's score with its records, of one draw or of several."""
+"""The result of an evaluation: a task's score with its records, of one draw or of several."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class TaskScore:
         metric, score, stderr: the template's metric, its value and its standard error over the
             rows.
         details: further figures of the metric, such as `exact_match` beside SQuAD's F1.
-        records: one dict per row, for a loss one per answer, for predictions.jsonl.
+        records: a dict per row, for a loss one per answer; the lines of predictions.jsonl.
         rows, left_out: rows scored, and rows whose prompt did not fit.
         seconds: how long it took.
         unreadable: rows in whose generated text no answer was found; they count as wrong.
-        tasks: of a mean over tasks the score of each.
+        tasks: for a mean over tasks, the score of each.
     """
 
     metric: str
@@ -43,18 +43,18 @@ class TaskScore:
 
 
 def mean_score(scores: Mapping[str, TaskScore]) -> TaskScore:
-    """The mean over tasks, with the records of all: of those scored by their loss only where there
+    """The mean over tasks, with the records of all; a task scored by its loss counts only if there
     are no others. A single task keeps its own metric.
     """
     records = [{"task": name, **record} for name, task in scores.items() for record in task.records]
     tasks = list(scores.values())
     if len(tasks) == 1:
         return replace(tasks[0], records=records)
-    meant = [task for task in tasks if task.metric != "loss"] or tasks
+    averaged = [task for task in tasks if task.metric != "loss"] or tasks
     return TaskScore(
-        metric="loss" if meant[0].metric == "loss" else "mean",
-        score=sum(task.score for task in meant) / len(meant),
-        stderr=math.sqrt(sum(task.stderr**2 for task in meant)) / len(meant),
+        metric="loss" if averaged[0].metric == "loss" else "mean",
+        score=sum(task.score for task in averaged) / len(averaged),
+        stderr=math.sqrt(sum(task.stderr**2 for task in averaged)) / len(averaged),
         records=records,
         rows=sum(task.rows for task in tasks),
         left_out=sum(task.left_out for task in tasks),
@@ -66,7 +66,7 @@ def mean_score(scores: Mapping[str, TaskScore]) -> TaskScore:
 def score_records(
     template: PromptTemplate, records: list[dict], total: int, answers: bool
 ) -> TaskScore:
-    """The score of all records, each of which is given its own.
+    """The score over all records; each record is given its own `score`.
 
     Args:
         total: how many rows there were; those without a record were left out.
@@ -77,7 +77,7 @@ def score_records(
     counts = {"records": records, "rows": rows, "left_out": left_out, "unreadable": unreadable}
     if not answers or not records:
         return TaskScore(template.metric, math.nan, math.nan, **counts)
-    # A prediction that could not be read (None) is a wrong one, not a missing one.
+    # A prediction that could not be read (None) is wrong, not missing.
     predictions = [record["prediction"] or "" for record in records]
     if template.entity_spans:
         predictions = [record["prediction"] for record in records]
@@ -90,13 +90,13 @@ def score_records(
 
 @dataclass
 class FewShotScore:
-    """What the draws of demonstrations came to.
+    """The results of the draws of demonstrations.
 
     Attributes:
         draws: the score of each draw; its records say which draw they belong to.
-        by_score: for each way of scoring candidates the metric of each draw; empty where answers
-            are written.
-        asked: the rows that were asked, by draw.
+        by_score: kind of candidates' score -> the metric of each draw; empty where answers are
+            written.
+        asked: the rows that were asked in each draw.
         seconds: how long the model took.
     """
 

@@ -1,4 +1,4 @@
-"""Likelihood and generation over a shared tree of tokens; nobody outside knows its caches."""
+"""Likelihood and generation over a shared tree of tokens; nobody outside knows its KV caches."""
 
 from recipelib.inference.cloze_scoring import score_examples, word_scores
 from recipelib.inference.embeddings import embedding_similarity

@@ -1,7 +1,6 @@
-"""How likely each label word is to fill the blank of a text, with gradients: the scores of prompt
-tuning.
+"""How likely each label word is to fill a cloze, with gradients: the scores of prompt tuning.
 
-Only the states at the places that are read (see `blank_rows.py`) go through the model's head.
+Only the states at the places that are read (see `encoding/cloze_rows.py`) go through the head.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from recipelib.models import logits_at
 def word_scores(
     model, batch: Mapping[str, torch.Tensor], run: Callable | None = None
 ) -> torch.Tensor:
-    """The log-likelihood (nats) of each word in the blank of each row, with gradients.
+    """The log-likelihood (nats) of each word in the cloze of each row, with gradients.
 
     Args:
         batch: as `collate` gives it.
-        run: what is called instead of the model, such as a `Lockstep`.
+        run: called instead of the model, such as a `Lockstep`.
 
     Returns:
         [rows, words].
@@ -47,7 +46,7 @@ def score_examples(
     batch_tokens: int = 4096,
     description: str | None = None,
 ) -> torch.Tensor:
-    """The log-likelihood (nats) of each word in the blank of each row: [rows, words].
+    """The log-likelihood (nats) of each word in the cloze of each row: [rows, words].
 
     Args:
         batch_tokens, description: as in `scoring.log_likelihoods`.
@@ -58,13 +57,13 @@ def score_examples(
     if run.device.type == "cpu":
         batch_tokens = min(batch_tokens, CPU_PASS_TOKENS)
 
-    def plan(some: Sequence[Example], budget: int) -> list[Pass]:
-        sizes = [max(example["lengths"]) * len(example["lengths"]) for example in some]
+    def plan(examples: Sequence[Example], budget: int) -> list[Pass]:
+        sizes = [max(example["lengths"]) * len(example["lengths"]) for example in examples]
         return plan_padded(sizes, budget)
 
-    def compute(some: Sequence[Example], one: Pass) -> list[list[float]]:
-        batch = {name: tensor.to(run.device) for name, tensor in collate(some).items()}
+    def compute(examples: Sequence[Example], pass_: Pass) -> list[list[float]]:
+        batch = {name: tensor.to(run.device) for name, tensor in collate(examples).items()}
         return word_scores(model, batch, run).tolist()
 
-    found = run_passes(run, examples, plan, compute, batch_tokens, description, None)
-    return torch.tensor([found[index] for index in range(len(examples))])
+    scores = run_passes(run, examples, plan, compute, batch_tokens, description, None)
+    return torch.tensor([scores[index] for index in range(len(examples))])

@@ -1,8 +1,8 @@
-"""Answers written by a model: what prompts share is computed once, rows that are done drop out, and
-samples of one prompt share it.
+"""Answers written by a model: what prompts share is computed once, samples of one prompt share it,
+and rows that are done drop out.
 
-The tokens of all prompts stand in one tree of keys and values (see `shared_cache.py`), each step
-adds one token per row. Models that cannot do that write after whole prompts in padded batches.
+The tokens of all prompts stand in one tree of keys and values (see `shared_cache.py`); each step
+adds a token per row. Models that cannot do that write after whole prompts in padded batches.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ Ids = Sequence[int]
 
 
 class Written(NamedTuple):
-    """What was written after a prompt, without the end marker, and its log-probability (nats) with
-    it.
+    """What was written after a prompt, without the end marker, and its log-probability (nats), end
+    marker included.
     """
 
     text: str
@@ -60,23 +60,23 @@ def generate(
 
     Args:
         end_ids: tokens that end an answer, beside those of the model's generation config.
-        stop: texts that end an answer too; what follows them may still be in the result.
+        stop: texts that end an answer too. The result has them, and may have a little after.
         samples: how many answers per prompt.
-        temperature: 0 takes the likeliest token; else tokens are drawn, each row's by numbers of
-            its own, so that they depend on nothing that is written beside it.
+        temperature: 0 takes the likeliest token. Otherwise tokens are drawn; each row has random
+            numbers of its own, so what is written beside it changes nothing.
         seed: of the draws.
-        batch_tokens: tokens of prompts and answers that are written side by side, at most.
+        batch_tokens: tokens of the prompts and answers that are written side by side, at most.
         description, journal: as in `scoring.log_likelihoods`.
 
     Returns:
-        For each prompt its samples.
+        The samples of each prompt.
     Raises:
         UserError: a single prompt and its answers do not fit into memory.
     """
     configured = model.generation_config.eos_token_id
     ends = set(end_ids) | set(configured if isinstance(configured, list) else [configured]) - {None}
     how = Manner(tokenizer, max_new_tokens, ends, tuple(stop), samples, temperature, seed)
-    # A prompt's number is part of what is asked: the draws depend on it.
+    # A prompt's number is part of the request, since the draws depend on it.
     requests = [(number, list(prompt)) for number, prompt in enumerate(prompts)]
     if not prompts:
         return []
@@ -87,7 +87,7 @@ def generate(
     results = run_passes(
         run, requests, writer.plan, writer.write, batch_tokens, description, journal
     )
-    return [[Written(*one) for one in results[index]] for index in range(len(prompts))]
+    return [[Written(*sample) for sample in results[index]] for index in range(len(prompts))]
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Manner:
     seed: int
 
     def identity(self) -> dict:
-        """What of it decides the result."""
+        """The fields that decide the result."""
         names = ("max_new_tokens", "stop", "samples", "temperature", "seed")
         return {**{name: getattr(self, name) for name in names}, "ends": sorted(self.ends)}
 
@@ -159,20 +159,21 @@ def _results(rows: Sequence[Row], samples: int) -> list[list[Written]]:
 
 
 class KeptWriter:
-    """Writes behind a beginning that prompts share, all rows in one tree of tokens."""
+    """Writes after a beginning that prompts share, all rows in one tree of tokens."""
 
     def __init__(self, run: Lockstep, how: Manner, budget: int):
         self.kept, self.how = KeptBeginning(run, budget), how
 
     def plan(self, requests: Sequence[tuple[int, list[int]]], budget: int) -> list[Pass]:
         """What is written side by side."""
-        # Of a token that is written only keys and values stay, and few answers take all they may.
+        # A quarter of the longest answers: a written token leaves only keys and values, and few
+        # answers become that long.
         room = -(-self.how.samples * self.how.max_new_tokens // 4)
         return plan_passes([ids for _, ids in requests], [room] * len(requests), budget)
 
-    def write(self, requests: Sequence[tuple[int, list[int]]], one: Pass) -> list[list[Written]]:
+    def write(self, requests: Sequence[tuple[int, list[int]]], pass_: Pass) -> list[list[Written]]:
         """The samples of each request of a pass."""
-        cache, there = self.kept.cache, one.kept
+        cache, there = self.kept.cache, pass_.kept
         self.kept.hold(requests[0][1][:there])
         try:
             return self._write(requests, there)
@@ -211,21 +212,21 @@ class KeptWriter:
 
 
 class LineOfRows:
-    """What `RowCache` does, in the line of tokens that the cache holds: on GPUs, and where
-    attention is not computed by `TreeAttention`.
+    """Does what `RowCache` does, in the line of tokens of the KV cache itself: on GPUs, and where
+    `TreeAttention` does not compute the attention.
     """
 
     def __init__(self, cache: SharedCache, visible: torch.Tensor):
         self._cache, self._sees = cache, visible
 
     def feed(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
-        """Add one token to each row; logits of the token that follows."""
+        """Add one token to each row: [rows, vocabulary] logits of the token that follows."""
         size = len(tokens)
         self._sees = torch.cat([self._sees, torch.eye(size, dtype=torch.bool)], 1)
         return self._cache.feed(tokens, positions, self._sees, list(range(size)))
 
     def select(self, rows: list[int]) -> list[int]:
-        """Keep these rows; others' tokens go only when they are most of what is kept."""
+        """Keep these rows; the tokens of the others go once they are most of what is kept."""
         self._sees = self._sees[rows]
         used = self._sees.any(0)
         if 2 * int(used.sum()) < len(used):
@@ -235,14 +236,14 @@ class LineOfRows:
 
 
 class WholeWriter:
-    """Writes after whole prompts in padded batches, with transformers' cache where the model takes
+    """Writes after whole prompts in padded batches, with transformers' KV cache if the model takes
     one.
     """
 
     def __init__(self, run: Lockstep, how: Manner):
         self.run, self.how = run, how
         self._known = forward_parameters(run.model)
-        # With a soft prompt or a prefix PEFT puts its tokens in front in every pass.
+        # With a soft prompt or a prefix, PEFT puts its tokens in front in every pass.
         self._cached = {"past_key_values", "attention_mask"} <= self._known and not is_prompted(
             run.model
         )
@@ -252,7 +253,7 @@ class WholeWriter:
         lengths = [len(ids) + self.how.max_new_tokens for _, ids in requests]
         return plan_padded(lengths, max(1, budget // self.how.samples))
 
-    def write(self, requests: Sequence[tuple[int, list[int]]], one: Pass) -> list[list[Written]]:
+    def write(self, requests: Sequence[tuple[int, list[int]]], pass_: Pass) -> list[list[Written]]:
         """The samples of each request of a batch."""
         samples = range(self.how.samples)
         rows = [Row(number, sample, self.how) for number, _ in requests for sample in samples]
@@ -264,20 +265,20 @@ class WholeWriter:
                     row.add(token, log_prob)
             if all(row.done for row in rows):
                 return _results(rows, self.how.samples)
-            if self._cached:  # rows that are done go on with anything
+            if self._cached:  # rows that are done are given any token
                 logits = self._step([row.ids[-1] if row.ids else 0 for row in rows])
             else:
                 texts = [[*ids, *row.ids] for ids, row in zip(prompts, rows, strict=True)]
                 logits = self._whole(texts)
 
     def _begin(self, prompts: Sequence[list[int]]) -> torch.Tensor:
-        """Logits behind prompts, padded on the left so that all answers begin in one column."""
+        """Logits after prompts, padded on the left so that all answers begin in one column."""
         ids, self._mask = padded(prompts, self.run.device, "left")
         self._cache = DynamicCache(config=self.run.model.config)
         return self._feed(ids)
 
     def _step(self, tokens: list[int]) -> torch.Tensor:
-        """Logits behind one more token of each row."""
+        """Logits after one more token of each row."""
         self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], 1)
         return self._feed(torch.tensor(tokens, device=self.run.device)[:, None])
 
@@ -297,8 +298,8 @@ class WholeWriter:
         ).logits[:, -1]
 
     def _whole(self, texts: Sequence[list[int]]) -> torch.Tensor:
-        """Logits behind texts, padded on the right, where it changes nothing for any model."""
+        """Logits after texts, padded on the right, where padding changes nothing in any model."""
         ids, _ = padded(texts, self.run.device)
         logits = self.run(input_ids=ids, use_cache=False).logits
-        before = logits.shape[1] - ids.shape[1]  # places of a soft prompt
+        before = logits.shape[1] - ids.shape[1]  # the places of a soft prompt
         return logits[range(len(texts)), [before + len(text) - 1 for text in texts]]

@@ -1,4 +1,4 @@
-"""Results kept on disk as they come, so that an interrupted run can be taken up."""
+"""Results kept on disk as they come, so that an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from recipelib.runtime import UserError, say
 
 
 class Journal:
-    """A folder of JSON lines, one file per process: what was asked, as a hash, and its result.
+    """A folder of JSON lines, one file per process: the hash of a request, and its result. All
+    processes open it together.
 
     Args:
-        folder: where; it is made with the first result. To be opened by all processes together.
+        folder: made with the first result.
         identity: what decides a result besides the request: the model, its dtype, ... Results under
             another identity are not found.
     Raises:
@@ -32,7 +33,7 @@ class Journal:
         self._identity = json.dumps(identity, sort_keys=True, default=str)
         self._known: dict[str, Any] = {}
         for path in sorted(self.folder.glob("*.jsonl")):
-            whole = path.read_bytes().rpartition(b"\n")[0]  # the rest was being written
+            whole = path.read_bytes().rpartition(b"\n")[0]  # without a line that was cut off
             for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
                 try:
                     key, value = json.loads(line)
@@ -41,16 +42,16 @@ class Journal:
                         f"{path}:{number}: not a line that a run has written; delete {self.folder}"
                     ) from None
                 self._known[key] = value
-        gather_results({})  # all have read before anyone writes, so that all know the same
+        gather_results({})  # a barrier: all read before anyone writes, so all know the same
 
     @classmethod
     def of_run(cls, training, args, adapter: Path | None) -> Journal:
-        """The journal in the folder of a run, taken up or, without `args.resume`, emptied.
+        """The journal in the folder of a run: continued with `args.resume`, emptied without.
 
         Args:
             training: the trainer's arguments.
-            args: a recipe's, which name the model.
-            adapter: the folder of the adapter that is on it.
+            args: the recipe's, which name the model.
+            adapter: the folder of the adapter on it.
         """
         identity = {
             "model": weights_identity(args.model_name_or_path, args.revision),
@@ -68,7 +69,7 @@ class Journal:
         return len(self._known)
 
     def within(self, identity: Mapping[str, Any]) -> Journal:
-        """The same journal for results that more than its identity decides."""
+        """The same journal for results that depend on this too, besides its identity."""
         inner = copy.copy(self)
         inner._identity += json.dumps(identity, sort_keys=True, default=str)
         return inner
@@ -78,7 +79,7 @@ class Journal:
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def load(self, requests: Sequence[Any]) -> dict[int, Any]:
-        """The known results of requests by index."""
+        """The known results of requests, by index."""
         keys = map(self._key, requests) if self._known else ()
         return {index: self._known[key] for index, key in enumerate(keys) if key in self._known}
 
@@ -91,7 +92,7 @@ class Journal:
             for request, result in zip(requests, results, strict=True)
         ]
         with path.open("ab+") as file:
-            if end := file.tell():  # after half a line of an interrupted run: a line of its own
+            if end := file.tell():  # half a line of an interrupted run is cut off
                 file.seek(end - 1)
                 torn = file.read(1) != b"\n"
                 if torn:
@@ -102,7 +103,7 @@ class Journal:
             os.fsync(file.fileno())
 
     def discard(self) -> None:
-        """Forget everything: the run is done, or starts anew. To be called by all processes."""
+        """Forget everything: the run is done, or starts anew. All processes have to call it."""
         if process_group()[0] == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._known = {}

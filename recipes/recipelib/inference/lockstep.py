@@ -1,10 +1,10 @@
-"""Forward passes of several processes: who runs what, in step where they share one sharded model,
-and what happens when memory runs out.
+"""Forward passes of several processes: who runs what, in step where they share a sharded model, and
+what happens when memory runs out.
 
 A sharded model (FSDP) gathers its weights layer by layer from all processes, so all have to make
-equally many passes. Before each pass they agree that somebody still has work; who has none runs a
-dummy. A layer that runs out of memory must not leave the pass either: it hands its input on, the
-pass ends in step with the others, and is then reported as failed.
+equally many passes. Before each pass they agree that some process still has work; one that has none
+runs a dummy pass. A layer that runs out of memory must not leave the pass either: it hands its
+input on, the pass ends in step with the others, and is reported as failed afterwards.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ def gather_results(results: dict[int, Any]) -> dict[int, Any]:
     _, world = process_group()
     if world == 1:
         return results
-    parts: list = [None] * world
-    torch.distributed.all_gather_object(parts, results)
-    return {index: value for part in parts for index, value in part.items()}
+    shares: list = [None] * world
+    torch.distributed.all_gather_object(shares, results)
+    return {index: value for share in shares for index, value in share.items()}
 
 
 class Lockstep:
     """Makes the forward passes of one model, in step with the other processes if it is sharded.
 
-    As a context it lets each process make a different number of passes: its end waits until all
+    As a context it lets each process make a different number of passes: leaving it waits until all
     have made theirs. Outside of it all have to make equally many.
     """
 
@@ -65,8 +65,10 @@ class Lockstep:
         self.model = model
         self.device = next(model.parameters()).device
         sharded = (FSDPModule, FullyShardedDataParallel)
-        parts = model.modules() if isinstance(model, torch.nn.Module) else ()
-        self._blocks = [one for one in parts if isinstance(one, sharded) and one is not model]
+        modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+        self._blocks = [
+            module for module in modules if isinstance(module, sharded) and module is not model
+        ]
         self.sharded = process_group()[1] > 1 and (bool(self._blocks) or isinstance(model, sharded))
         self._entered = False
 
@@ -76,7 +78,7 @@ class Lockstep:
 
     def __exit__(self, kind, error, trace) -> None:
         self._entered = False
-        # After an error the launcher ends the others, too.
+        # After an error the launcher ends the others too.
         while kind is None and self.sharded and self._anybody_works(False):
             token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
             self.model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False)
@@ -85,8 +87,8 @@ class Lockstep:
         """One forward pass.
 
         Raises:
-            OutOfMemory: it does not fit into memory. Keys and values that were added to a cache
-                meanwhile are still in it, in some layers or in all.
+            OutOfMemory: it does not fit into memory. Keys and values that it added to a KV cache
+                are still there, in some layers or in all.
         """
         if self.sharded and self._entered:
             self._anybody_works(True)
@@ -96,7 +98,7 @@ class Lockstep:
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
-        # Outside of the except clause, so that the error no longer holds what was computed.
+        # Outside of the except clause: the error no longer holds what was computed.
         gc.collect()
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
@@ -109,7 +111,9 @@ class Lockstep:
 
     @contextmanager
     def _kept_in_step(self) -> Iterator[None]:
-        """Layers that run out of memory let the pass go on; it fails when all have been through."""
+        """A context in which a layer that runs out of memory lets the pass go on, to fail after the
+        last layer.
+        """
         if not self.sharded:
             yield
             return

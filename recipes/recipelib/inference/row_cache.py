@@ -1,9 +1,9 @@
-"""Keys and values of answers that are written side by side on a CPU: what all see is held once, and
-what each row sees for itself stands in a batch.
+"""Keys and values of answers written side by side on a CPU: what all rows see is held once, what
+single rows see stands in a batch.
 
 In one line of tokens (see `shared_cache.py`) each step would compute the scores of every row with
 every other row's tokens, only for the mask to rule them out: their number grows with the square of
-the rows. In a batch it does not, and the two parts are joined as in `TreeAttention`.
+the number of rows. In a batch it does not, and the two parts are joined as in `TreeAttention`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ from recipelib.inference.shared_cache import SharedCache, run_with_attention, sa
 from recipelib.inference.token_tree import Tree
 
 _CHECKED: WeakKeyDictionary = WeakKeyDictionary()
-_ROOM = 64  # tokens
+_ROOM = 64  # tokens that a layer makes room for at a time
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values with room for more: to append a token or to drop a row copies little."""
+    """Keys and values with room for more: appending a token or dropping a row copies little.
+
+    `held` are the two with their room, `keys` and `values` the parts of them in use.
+    """
 
     held = ()
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """As transformers calls it: more of both, [rows, heads, tokens, size of a head]."""
+        """Called by transformers: adds keys and values, [rows, heads, tokens, size of a head]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.held = key_states[:, :, :0], value_states[:, :, :0]
@@ -38,42 +41,42 @@ class RoomyLayer(DynamicLayer):
         if end > self.held[0].shape[2]:
             room = end - there + _ROOM
             self.held = tuple(
-                torch.cat([one[:, :, :there], one.new_zeros(*one.shape[:2], room, one.shape[3])], 2)
-                for one in self.held
+                torch.cat([old[:, :, :there], old.new_zeros(*old.shape[:2], room, old.shape[3])], 2)
+                for old in self.held
             )
-        for one, more in zip(self.held, (key_states, value_states), strict=True):
-            one[:, :, there:end] = more
-        self.keys, self.values = (one[:, :, :end] for one in self.held)
+        for tensor, states in zip(self.held, (key_states, value_states), strict=True):
+            tensor[:, :, there:end] = states
+        self.keys, self.values = (tensor[:, :, :end] for tensor in self.held)
         return self.keys, self.values
 
     def move(self, rows: Sequence[int], places: Sequence[int], count: int) -> None:
-        """Put some rows into the places of others, and keep the first `count`."""
+        """Put `rows` into `places`, and keep the first `count` rows."""
         if self.is_initialized:
-            for one in self.held:
-                one[places] = one[rows]
-            self.held = tuple(one[:count] for one in self.held)
+            for tensor in self.held:
+                tensor[places] = tensor[rows]
+            self.held = tuple(tensor[:count] for tensor in self.held)
             self.keys, self.values = self.keys[:count], self.values[:count]
 
 
 class RowCache:
-    """The rows of a `SharedCache`, each with the tokens that it alone sees or shares with some."""
+    """The rows of a `SharedCache`, each with the tokens that not all rows see."""
 
     def __init__(self, cache: SharedCache, visible: torch.Tensor):
-        """For [rows, length of the cache] booleans: what each row sees."""
+        """`visible`: [rows, length of the KV cache] booleans, what each row sees."""
         hidden = (~visible.all(0)).nonzero()
-        shared = int(hidden[0]) if len(hidden) else visible.shape[1]  # so many first tokens
+        shared = int(hidden[0]) if len(hidden) else visible.shape[1]  # first tokens all see
         own = visible[:, shared:]
         width = int(own.sum(1).max())
-        # The columns that a row sees, in their order, and what fills it up.
+        # For each row the columns that it sees, in their order, filled up with others.
         columns = (~own).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
         self._run = cache.run
         self._sees = own.gather(1, columns)
-        self._shared = {}  # layer: keys and values
+        self._shared = {}  # number of a layer -> keys and values
         self._cache = Cache(layer_class_to_replicate=RoomyLayer)
         for place, (keys, values) in cache.layers():
             self._shared[place] = keys[:, :, :shared], values[:, :, :shared]
-            own = (one[0][:, columns + shared].transpose(0, 1) for one in (keys, values))
-            self._cache.update(*own, place)
+            in_rows = (tensor[0][:, columns + shared].transpose(0, 1) for tensor in (keys, values))
+            self._cache.update(*in_rows, place)
 
     def feed(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         """Add one token to each row.
@@ -81,7 +84,7 @@ class RowCache:
         Returns:
             [rows, vocabulary] logits of the token that follows.
         Raises:
-            OutOfMemory: rows are no longer of use.
+            OutOfMemory: the rows can no longer be used.
         """
         self._sees = torch.cat([self._sees, self._sees.new_ones(len(tokens), 1)], 1)
         mask = self._sees[:, None, None]
@@ -96,7 +99,7 @@ class RowCache:
         ).logits[:, -1]
 
     def select(self, rows: Sequence[int]) -> list[int]:
-        """Keep these rows only, in the order that is returned: the last ones fill the gaps."""
+        """Keep these rows only, in the order that is returned: the last of them fill the gaps."""
         count = len(rows)
         moved = [row for row in rows if row >= count]
         order = list(range(count))
@@ -114,30 +117,30 @@ class RowCache:
         return bias[:, None, None]
 
     def _attend(self, bias, module, query, key, value, mask, scaling=None, **options):
-        """As transformers calls attention: [rows, heads, 1, size of a head] queries."""
+        """Called by transformers as attention, with [rows, heads, 1, size of a head] queries."""
         attend = partial(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, scale=scaling)
         rows, heads, _, width = query.shape
-        sharing = heads // key.shape[1]  # heads that share keys stand as further queries
+        sharing = heads // key.shape[1]  # heads that share keys become further queries
         query = query.reshape(rows, -1, sharing, width)
         bias = bias.to(query.dtype).expand(-1, -1, sharing, -1)
-        found, normalizers = attend(query, key, value, attn_mask=bias)
-        normalizers = normalizers.reshape(*found.shape[:3], 1)
+        attended, normalizers = attend(query, key, value, attn_mask=bias)
+        normalizers = normalizers.reshape(*attended.shape[:3], 1)
         shared_keys, shared_values = self._shared[module.layer_idx]
         if shared_keys.shape[2]:
             line = query.transpose(0, 1).reshape(1, -1, rows * sharing, width)
             shared, shared_normalizers = attend(line, shared_keys, shared_values)
             shared, shared_normalizers = (
-                one.reshape(-1, rows, sharing, size).transpose(0, 1)
-                for one, size in ((shared, width), (shared_normalizers, 1))
+                tensor.reshape(-1, rows, sharing, size).transpose(0, 1)
+                for tensor, size in ((shared, width), (shared_normalizers, 1))
             )
-            weight = torch.sigmoid(normalizers - shared_normalizers).to(found.dtype)
-            found = torch.lerp(shared, found, weight)
-        return found.reshape(rows, 1, heads, width), None
+            weight = torch.sigmoid(normalizers - shared_normalizers).to(attended.dtype)
+            attended = torch.lerp(shared, attended, weight)
+        return attended.reshape(rows, 1, heads, width), None
 
 
 def rows_fit(run: Lockstep) -> bool:
-    """Whether a model that can share writes in rows as it does after whole texts; some change what
-    attention gives back, or what it is given.
+    """Whether a model for which `can_share` holds also writes in rows what it writes after whole
+    texts: some models change the result of attention, or its inputs.
     """
     if run.model not in _CHECKED:
         _CHECKED[run.model] = _try_rows(run)
@@ -152,10 +155,10 @@ def _try_rows(run: Lockstep) -> bool:
     )
     tree, cache = Tree(), SharedCache(run)
     tree.add(beginning)
-    ends = [tree.add(beginning + some)[-1] for some in (first, second)]
+    ends = [tree.add(beginning + ending)[-1] for ending in (first, second)]
     sees = tree.visible(0)
     cache.feed(tree.ids, tree.depths, sees, ends)
     steps = RowCache(cache, sees[ends])
-    found = steps.feed(after, [tree.depths[end] + 1 for end in ends])
-    pairs = zip((first, second), after, strict=True)
-    return same_as_whole(run, [[*beginning, *some, token] for some, token in pairs], found)
+    logits = steps.feed(after, [tree.depths[end] + 1 for end in ends])
+    texts = [[*beginning, *first, after[0]], [*beginning, *second, after[1]]]
+    return same_as_whole(run, texts, logits)

@@ -2,8 +2,8 @@
 without padding (see `token_tree.py`).
 
 Models that cannot do that, such as those with sliding windows, compute whole prompts in padded
-batches. Under several processes each computes a part, and every process gets all results in the
-order of the requests. Where memory runs out, batches become smaller; none is lost.
+batches. Of several processes each computes a share, and every process gets all results in the order
+of the requests. Where memory runs out, batches become smaller; no request is lost.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from recipelib.runtime import UserError, progress_bar
 Ids = Sequence[int]
 Request = tuple[Ids, Sequence[Ids]]  # a prompt, and its continuations
 
-# On a CPU more tokens in a pass gain nothing, and attention's cost grows with them.
+# On a CPU larger passes gain nothing, and the cost of attention grows with them.
 CPU_PASS_TOKENS = 512
 
 
@@ -40,10 +40,10 @@ def log_likelihoods(
 
     Args:
         requests: a prompt's ids, at least one, and the ids of its continuations. What continuations
-            share with one another is computed once, and their last tokens not at all.
+            share is computed once, and their last tokens are never computed.
         batch_tokens: tokens in one forward pass at most.
         description: of the progress bar; None for no bar.
-        journal: where results are kept as they come, and found again by a later run.
+        journal: where results are kept as they come, for a later run to find.
     Raises:
         UserError: a single request does not fit into memory.
     """
@@ -58,9 +58,9 @@ def log_likelihoods(
             run, requests, _shared_plan, compute, batch_tokens, description, journal
         )
         return [results[index] for index in range(len(requests))]
-    parts, places = _split(requests)
+    split, places = _split(requests)
     compute = WholeScorer(run).score
-    results = run_passes(run, parts, _whole_plan, compute, batch_tokens, description, journal)
+    results = run_passes(run, split, _whole_plan, compute, batch_tokens, description, journal)
     scores = [[0.0] * len(continuations) for _, continuations in requests]
     for index, members in enumerate(places):
         for (number, place), value in zip(members, results[index], strict=True):
@@ -77,41 +77,41 @@ def run_passes(
     description: str | None,
     journal: Journal | None,
 ) -> dict[int, list]:
-    """The results of all requests by index: this process computes its part, smaller passes are
-    tried where one runs out of memory, and all processes' results come together.
+    """The results of all requests, by index. This process computes its share, retries in smaller
+    passes when one runs out of memory, and gets the results of the other processes too.
 
-    Passes are planned over all requests and those that a journal knows whole are skipped, so that
-    a run that is taken up computes what an uninterrupted one does.
+    Passes are planned over all requests, and those whose results the journal has are skipped. So a
+    run that is resumed computes the same passes as an uninterrupted one.
     """
     known = {} if journal is None else journal.load(requests)
-    passes = [one for one in plan(requests, budget) if not set(one.members) <= known.keys()]
-    waiting = own_share(passes, lambda one: one.tokens)[::-1]
-    total = sum(len(one.members) for one in waiting)
+    passes = [pass_ for pass_ in plan(requests, budget) if not set(pass_.members) <= known.keys()]
+    waiting = own_share(passes, lambda pass_: pass_.tokens)[::-1]
+    total = sum(len(pass_.members) for pass_ in waiting)
     results: dict[int, list] = {}
     with run, progress_bar(description, total) as bar:
         while waiting:
-            one = waiting.pop()
-            some = [requests[index] for index in one.members]
+            pass_ = waiting.pop()
+            asked = [requests[index] for index in pass_.members]
             try:
-                found = compute(some, one)
+                computed = compute(asked, pass_)
             except OutOfMemory:
-                budget = max(1, min(budget, one.tokens) // 2)
-                rest = [*one.members, *(index for more in waiting[::-1] for index in more.members)]
+                budget = max(1, min(budget, pass_.tokens) // 2)
+                rest = [index for later in (pass_, *waiting[::-1]) for index in later.members]
                 smaller = plan([requests[index] for index in rest], budget)
                 waiting = [
-                    Pass(tuple(rest[at] for at in less.members), less.kept, less.tokens)
-                    for less in smaller[::-1]
+                    Pass(tuple(rest[at] for at in planned.members), planned.kept, planned.tokens)
+                    for planned in smaller[::-1]
                 ]
-                if one in waiting:
+                if pass_ in waiting:
                     raise UserError(
-                        f"out of memory with a single row of {one.tokens + one.kept:,} tokens; "
+                        f"out of memory with a single row of {pass_.tokens + pass_.kept:,} tokens; "
                         "lower --max_length, or take a smaller model or more processes under FSDP"
                     ) from None
                 continue
-            results.update(zip(one.members, found, strict=True))
+            results.update(zip(pass_.members, computed, strict=True))
             if journal is not None:
-                journal.add(some, found)
-            bar.update(len(some))
+                journal.add(asked, computed)
+            bar.update(len(asked))
     return {**known, **gather_results(results)}
 
 
@@ -126,17 +126,17 @@ def _shared_plan(requests: Sequence[Request], budget: int) -> list[Pass]:
 
 
 class KeptScorer:
-    """Scores requests behind a beginning that they share."""
+    """Scores requests after a beginning that they share."""
 
     def __init__(self, run: Lockstep, budget: int):
         self.kept = KeptBeginning(run, budget)
 
-    def score(self, requests: Sequence[Request], one: Pass) -> list[list[float]]:
+    def score(self, requests: Sequence[Request], pass_: Pass) -> list[list[float]]:
         """The log-likelihoods of the continuations of each request of a pass."""
-        self.kept.hold(requests[0][0][: one.kept])
+        self.kept.hold(requests[0][0][: pass_.kept])
         tree, wanted = Tree(), []
         for prompt, continuations in requests:
-            path = tree.add(list(prompt[one.kept :]))
+            path = tree.add(list(prompt[pass_.kept :]))
             for continuation in continuations:
                 places = [path[-1], *tree.add(continuation[:-1], path[-1])]
                 wanted.append(list(zip(places, continuation, strict=True)))
@@ -150,13 +150,17 @@ class KeptScorer:
 def _sums(
     logits: torch.Tensor, wanted: Sequence[list[tuple[int, int]]], requests: Sequence[Request]
 ) -> list[list[float]]:
-    """Log-probabilities of (row of the logits, token), summed over each continuation's pairs."""
-    pairs = [pair for one in wanted for pair in one]
-    rows, tokens = (torch.tensor(one, device=logits.device) for one in zip(*pairs, strict=True))
-    # The normalizer of each row once, in parts: a second copy of all logits may not fit.
-    normalizers = torch.cat([part.float().logsumexp(-1) for part in logits.split(64)])
+    """Log-probabilities of (row of the logits, token), summed over each continuation's pairs.
+
+    Returns:
+        For each request the sums of its continuations.
+    """
+    flat = [pair for pairs in wanted for pair in pairs]
+    rows, tokens = (torch.tensor(ids, device=logits.device) for ids in zip(*flat, strict=True))
+    # Each row's normalizer once, a few rows at a time: a second copy of all logits may not fit.
+    normalizers = torch.cat([chunk.float().logsumexp(-1) for chunk in logits.split(64)])
     values = iter((logits[rows, tokens].float() - normalizers[rows]).tolist())
-    sums = iter([sum(next(values) for _ in one) for one in wanted])
+    sums = iter([sum(next(values) for _ in pairs) for pairs in wanted])
     return [[next(sums) for _ in continuations] for _, continuations in requests]
 
 
@@ -164,19 +168,19 @@ def _sums(
 
 
 def _split(requests: Sequence[Request]) -> tuple[list[Request], list[list[tuple[int, int]]]]:
-    """A request for each distinct beginning of continuations, and where the scores of its
-    continuations belong: (request, place among its continuations).
+    """Requests whose continuations differ in their last token only, and where their scores belong:
+    (number of the request, place among its continuations).
     """
-    parts: list[Request] = []
+    split: list[Request] = []
     places: list[list[tuple[int, int]]] = []
     for number, (prompt, continuations) in enumerate(requests):
         beginnings: dict[Ids, list[int]] = {}
         for place, continuation in enumerate(continuations):
             beginnings.setdefault(tuple(continuation[:-1]), []).append(place)
         for members in beginnings.values():
-            parts.append((prompt, [continuations[place] for place in members]))
+            split.append((prompt, [continuations[place] for place in members]))
             places.append([(number, place) for place in members])
-    return parts, places
+    return split, places
 
 
 def _whole_plan(requests: Sequence[Request], budget: int) -> list[Pass]:
@@ -185,11 +189,11 @@ def _whole_plan(requests: Sequence[Request], budget: int) -> list[Pass]:
 
 
 def plan_padded(lengths: Sequence[int], budget: int) -> list[Pass]:
-    """Batches of at most `budget` padded tokens (a row that is longer gets one of its own), longest
-    first, so that one that does not fit into memory fails at once.
+    """Batches of at most `budget` padded tokens (a longer row gets one of its own), longest rows
+    first, so that a row that does not fit into memory fails at once.
     """
     passes: list[Pass] = []
-    for index in sorted(range(len(lengths)), key=lambda one: (-lengths[one], one)):
+    for index in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
         members = passes[-1].members if passes else ()
         size = (len(members) + 1) * lengths[members[0]] if members else 0
         if members and size <= budget:
@@ -202,7 +206,7 @@ def plan_padded(lengths: Sequence[int], budget: int) -> list[Pass]:
 def padded(
     rows: Sequence[Ids], device: torch.device, side: str = "right"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and attention mask [rows, width] of rows that are padded on a side."""
+    """Ids and attention mask, [rows, width], of rows padded on one side."""
     tensors = [torch.tensor(row) for row in rows]
     ids = pad_sequence(tensors, batch_first=True, padding_side=side)
     mask = [torch.ones_like(row) for row in tensors]
@@ -216,10 +220,10 @@ class WholeScorer:
     def __init__(self, run: Lockstep):
         self.run = run
         config = getattr(run.model, "active_peft_config", None)
-        # Soft prompts stand in front: the columns are counted from the end.
+        # Soft prompts stand in front: columns are counted from the end.
         self._prompted = getattr(config, "is_prompt_learning", False)
 
-    def score(self, requests: Sequence[Request], one: Pass) -> list[list[float]]:
+    def score(self, requests: Sequence[Request], pass_: Pass) -> list[list[float]]:
         """The log-likelihoods of the continuations of each request of a pass."""
         rows = [[*prompt, *continuations[0][:-1]] for prompt, continuations in requests]
         ids, mask = padded(rows, self.run.device)
@@ -229,7 +233,7 @@ class WholeScorer:
             for number, (prompt, _) in enumerate(requests)
             for column in range(len(prompt) - 1, len(rows[number]))
         ]
-        # Only columns from which an answer's token is predicted go through the head.
+        # Only columns that predict a token of an answer go through the head.
         columns = sorted({column for _, column in places})
         device = self.run.device
         keep = {} if self._prompted else {"logits_to_keep": torch.tensor(columns, device=device)}
@@ -267,7 +271,7 @@ def masked_log_likelihoods(
     Raises:
         UserError: a single cloze does not fit into memory.
     """
-    # What must be computed: each cloze with each distinct beginning of its words filled in.
+    # What is computed: each cloze with each distinct beginning of its words filled in.
     steps: list[tuple[list[int], int, list[int]]] = []  # ids, the mask to read, tokens asked
     places: list[list[tuple[int, int]]] = []  # (cloze, word) of each token asked
     for number, cloze in enumerate(clozes):
@@ -286,20 +290,20 @@ def masked_log_likelihoods(
     if run.device.type == "cpu":
         batch_tokens = min(batch_tokens, CPU_PASS_TOKENS)
 
-    def compute(some: Sequence, one: Pass) -> list[list[float]]:
-        ids, mask = padded([row for row, _, _ in some], run.device)
+    def compute(steps: Sequence, pass_: Pass) -> list[list[float]]:
+        ids, mask = padded([row for row, _, _ in steps], run.device)
         logits = run(input_ids=ids, attention_mask=mask).logits
         # The last columns: a soft prompt stands in front.
-        read = [logits.shape[1] - ids.shape[1] + place for _, place, _ in some]
-        log_probs = logits[list(range(len(some))), read].float().log_softmax(-1)
-        return [row[tokens].tolist() for row, (_, _, tokens) in zip(log_probs, some, strict=True)]
+        read = [logits.shape[1] - ids.shape[1] + place for _, place, _ in steps]
+        log_probs = logits[list(range(len(steps))), read].float().log_softmax(-1)
+        return [row[tokens].tolist() for row, (_, _, tokens) in zip(log_probs, steps, strict=True)]
 
-    def plan(some: Sequence, budget: int) -> list[Pass]:
-        return plan_padded([len(ids) for ids, _, _ in some], budget)
+    def plan(steps: Sequence, budget: int) -> list[Pass]:
+        return plan_padded([len(ids) for ids, _, _ in steps], budget)
 
-    found = run_passes(run, steps, plan, compute, batch_tokens, description, journal)
+    results = run_passes(run, steps, plan, compute, batch_tokens, description, journal)
     sums = [[0.0] * len(cloze.words) for cloze in clozes]
     for index, members in enumerate(places):
-        for (number, place), value in zip(members, found[index], strict=True):
+        for (number, place), value in zip(members, results[index], strict=True):
             sums[number][place] += value
     return sums

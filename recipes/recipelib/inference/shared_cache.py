@@ -1,7 +1,7 @@
 """Forward passes over a tree of tokens, whose beginning is kept as keys and values.
 
-The tokens of a pass stand in one row, each with its own position, under a mask by which it sees the
-kept ones and its own path: nothing is padded, and the kept keys and values are never repeated.
+The tokens of a pass stand in one row, each with its own position, under a mask by which each sees
+the kept tokens and its own path: nothing is padded, and the kept keys and values are not repeated.
 """
 
 from __future__ import annotations
@@ -21,44 +21,46 @@ from recipelib.inference.lockstep import Lockstep, OutOfMemory
 from recipelib.inference.token_tree import Tree, common_length
 
 _CHECKED: WeakKeyDictionary = WeakKeyDictionary()
-# What float32 and the 16-bit types may differ by, relative to how much log-probabilities vary.
+# How much log-probabilities may differ, relative to how much they vary; the coarse one is for 16
+# bits.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _COARSE_TOLERANCE = 0.1
-_PART = 64  # queries
+_PART = 64  # queries in a block
 
 
 class TreeAttention:
     """transformers' sdpa for one mask on a CPU, without the work that the mask rules out.
 
-    Columns that all tokens see need no mask; of the others a part of the queries needs few, since
-    in the order of a tree no token sees a later one, and texts stand side by side. The two are
-    joined by the logarithms of their normalizers (Dao et al. 2022, FlashAttention, section 3.1).
-    Heads that share keys and values stand as further queries, so that those are not repeated.
+    Columns that all tokens see need no mask. Of the other columns a block of neighboring queries
+    needs few, since in the order of a tree no token sees a later one and each text stands together.
+    The two results are joined by the logarithms of their normalizers (Dao et al. 2022,
+    FlashAttention, section 3.1). Heads that share keys and values become further queries, so that
+    keys and values are not repeated.
     """
 
     def __init__(self, visible: torch.Tensor, dtype: torch.dtype):
-        """For [n, length] booleans: what each token sees, itself included."""
+        """`visible`: [n, length] booleans, what each token sees, itself included."""
         self.called, self._other = 0, False
         before = visible.shape[1] - len(visible)
         hidden = (~visible[:, :before].all(0)).nonzero()
-        self.open = int(hidden[0]) if len(hidden) else before  # so many first columns all see
+        self.open = int(hidden[0]) if len(hidden) else before  # how many first columns all see
         self.mask = visible[None, None]
-        self.parts = []  # queries, columns, and what is added to their scores
+        self.blocks = []  # queries, columns, and what is added to their scores
         for start in range(0, len(visible), _PART):
-            some = visible[start : start + _PART, self.open :]
-            low, high = (int(one) for one in some.any(0).nonzero()[[0, -1]])
-            bias = torch.zeros(len(some), high + 1 - low, dtype=dtype)
-            bias.masked_fill_(~some[:, low : high + 1], float("-inf"))
-            queries = slice(start, start + len(some))
-            self.parts.append((queries, slice(self.open + low, self.open + high + 1), bias))
+            sees = visible[start : start + _PART, self.open :]
+            low, high = (int(column) for column in sees.any(0).nonzero()[[0, -1]])
+            bias = torch.zeros(len(sees), high + 1 - low, dtype=dtype)
+            bias.masked_fill_(~sees[:, low : high + 1], float("-inf"))
+            queries = slice(start, start + len(sees))
+            self.blocks.append((queries, slice(self.open + low, self.open + high + 1), bias))
 
     @property
     def plain(self) -> bool:
-        """Whether it computed everything: models with attention of their own never ask it."""
+        """Whether this computed all attention; models with attention of their own never ask it."""
         return self.called > 0 and not self._other
 
     def __call__(self, module, query, key, value, attention_mask, scaling=None, **options):
-        """As transformers calls attention: [batch, heads, n, size of a head] queries."""
+        """Called by transformers as attention, with [batch, heads, n, size of a head] queries."""
         plain = attention_mask is self.mask and query.shape[-1] == value.shape[-1]
         self.called += 1
         if not plain or options.get("dropout") or options.get("position_bias") is not None:
@@ -70,30 +72,30 @@ class TreeAttention:
         _, heads, size, width = query.shape
         groups = heads // key.shape[1]
 
-        def part(queries, columns, bias=None):
+        def attend_block(queries, columns, bias=None):
             """[1, heads, queries, width] values, and [1, heads, queries, 1] normalizers."""
-            some = query[:, :, queries]
+            asking = query[:, :, queries]
             if bias is not None:
                 bias = bias.to(query.dtype).repeat(groups, 1)[None, None]
-            found, normalizers = attend(
-                some.reshape(1, key.shape[1], -1, width),
+            attended, normalizers = attend(
+                asking.reshape(1, key.shape[1], -1, width),
                 key[:, :, columns],
                 value[:, :, columns],
                 attn_mask=bias,
             )
-            return found.reshape(some.shape), normalizers.reshape(*some.shape[:3], 1)
+            return attended.reshape(asking.shape), normalizers.reshape(*asking.shape[:3], 1)
 
-        pieces = [part(*one) for one in self.parts]
-        found, normalizers = (torch.cat(some, 2) for some in zip(*pieces, strict=True))
+        results = [attend_block(*block) for block in self.blocks]
+        attended, normalizers = (torch.cat(tensors, 2) for tensors in zip(*results, strict=True))
         if self.open:
-            open_found, open_normalizers = part(slice(size), slice(self.open))
-            weight = torch.sigmoid(normalizers - open_normalizers).to(found.dtype)
-            found = torch.lerp(open_found, found, weight)
-        return found.transpose(1, 2).contiguous(), None
+            open_attended, open_normalizers = attend_block(slice(size), slice(self.open))
+            weight = torch.sigmoid(normalizers - open_normalizers).to(attended.dtype)
+            attended = torch.lerp(open_attended, attended, weight)
+        return attended.transpose(1, 2).contiguous(), None
 
 
 class SharedCache:
-    """Keys and values of tokens, which a model's forward passes see by a mask.
+    """The keys and values of tokens, which a model's forward passes see through a mask.
 
     Attributes:
         length: how many tokens are in it.
@@ -117,10 +119,10 @@ class SharedCache:
         Args:
             ids, positions: [n] tokens, and where each stands in its own text.
             visible: [n, length + n] booleans: what each token sees, itself included.
-            read: k of the n places.
+            read: the k of the n places whose logits are wanted.
 
         Returns:
-            [k, vocabulary] logits of the token that follows each place read.
+            [k, vocabulary] logits of the token that follows each of these places.
         Raises:
             OutOfMemory: nothing was added.
         """
@@ -155,7 +157,7 @@ class SharedCache:
         return logits[0]
 
     def layers(self) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor]]]:
-        """The number, keys and values of each layer that has some: [1, heads, length, size]."""
+        """Each layer that has keys and values: its number and them, [1, heads, length, size]."""
         for place, layer in enumerate(self._cache.layers):
             if layer.is_initialized and layer.keys is not None:
                 yield place, (layer.keys, layer.values)
@@ -179,7 +181,7 @@ class SharedCache:
 
 
 def run_with_attention(run: Lockstep, attention: Callable | None, **inputs):
-    """A forward pass that computes attention by a function of ours, if any, instead of sdpa."""
+    """A forward pass in which a function of ours, if any, computes attention in place of sdpa."""
     if attention is None:
         return run(**inputs)
     ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
@@ -190,7 +192,9 @@ def run_with_attention(run: Lockstep, attention: Callable | None, **inputs):
 
 
 class KeptBeginning:
-    """A `SharedCache` that holds the beginning of a text, and exchanges only what differs."""
+    """A `SharedCache` that holds the beginning of a text; for the next text only what differs is
+    computed.
+    """
 
     def __init__(self, run: Lockstep, budget: int):
         self.cache = SharedCache(run)
@@ -218,7 +222,7 @@ class KeptBeginning:
             self.ids += chunk
 
     def over(self, tree: Tree, read: list[int]) -> torch.Tensor:
-        """[k, vocabulary] logits behind k tokens of a tree that follows the beginning."""
+        """[k, vocabulary] logits after the k tokens `read` of a tree that follows the beginning."""
         there = len(self.ids)
         positions = [there + depth for depth in tree.depths]
         logits = self.cache.feed(tree.ids, positions, tree.visible(there), read)
@@ -227,10 +231,11 @@ class KeptBeginning:
 
 
 def can_share(run: Lockstep) -> bool:
-    """Whether a model computes a tree of tokens as it computes whole texts.
+    """Whether a model computes the same for a tree of tokens as for whole texts.
 
-    Found out by doing both on a few tokens: whether a mask and positions are heeded is nowhere
-    written. Sliding windows and recurrent layers, whose cache is no list of tokens, are out.
+    Found out by computing both for a few tokens: nothing says whether a model heeds the mask and
+    the positions it is given. Models with sliding windows or recurrent layers do not: their KV
+    cache is no list of tokens.
     """
     if run.model not in _CHECKED:
         _CHECKED[run.model] = _try_sharing(run)
@@ -238,7 +243,7 @@ def can_share(run: Lockstep) -> bool:
 
 
 def forward_parameters(model) -> set[str]:
-    """What a model's forward pass takes, beneath an adapter."""
+    """The parameters of a model's forward pass, under an adapter if there is one."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return set(inspect.signature(base.forward).parameters)
 
@@ -252,10 +257,9 @@ def _try_sharing(run: Lockstep) -> bool:
         return False
     if is_prompted(model) or _turns_with_length(config):
         return False
-    # Not `is_croppable`, which sliding windows claim to be.
-    if any(
-        type(one) not in (DynamicLayer, DummyLayer) for one in DynamicCache(config=config).layers
-    ):
+    # Not by `is_croppable`, which sliding windows claim to be.
+    layers = DynamicCache(config=config).layers
+    if any(type(layer) not in (DynamicLayer, DummyLayer) for layer in layers):
         return False
     vocabulary = config.get_text_config(decoder=True).vocab_size
     beginning, *ends = (
@@ -267,21 +271,21 @@ def _try_sharing(run: Lockstep) -> bool:
     kept = KeptBeginning(run, budget=4)
     try:
         kept.hold(beginning)
-        found = kept.over(tree, read)
+        logits = kept.over(tree, read)
     except (ValueError, TypeError, RuntimeError, IndexError):
         return False  # a mask of this shape is refused
-    return same_as_whole(run, [beginning + end for end in ends], found)
+    return same_as_whole(run, [beginning + end for end in ends], logits)
 
 
 def same_as_whole(run: Lockstep, texts: Sequence[Sequence[int]], logits: torch.Tensor) -> bool:
-    """Whether [texts, vocabulary] logits are those behind whole texts."""
-    for text, found in zip(texts, logits, strict=True):
+    """Whether [texts, vocabulary] logits are those after whole texts."""
+    for text, row in zip(texts, logits, strict=True):
         ids = torch.tensor([text], device=run.device)
         whole = run(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         whole = whole[0, -1].float().log_softmax(-1)
         spread = whole.std() + torch.finfo(torch.float32).eps
         tolerance = _TOLERANCE.get(run.model.dtype, _COARSE_TOLERANCE)
-        if not (whole - found.float().log_softmax(-1)).abs().max() <= tolerance * spread:
+        if not (whole - row.float().log_softmax(-1)).abs().max() <= tolerance * spread:
             return False
     return True
 
@@ -292,9 +296,9 @@ def is_prompted(model) -> bool:
 
 
 def _turns_with_length(config) -> bool:
-    """Whether rotary positions depend on the length of the whole pass (longrope, dynamic NTK), so
-    that keys which are kept are not those of a longer text.
+    """Whether rotary positions depend on the length of the whole pass (longrope, dynamic NTK): kept
+    keys would then not be those of a longer text.
     """
     rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    kinds = [rope, *(one for one in rope.values() if isinstance(one, dict))]
-    return any(one.get("rope_type") in ("longrope", "dynamic") for one in kinds)
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    return any(kind.get("rope_type") in ("longrope", "dynamic") for kind in kinds)

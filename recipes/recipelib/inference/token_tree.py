@@ -1,10 +1,10 @@
-"""Many prompts as one tree of tokens: what begins alike is computed once, and the rest is packed
+"""Many prompts as one tree of tokens: shared beginnings are computed once, and the rest is packed
 into few forward passes without padding.
 
-Whole prompts are compared token by token: where a text is cut into a shared and an own part, the
-two could encode otherwise than together. Rows whose prompts begin alike are brought side by side by
-sorting. A beginning that many forward passes need is kept as keys and values (see
-`shared_cache.py`); a short one is cheaper to compute again in each of them.
+Whole prompts are compared token by token, since a text that is cut into a shared part and the rest
+may be encoded differently from the whole. Sorting brings rows whose prompts begin alike side by
+side. A beginning that many forward passes need is kept as keys and values (see `shared_cache.py`);
+a short one is cheaper to compute again in each of them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from itertools import accumulate
 
 import torch
 
-# A forward pass has costs of its own: a beginning is computed by itself where that saves at least
-# so many tokens.
+# Every forward pass has a fixed cost: a beginning gets a pass of its own where that saves at least
+# this many tokens.
 WORTH_KEEPING = 64
 
 
@@ -25,8 +25,8 @@ class Pass:
     """One forward pass.
 
     Attributes:
-        members: which prompts it holds, in the order of their tokens.
-        kept: how many first tokens of all of them are computed before, and kept.
+        members: the numbers of its prompts, in the order of their tokens.
+        kept: how many first tokens, the same in all of them, are computed before and kept.
         tokens: how many tokens it computes.
     """
 
@@ -35,14 +35,14 @@ class Pass:
     tokens: int
 
 
-def common_length(one: Sequence[int], other: Sequence[int]) -> int:
+def common_length(first: Sequence[int], second: Sequence[int]) -> int:
     """How many first tokens two sequences (lists both, or tuples) have in common."""
-    low, high = 0, min(len(one), len(other))
-    if one[:high] == other[:high]:
+    low, high = 0, min(len(first), len(second))
+    if first[:high] == second[:high]:
         return high
     while high - low > 1:  # the first `low` are equal, the first `high` are not
         middle = (low + high) // 2
-        if one[low:middle] == other[low:middle]:
+        if first[low:middle] == second[low:middle]:
             low = middle
         else:
             high = middle
@@ -50,36 +50,38 @@ def common_length(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def plan_passes(prompts: Sequence[Sequence[int]], extra: Sequence[int], budget: int) -> list[Pass]:
-    """Forward passes of at most `budget` tokens. A prompt that is longer gets one of its own, with
-    all but its last token kept: what is kept can be computed in parts.
+    """Forward passes of at most `budget` tokens. A longer prompt gets one of its own, with all but
+    its last token kept: what is kept can be computed in parts.
 
     Args:
         prompts: ids of each prompt, at least one.
-        extra: how many tokens are computed behind each prompt.
+        extra: how many tokens are computed after each prompt.
     """
     if not prompts:
         return []
-    order = sorted(range(len(prompts)), key=lambda one: (prompts[one], one))
-    rows = [prompts[one] for one in order]
+    order = sorted(range(len(prompts)), key=lambda number: (prompts[number], number))
+    rows = [prompts[number] for number in order]
     shared = [0, *map(common_length, rows, rows[1:])]  # with the row before
-    own = [len(row) - old + extra[one] for row, old, one in zip(rows, shared, order, strict=True)]
+    own = [
+        len(row) - old + extra[number] for row, old, number in zip(rows, shared, order, strict=True)
+    ]
     sums = [0, *accumulate(own)]
 
     def tokens(start: int, end: int, kept: int) -> int:
-        """What the rows from `start` to before `end` cost, where `kept` tokens of each are there;
-        they share them.
+        """What the rows from `start` to before `end` cost, if the first `kept` tokens, which they
+        share, are there.
         """
         return sums[end] - sums[start] + shared[start] - kept
 
     kept = [0] * len(rows)
     branches = [(0, len(rows), 0)]
-    while branches:  # of the tree: rows that share `there` kept tokens
+    while branches:  # of the tree: rows from start to before end, of which `there` tokens are kept
         start, end, there = branches.pop()
         cost = tokens(start, end, there)
         if cost <= budget or end - start == 1:
             continue
         fork = min(shared[start + 1 : end])
-        # Of each row at least the last token is computed in a pass: the answer is read off it.
+        # At least the last token of each row is computed in a pass: the answer is read from it.
         common = min(fork, min(len(row) for row in rows[start:end]) - 1)
         if (common - there) * (-(-cost // budget) - 1) >= WORTH_KEEPING:
             there = common
@@ -109,12 +111,12 @@ def plan_passes(prompts: Sequence[Sequence[int]], extra: Sequence[int], budget: 
 
 @dataclass
 class Tree:
-    """Tokens of which each follows its parent; a parent stands before its children.
+    """Tokens, each of which follows its parent; a parent stands before its children.
 
     Attributes:
         ids: [n] tokens.
-        parents: [n] places of the tokens before them; -1 for what follows the kept beginning.
-        depths: [n] how many tokens of the tree stand before them on their path.
+        parents: [n] the place of the token before each; -1 for what follows the kept beginning.
+        depths: [n] how many tokens of the tree precede each on its path.
     """
 
     ids: list[int]
@@ -126,8 +128,10 @@ class Tree:
         self._children: dict[tuple[int, int], int] = {}
 
     def add(self, ids: Sequence[int], parent: int = -1) -> list[int]:
-        """The places of tokens that follow one another behind `parent`; those that are there are
-        not added again.
+        """Add tokens that follow `parent` one after the other, unless they are there already.
+
+        Returns:
+            Their places.
         """
         places = []
         for token in ids:

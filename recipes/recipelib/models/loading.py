@@ -280,8 +280,8 @@ def _check_folder(folder: Path) -> None:
     weights = bool(files - {"adapter_model.safetensors"})
     if (folder / "adapter_config.json").is_file() and not weights:
         raise UserError(
-            f"{folder}: a PEFT adapter, not a whole model; merge it into its base model"
-            " (merge_and_unload, then save_pretrained) or pass the base model"
+            f"{folder}: a PEFT adapter, not a whole model; merge it into its base model with"
+            " recipes/merge.py, or pass the base model"
         )
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json, so no model folder; {INSTEAD}")

@@ -1,7 +1,7 @@
 """Finds a template file and checks its fields: every mistake is one line that names the file, the
 key and the cure.
 
-The fields are described in README.md ("One template"); `template.py` says what they mean for a row.
+The fields are described in data_templates/README.md; `template.py` says what they mean for a row.
 """
 
 import copy

@@ -69,7 +69,7 @@ def save_draws(runs: Sequence[Mapping[str, Any]], output_dir: str) -> dict:
     """
     scores = [run["score"] for run in runs]
     deviation = statistics.stdev(scores)
-    same = {key: value for key, value in runs[0].items() if all(one[key] == value for one in runs)}
+    same = {key: value for key, value in runs[0].items() if all(run[key] == value for run in runs)}
     metrics = {
         **same,
         "score": statistics.mean(scores),

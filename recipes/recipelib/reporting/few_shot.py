@@ -93,8 +93,8 @@ def save_few_shot(result: FewShotScore, task: FewShotTask, args, training, model
     names = _class_names(template.verbalizer)
     if template.label:
         plot_confusion(
-            [names[one["answer"]] for one in records],
-            [names.get(one["prediction"]) for one in records],
+            [names[record["answer"]] for record in records],
+            [names.get(record["prediction"]) for record in records],
             list(names.values()),
             folder / "confusion.png",
             title=f"{template.name}: gold and predicted classes",
@@ -166,12 +166,13 @@ def confidences(records: Sequence[Mapping], kind: str) -> tuple[list[float], lis
 def _metrics(result: FewShotScore, encoder, training, model, facts: Mapping) -> dict[str, Any]:
     """What metrics.json holds of every task; the same on all processes."""
     first, scores = result.draws[0], [draw.score for draw in result.draws]
-    score, stderr = (float(np.mean(one)) for one in (scores, [one.stderr for one in result.draws]))
+    score, stderr = float(np.mean(scores)), float(np.mean([draw.stderr for draw in result.draws]))
     peak = torch.tensor([facts["peak_memory_bytes"]], device=training.device)
     if training.world_size > 1:
         torch.distributed.all_reduce(peak, torch.distributed.ReduceOp.MAX)
     details = {
-        name: float(np.mean([one.details[name] for one in result.draws])) for name in first.details
+        name: float(np.mean([draw.details[name] for draw in result.draws]))
+        for name in first.details
     }
     answered = first.rows * len(scores)
     return {
@@ -187,13 +188,17 @@ def _metrics(result: FewShotScore, encoder, training, model, facts: Mapping) -> 
         "std_over_draws": _spread(scores),
         **details,
         "scores": {
-            kind: {"mean": float(np.mean(some)), "std_over_draws": _spread(some), "draws": some}
-            for kind, some in result.by_score.items()
+            kind: {
+                "mean": float(np.mean(values)),
+                "std_over_draws": _spread(values),
+                "draws": values,
+            }
+            for kind, values in result.by_score.items()
         },
         "base_score": None if facts["adapter"] else score,
         "eval_rows": first.rows,
         "eval_rows_left_out": first.left_out,
-        **_cuts([one for some in result.asked for one in some]),
+        **_cuts([row for draw in result.asked for row in draw]),
         "train_tokens": 0,
         "supervised_tokens": 0,
         "padding_fraction": 0.0,
@@ -217,9 +222,9 @@ def _metrics(result: FewShotScore, encoder, training, model, facts: Mapping) -> 
 def _cuts(asked: Sequence[Asked]) -> dict[str, int | None]:
     """What was cut away to make prompts fit, over all draws; for a loss it is not known."""
     cuts = {
-        "prompts_shortened": sum(prompt.shortened for one in asked for prompt in one.prompts),
-        "demonstrations_dropped": sum(one.dropped for one in asked),
-        "rows_with_dropped_demonstrations": len({one.row for one in asked if one.dropped}),
+        "prompts_shortened": sum(prompt.shortened for row in asked for prompt in row.prompts),
+        "demonstrations_dropped": sum(row.dropped for row in asked),
+        "rows_with_dropped_demonstrations": len({row.row for row in asked if row.dropped}),
     }
     return cuts if asked else dict.fromkeys(cuts)
 
@@ -252,14 +257,14 @@ def _show(metrics: Mapping[str, Any], names: Mapping[str, str], written: str) ->
         return f", ± {spread:.3f} over {draws} draws" if draws > 1 else ""
 
     by_score = {
-        f"  by {kind}": f"{some['mean']:.3f}{over_draws(some['std_over_draws'])}"
+        f"  by {kind}": f"{figures['mean']:.3f}{over_draws(figures['std_over_draws'])}"
         + (" (counts)" if kind == metrics["score_by"] else "")
-        for kind, some in metrics["scores"].items()
+        for kind, figures in metrics["scores"].items()
     }
     classes = {
-        f"  {names[label]}": f"precision {one['precision']:.3f}, recall {one['recall']:.3f}, "
-        f"{one['rows']:,} rows"
-        for label, one in list(metrics.get("classes", {}).items())[:_SHOWN_CLASSES]
+        f"  {names[label]}": f"precision {figures['precision']:.3f}, "
+        f"recall {figures['recall']:.3f}, {figures['rows']:,} rows"
+        for label, figures in list(metrics.get("classes", {}).items())[:_SHOWN_CLASSES]
     }
     if len(names) > len(classes) > 0:
         classes["  other classes"] = f"{len(names) - len(classes)}, in metrics.json"

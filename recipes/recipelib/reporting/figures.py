@@ -36,12 +36,12 @@ def plot_confusion(
         golds, predictions: [n] labels; a prediction that is none of them, such as None, has a
             column of its own.
         labels: the classes in order.
-        path, title, subtitle: as in `report.plot_loss`.
+        path, title, subtitle: as in `plot_loss`.
     """
     from matplotlib.colors import to_rgb
 
     place = {label: number for number, label in enumerate(labels)}
-    columns = [*labels, *([_NO_CLASS] if any(one not in place for one in predictions) else [])]
+    columns = [*labels, *([_NO_CLASS] if any(said not in place for said in predictions) else [])]
     counts = np.zeros((len(labels), len(columns)), dtype=int)
     for gold, said in zip(golds, predictions, strict=True):
         counts[place[gold], place.get(said, len(labels))] += 1
@@ -120,7 +120,7 @@ def plot_reliability(
 
     Args:
         curves: name -> the confidence [n] of each prediction, and whether it is right; one or two.
-        path, title, subtitle: as in `report.plot_loss`.
+        path, title, subtitle: as in `plot_loss`.
     """
     left, room = 0.75, max(_inches(name, 10) for name in curves)
     figure = _figure(title, subtitle, left + 5.5 + 0.3 + room + _EDGE, 6.75, left)
@@ -140,7 +140,7 @@ def plot_reliability(
         axes.scatter(x, y, s=sizes, zorder=4, edgecolors="white", linewidths=0.8, **line)
         ends.append((y[-1], f"{name}\nECE {error:.3f}", color))
         wide = 0.09 / len(curves)
-        places = [0.1 * one + 0.005 + wide * (number + 0.5) for one in range(len(bins))]
+        places = [0.1 * at + 0.005 + wide * (number + 0.5) for at in range(len(bins))]
         below.bar(places, [count for _, _, count in bins], width=0.92 * wide, color=color)
     halves = all(min(confidences) >= 0.5 for confidences, _ in curves.values())
     axes.set(xlim=(0.5 if halves else 0, 1), ylim=(0, 1))
@@ -168,7 +168,7 @@ def plot_shots(
 
     Args:
         panels: task -> way of scoring -> shots -> the score of each draw; at most three ways.
-        path, title, subtitle: as in `report.plot_loss`.
+        path, title, subtitle: as in `plot_loss`.
         chance: task -> what answering with the most frequent class would score.
     """
     chance = chance or {}
@@ -181,23 +181,25 @@ def plot_shots(
     for number, (task, lines) in enumerate(panels.items()):
         axes = _axes(figure, left + step * number, 0.65, wide, 2.9, sharey=first)
         first = first or axes
-        shots = sorted({one for line in lines.values() for one in line})
+        shots = sorted({count for line in lines.values() for count in line})
         ends = []
         for at, ((name, line), color) in enumerate(
             zip(lines.items(), (BLUE, ORANGE, RED), strict=False)
         ):
-            draws = [line[one] for one in sorted(line)]
-            x = np.array([shots.index(one) for one in sorted(line)])
-            means = np.array([np.mean(some) for some in draws])
-            spread = np.array([np.std(some, ddof=1) if len(some) > 1 else 0 for some in draws])
+            draws = [line[count] for count in sorted(line)]
+            x = np.array([shots.index(count) for count in sorted(line)])
+            means = np.array([np.mean(scores) for scores in draws])
+            spread = np.array(
+                [np.std(scores, ddof=1) if len(scores) > 1 else 0 for scores in draws]
+            )
             axes.fill_between(x, means - spread, means + spread, color=color, alpha=0.15, lw=0)
             axes.plot(x, means, color=color, linewidth=2, marker="o", markersize=5)
             beside = x + 0.2 * (at - (len(lines) - 1) / 2)  # clear of the line and of other dots
             dots = zip(beside, draws, strict=True)
-            dots = [(where, one) for where, some in dots if len(some) > 1 for one in some]
+            dots = [(at, score) for at, scores in dots if len(scores) > 1 for score in scores]
             axes.plot(*np.reshape(dots, (-1, 2)).T, ".", color=color, alpha=0.5, markersize=5)
             ends.append((means[-1], f"{name}\n{means[-1]:.2f}", color))
-            values += [*(means - spread), *(means + spread), *(one for _, one in dots)]
+            values += [*(means - spread), *(means + spread), *(score for _, score in dots)]
         if task in chance:
             axes.axhline(chance[task], **_DASHED)
             ends.append((chance[task], f"majority class\n{chance[task]:.2f}", GRAY))
@@ -259,7 +261,7 @@ def _inches(text: str, size: float, weight: str = "normal") -> float:
 def _fitted(text: str, room: float, size: float, weight: str = "normal") -> str:
     """The text as one line, shortened to be at most `room` wide."""
     tried = (shortened(text, length) for length in range(int(30 * room), 0, -1))
-    return next((one for one in tried if _inches(one, size, weight) <= room), "")
+    return next((line for line in tried if _inches(line, size, weight) <= room), "")
 
 
 def _label_ends(axes, ends: Iterable[tuple[float, str, str]], gap: float, size: float) -> None:
@@ -286,7 +288,7 @@ def _apart(heights: Sequence[float], gap: float) -> list[float]:
             pools[-2:] = [pools[-2] + pools[-1]]
     flat = [float(np.mean(pool)) for pool in pools for _ in pool]
     top = 1 - (len(heights) - 1) * gap
-    return [min(max(one, 0.0), top) + place * gap for place, one in enumerate(flat)]
+    return [min(max(height, 0.0), top) + place * gap for place, height in enumerate(flat)]
 
 
 def plot_loss(
@@ -374,8 +376,7 @@ def plot_loss(
     panels[-1].xaxis.set_major_locator(MaxNLocator(9, steps=[1, 2, 5, 10], integer=True))
     panels[-1].xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     panels[-1].set_xlabel("step", fontsize=10, color=GRAY)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+    _save(figure, path)
 
 
 def shortened(text: str, width: int) -> str:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from recipelib.evaluation import Found
+from recipelib.evaluation import LabelWords
 from recipelib.prompts import TEMPLATE_FOLDER, PromptTemplate
 from recipelib.runtime import is_main_process, print_table, printable
 
 
-def save_label_words(found: Found, template: PromptTemplate, output_dir: str) -> Path:
+def save_label_words(search: LabelWords, template: PromptTemplate, output_dir: str) -> Path:
     """Write the template with the words, show them beside others, and say how to go on."""
     path = Path(output_dir) / "template.yaml"
     if is_main_process():
-        fields = {**template.fields, "verbalizer": {k: [word] for k, word in found.words.items()}}
+        fields = {**template.fields, "verbalizer": {k: [word] for k, word in search.words.items()}}
         path.parent.mkdir(parents=True, exist_ok=True)
         if rows := fields.get("dataset", {}).get("path"):
             beside = template.path.parent / rows
@@ -26,15 +26,15 @@ def save_label_words(found: Found, template: PromptTemplate, output_dir: str) ->
         PromptTemplate(fields, template.path).save(path)
         shown = {
             f"instead, {label}": printable(
-                ", ".join(f"{word} {train:.2f}/{held:.2f}" for word, train, held in some)
+                ", ".join(f"{word} {train:.2f}/{held:.2f}" for word, train, held in best)
             )
-            for label, some in found.others.items()
+            for label, best in search.others.items()
         }
         print_table(
             "Label words (accuracy on training / evaluation rows, without training)",
             {
-                **{label: printable(word) for label, word in found.words.items()},
-                "together": f"{found.train:.3f} / {found.evaluation:.3f}",
+                **{label: printable(word) for label, word in search.words.items()},
+                "together": f"{search.train:.3f} / {search.evaluation:.3f}",
                 **shown,
                 "written to": f"{path}; edit it and pass it as --template",
             },

@@ -53,7 +53,7 @@ def answer_file(args, training) -> None:
         how = {"combine": run["combine"], "calibrate": run["calibrate"]}
         result = score_cloze(model, asker, encoded, answers=False, **how, **budget)
     else:
-        longest = args.max_new_tokens or run["max_new_tokens"]
+        longest = args.max_new_tokens or run.get("max_new_tokens", 256)
         result = evaluate_task(
             model, encoder, rows.rows, max_new_tokens=longest, answers=False, **budget
         )

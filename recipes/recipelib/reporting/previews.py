@@ -95,10 +95,10 @@ def _prompts(
         (question,) = encoder.template.questions(row)
         return [(ids, {}) for ids, _ in encoder.conversation(question, Counts())], 0
     shown = demonstrate and (lambda _, asked: demonstrate(number, asked))
-    for one in asker.ask([row], False, shown):
-        candidates = [question.candidates for question in one.questions]
-        ids = [prompt.ids for prompt in one.prompts]
-        return list(zip(ids, candidates, strict=True)), len(one.demonstrations)
+    for asked in asker.ask([row], False, shown):
+        candidates = [question.candidates for question in asked.questions]
+        ids = [prompt.ids for prompt in asked.prompts]
+        return list(zip(ids, candidates, strict=True)), len(asked.demonstrations)
     return [], 0
 
 

@@ -198,8 +198,8 @@ def check_trained(checkpoint: Path, trained: Mapping[str, str]) -> None:
             held = file.metadata() or {}
     except (OSError, SafetensorError):
         raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: has no {TRAINED} of prompt_tuning.py; pass "
-            "a checkpoint of a run of this recipe"
+            f"--resume_from_checkpoint {checkpoint}: has no {TRAINED} of prompt_tuning.py or "
+            "cloze_sft.py; pass a checkpoint of a run of this recipe"
         ) from None
     for name, value in trained.items():
         if held.get(name) != value:

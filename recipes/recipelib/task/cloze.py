@@ -71,7 +71,7 @@ class ClozeTask(Task):
         """Fill the cloze of every evaluation row, or of others, and say how well the model did;
         without a name nothing is said.
         """
-        found = score_cloze(
+        result = score_cloze(
             model,
             self.asker,
             rows or self.scored,
@@ -81,8 +81,8 @@ class ClozeTask(Task):
             description=name and f"scoring {name}",
         )
         if name:
-            say(f"{name}: {found}")
-        return found
+            say(f"{name}: {result}")
+        return result
 
     def score_untouched(self, model) -> TaskScore:
         """The score of the model as it is: by the label words, even if labels will have embeddings
@@ -95,9 +95,9 @@ class ClozeTask(Task):
         """The score of the validation rows, and the mean log-likelihood of their labels, which
         decides between equals.
         """
-        found = self.score(model, None, self.validation)
-        right = [record["log_likelihoods"][record["answer"]] for record in found.records]
-        return found.score, sum(right) / len(right)
+        result = self.score(model, None, self.validation)
+        right = [record["log_likelihoods"][record["answer"]] for record in result.records]
+        return result.score, sum(right) / len(right)
 
     def draws(self, args, training) -> Iterator[tuple[ClozeTask, Any]]:
         """The task and the trainer's arguments of each run: one over all training rows, or one
@@ -191,11 +191,12 @@ def load_cloze_task(
         task.checkpoint = find_checkpoint(
             folder,
             training.resume_from_checkpoint,
-            check=lambda found: check_trained(found, task.trained_as),
+            check=lambda folder: check_trained(folder, task.trained_as),
         )
     if args.draws > 1 and is_main_process():  # until all are done again
         Path(training.output_dir, "metrics.json").unlink(missing_ok=True)
-    task.memory = MemoryMeter()
+    if not trains:
+        task.memory = MemoryMeter()  # else each draw has its own
     return task
 
 

@@ -65,8 +65,8 @@ class Mixture(Task):
             scores[task.template.name] = task.score(
                 model, f"{name}, {task.template.name}{kind}", **options
             )
-        found = mean_score({task.name: scores[task.name] for task in self.templates})
-        return replace(found, tasks=scores)
+        mean = mean_score({task.name: scores[task.name] for task in self.templates})
+        return replace(mean, tasks=scores)
 
     def compare(self, base: TaskScore, tuned: TaskScore) -> dict[str, dict]:
         """What metrics.json says of each task."""

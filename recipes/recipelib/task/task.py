@@ -68,7 +68,8 @@ class Task:
 
     def held_out(self) -> list[dict]:
         """The evaluation rows as training examples, to follow their loss while training."""
-        parts = [encode_rows(one, self.evaluation.rows) for one in self.trained or [self.encoder]]
+        encoders = self.trained or [self.encoder]
+        parts = [encode_rows(encoder, self.evaluation.rows) for encoder in encoders]
         return [example for part in parts for example in part.examples]
 
     def score(
@@ -83,15 +84,15 @@ class Task:
             options: further ones of `evaluate_task`.
         """
         encoder = self.encoder.with_template(template) if template else self.encoder
-        found = evaluate_task(
+        result = evaluate_task(
             model,
             encoder,
             self.evaluation.rows,
             description=f"scoring {name}",
             **{**self.budget, **options},
         )
-        say(f"{name}: {found}")
-        return found
+        say(f"{name}: {result}")
+        return result
 
 
 def load_task(
@@ -117,11 +118,11 @@ def load_task(
     train, evaluation = load_rows_of(template, args, training.seed)
     say_how_many(len(train.rows), train.available)
     encoder = make_encoder(template, args, training)
-    encoders = [encoder.with_template(one) for one in trained] or [encoder]
+    encoders = [encoder.with_template(other) for other in trained] or [encoder]
     encoded = EncodedRows()
-    for one in encoders:
+    for trained_encoder in encoders:
         bar = progress("encoding")
-        encoded.extend(encode_rows(one, train.rows, seed=training.seed, progress=bar))
+        encoded.extend(encode_rows(trained_encoder, train.rows, seed=training.seed, progress=bar))
     task = Task(
         encoder=encoder,
         train=train,

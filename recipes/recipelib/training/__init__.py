@@ -1,4 +1,4 @@
-"""The trainers, their arguments, and what belongs to a step: packing, batches, callbacks."""
+"""The trainers and their arguments, and what a step is made of: packing, batches, callbacks."""
 
 from recipelib.training.callbacks import SampleWriter, stop_early
 from recipelib.training.cloze_trainer import ClozeTrainer, keep_best

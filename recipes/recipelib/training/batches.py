@@ -1,4 +1,4 @@
-"""Which rows are computed together."""
+"""Which examples are computed together."""
 
 from collections.abc import Sequence
 
@@ -6,17 +6,17 @@ import torch
 
 
 def sampling_seed(training) -> int:
-    """The seed by which the trainer draws the order of the rows."""
+    """The seed with which the trainer draws the order of the rows."""
     return training.seed if training.data_seed is None else training.data_seed
 
 
 def micro_batches(lengths: Sequence[int], training) -> list[list[int]]:
-    """One pass over the examples as it will be cut into forward passes, those of all processes.
+    """One epoch as it will be cut into forward passes, those of all processes.
 
     Args:
         lengths: tokens of each example.
-        training: the trainer's arguments; of its sampling strategies "batch_rebalance" (parts of
-            a step that are of similar length) is followed exactly, any other is taken as random.
+        training: the trainer's arguments. Of its sampling strategies "batch_rebalance" (parts of
+            a step with similar lengths) is followed exactly, any other is taken as random.
 
     Returns:
         The examples' indices, batch by batch.
@@ -29,7 +29,7 @@ def micro_batches(lengths: Sequence[int], training) -> list[list[int]]:
         sampler = BatchRebalanceSampler(
             lengths=lengths,
             effective_batch_size=training.per_device_train_batch_size * groups,
-            dp_size=1,  # the groups of all processes
+            dp_size=1,  # `grad_accum` counts the groups of all processes
             grad_accum=groups,
             seed=seed,
             drop_last=training.dataloader_drop_last,
@@ -40,7 +40,7 @@ def micro_batches(lengths: Sequence[int], training) -> list[list[int]]:
 
 
 def expected_padding(lengths: Sequence[int], training) -> float:
-    """The share of padding in one pass: padding tokens over all tokens."""
+    """The share of padding in an epoch: padding tokens over all tokens."""
     if training.packing:
         return 0.0
     batches = [[lengths[index] for index in batch] for batch in micro_batches(lengths, training)]

@@ -1,4 +1,4 @@
-"""What happens between the steps: stopping early, and answers to a few rows, written on the way."""
+"""What happens between steps: stopping early, and answers to a few rows, written on the way."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAMPLES = "samples.jsonl"
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """transformers', which goes on counting where a run is resumed."""
+    """transformers', but a resumed run goes on counting where it stopped."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Count the evaluations since the best one."""
@@ -29,19 +29,19 @@ class EarlyStopping(EarlyStoppingCallback):
 
 
 def stop_early(training, patience: int) -> EarlyStopping:
-    """End training after so many evaluations without a lower loss, and go back to the best weights
-    (Prechelt 1998).
+    """End training after `patience` evaluations without a lower loss, and go back to the best
+    weights (Prechelt 1998).
 
-    Going back needs a checkpoint for each evaluation. What the user left at its default follows
-    what was set; if nothing was, both happen once a pass.
+    Going back needs a checkpoint for each evaluation. If the user set only when to save, or only
+    when to evaluate, the other follows; if neither, both happen once an epoch.
 
     Args:
-        training: the trainer's arguments, changed in place; before rows for evaluation are
-            encoded and the trainer is made.
+        training: the trainer's arguments, which are changed: so call this before evaluation rows
+            are encoded and the trainer is made.
         patience: evaluations.
 
     Returns:
-        What to give the trainer as a callback.
+        The callback for the trainer.
     Raises:
         UserError: arguments by which the best weights would not be kept.
     """
@@ -84,30 +84,29 @@ def _how_often(strategy: str, steps: float) -> str:
 
 
 class SampleWriter(TrainerCallback):
-    """Lets the model answer the same few rows of a task every so many steps, before the first one
+    """Lets the model answer the same few rows of a task before the first step, every `every` steps
     and at the end, and adds the answers to OUTPUT_DIR/samples.jsonl.
 
     A line holds the `step`, the `task`, the `prompt`, what was `generated` (greedily) and the gold
-    `answer`. Of a conversation the last reply is written. After going back to the best
-    weights, the last lines have their step. Where a run is resumed, lines from after its checkpoint
-    are dropped.
+    `answer`. In a conversation the last reply is generated. After going back to the best weights,
+    the last lines have the step of those. A resumed run drops the lines from after its checkpoint.
 
-    Training is the same with and without it, but for the time, which counts as training time. All
-    processes take part, the main one writes.
+    Training is the same with and without it, except for the time, which counts as training time.
+    All processes take part, the main one writes.
 
     Args:
         encoder: encodes the task.
-        rows: as `data.load_rows` gives them; one whose prompt does not fit is passed over, as is a
-            conversation without a reply that is learned and calls no tool.
-        every: steps.
-        max_new_tokens: the longest answer.
+        rows: as `data.load_rows` gives them. Rows whose prompt does not fit are skipped, and so are
+            conversations that have no trained reply without a tool call.
+        every: steps between answers.
+        max_new_tokens: of an answer.
     """
 
     def __init__(
         self, encoder: PromptEncoder, rows: Sequence[Mapping], every: int, max_new_tokens: int = 64
     ):
         self.encoder, self.every, self.max_new_tokens = encoder, every, max_new_tokens
-        self.asked = []  # ids of a prompt, its end marker, the gold answer
+        self.asked = []  # of each row: the prompt's ids, its end marker, the gold answer
         for row in rows:
             try:
                 self.asked.append(self._ask(row))
@@ -139,22 +138,22 @@ class SampleWriter(TrainerCallback):
         return ids, end, reply["content"].strip()
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """Drop lines from after the checkpoint that is resumed from; answer if there is none."""
+        """Drop lines from after the checkpoint that is resumed; without a checkpoint, answer."""
         if is_main_process():
             path = Path(args.output_dir, SAMPLES)
-            kept = [one for one in _read(path) if one["step"] <= state.global_step]
+            kept = [line for line in _read(path) if line["step"] <= state.global_step]
             if path.exists():
                 write_jsonl(path, kept)
         if state.global_step == 0:
             self._write(model, args.output_dir, 0)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        """Answer every so many steps."""
+        """Answer, if this step is one of every `every`."""
         if state.global_step % self.every == 0:
             self._write(model, args.output_dir, state.global_step)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        """Answer with the last weights, or with the best where those are kept."""
+        """Answer with the last weights, or with the best if those are loaded at the end."""
         best = args.load_best_model_at_end and state.best_model_checkpoint
         step = state.best_global_step if best else state.global_step
         if step % self.every:
@@ -179,9 +178,11 @@ class SampleWriter(TrainerCallback):
         if not is_main_process():
             return
         path = Path(folder, SAMPLES)
-        lines = [one for one in _read(path) if (one["task"], one["step"]) != (template.name, step)]
-        for (ids, _, answer), (one,) in zip(self.asked, written, strict=True):
-            text = one.text
+        lines = [
+            line for line in _read(path) if (line["task"], line["step"]) != (template.name, step)
+        ]
+        for (ids, _, answer), (sample,) in zip(self.asked, written, strict=True):
+            text = sample.text
             for stop in template.stop:
                 text = text.partition(stop)[0]
             prompt = tokenizer.decode(ids)

@@ -1,5 +1,5 @@
-"""Training through a cloze: the loss over labels, and saving what PEFT has no way to
-save: soft prompts that are sharded, networks in front of them, label embeddings.
+"""Training through a cloze: the loss over labels, and saving what PEFT cannot save: soft prompts
+that are sharded, networks in front of them, label embeddings.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from recipelib.training.trainer import RecipeTrainer
 
 
 class ClozeTrainer(RecipeTrainer):
-    """`RecipeTrainer` whose loss is the cross-entropy of the right label among the labels.
+    """A `RecipeTrainer` whose loss is the cross-entropy of the right label among the labels.
 
     Args:
-        task: a `ClozeTask`, or what has its `encoded`, `facts` and `trained_as`.
+        task: a `ClozeTask`, or anything with its `encoded`, `facts` and `trained_as`.
     """
 
     def __init__(self, model, training, task, **options):
         training.remove_unused_columns = False
         super().__init__(model, training, task, data_collator=collate, **options)
-        # A step's loss is a mean over its rows. Masked models' own loss ignores how many there
-        # are, and comes out scaled by the accumulation steps.
+        # A step's loss is a mean over its rows, as below. The loss of masked models themselves
+        # ignores the number of rows and comes out multiplied by the accumulation steps.
         self._loss_shifts_labels = False
         self.model_accepts_loss_kwargs = True
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Cross-entropy over the labels summed over the rows, divided by their number in the whole
-        step over all processes and accumulation steps.
+        """Cross-entropy over the labels, summed over the rows and divided by the number of rows in
+        the whole step, of all processes and accumulation steps.
         """
         words = word_scores(self.model, inputs, run=model)
         scores = combine_words(words, inputs["word_labels"], self.task.facts["combine"])
@@ -74,20 +74,21 @@ class ClozeTrainer(RecipeTrainer):
         return estimate_memory(self.model, self.args, batch, _loss_of_shapes)
 
     def trained_weights(self) -> dict[str, torch.Tensor]:
-        """Everything that is trained, whole, by its name; on other processes than the main one, of
-        a sharded model, nothing.
+        """All trained parameters, whole, by name. Of a sharded model only the main process gets
+        them, the others get nothing.
         """
-        trained = {name for name, one in self.model.named_parameters() if one.requires_grad}
+        parameters = dict(self.model.named_parameters())
+        trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
         if not self.is_fsdp_enabled:
-            found = {name: one.detach().cpu() for name, one in self.model.named_parameters()}
+            weights = {name: parameter.detach().cpu() for name, parameter in parameters.items()}
         else:
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            found = get_model_state_dict(self.model, options=options)
-        return {name: one.contiguous() for name, one in found.items() if name in trained}
+            weights = get_model_state_dict(self.model, options=options)
+        return {name: weight.contiguous() for name, weight in weights.items() if name in trained}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        """Save what was trained; called by all processes. A soft prompt or prefix is saved as
-        PEFT's, a tuned model as transformers', label embeddings beside them.
+        """Save what was trained; called by all processes. A soft prompt or prefix is saved as PEFT
+        does, a tuned model as transformers does, label embeddings beside them.
         """
         folder = Path(output_dir or self.args.output_dir)
         weights = self.trained_weights()
@@ -99,16 +100,18 @@ class ClozeTrainer(RecipeTrainer):
         if _internal_call:  # a checkpoint on the way
             save_file(weights, folder / TRAINED, self.task.trained_as)
             return
-        soft = {name: one for name, one in weights.items() if ".soft_verbalizer." in f".{name}"}
+        soft = {
+            name: weight for name, weight in weights.items() if ".soft_verbalizer." in f".{name}"
+        }
         if soft:
-            parts = {name.rpartition(".")[2]: one for name, one in soft.items()}
-            save_file(parts, folder / SOFT_VERBALIZER, {"format": "pt"})
-        rest = {name: one for name, one in weights.items() if name not in soft}
+            tensors = {name.rpartition(".")[2]: weight for name, weight in soft.items()}
+            save_file(tensors, folder / SOFT_VERBALIZER, {"format": "pt"})
+        rest = {name: weight for name, weight in weights.items() if name not in soft}
         if not isinstance(self.model, PeftModel):
             self._save_whole(folder, rest)
             return
         prompts = {name for name in rest if name.startswith("prompt_encoder.")}
-        if rest.keys() - prompts:  # the model was tuned, too
+        if rest.keys() - prompts:  # the model was tuned too
             prefix = "base_model."
             base = {name.removeprefix(prefix): rest[name] for name in rest.keys() - prompts}
             self._save_whole(folder / BASE, base)
@@ -116,34 +119,38 @@ class ClozeTrainer(RecipeTrainer):
         self._save_prompt(folder, {name: rest[name] for name in prompts}, tuned)
 
     def _save_whole(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-        """A model of which every parameter was trained; of tied ones each comes once."""
+        """Save a model of which every parameter was trained; `weights` has tied ones once."""
         bare = bare_model(self.model)
         whole = dict(weights)
-        for name, one in bare.named_parameters(remove_duplicate=False):
+        for name, parameter in bare.named_parameters(remove_duplicate=False):
             if name not in whole and not name.startswith("soft_verbalizer."):
-                twin = next(other for other, it in bare.named_parameters() if it is one)
+                named = bare.named_parameters()
+                twin = next(other for other, weight in named if weight is parameter)
                 whole[name] = whole[twin]
         if (doubled := getattr(bare, "head_bias", None)) is not None:  # see `prepare_for_fsdp2`
             head = bare.get_output_embeddings()
-            name = next(name for name, one in bare.named_modules() if one is head)
-            whole[doubled] = whole.pop(f"{name}.bias")  # from which the other is tied
-        for name, one in bare.named_buffers():
+            name = next(name for name, module in bare.named_modules() if module is head)
+            whole[doubled] = whole.pop(f"{name}.bias")  # the two are tied when it is loaded
+        for name, buffer in bare.named_buffers():
             if name in bare.state_dict():
-                whole[name] = one
+                whole[name] = buffer
         bare.save_pretrained(folder, state_dict=whole)
         self.processing_class.save_pretrained(folder)
 
     def _save_prompt(
         self, folder: Path, weights: dict[str, torch.Tensor], base: str | None
     ) -> None:
-        """The soft prompt as PEFT saves it: the embeddings that come out of its network; for the
-        model that it was trained with, or the tuned one in `base`.
+        """Save the soft prompt as PEFT does: the embeddings that its network puts out. It is for
+        the tuned model in `base`, or else for the model that it was trained with.
         """
         config = self.model.peft_config["default"]
         kind = type(self.model.prompt_encoder["default"])  # a new one: the model's may be sharded
         encoder = kind(config, None) if kind is PromptEmbedding else kind(config)
         encoder.load_state_dict(
-            {name.removeprefix("prompt_encoder.default."): one for name, one in weights.items()}
+            {
+                name.removeprefix("prompt_encoder.default."): weight
+                for name, weight in weights.items()
+            }
         )
         with torch.no_grad():
             count = config.num_virtual_tokens * config.num_transformer_submodules
@@ -162,14 +169,14 @@ class ClozeTrainer(RecipeTrainer):
 
 
 class KeepBest(TrainerCallback):
-    """Scores validation rows after every pass, and ends with the weights of the best pass.
+    """Scores validation rows after every epoch, and ends with the weights of the best epoch.
 
     The trainer's own `load_best_model_at_end` would load a checkpoint through PEFT, which knows
-    only the embeddings that a network in front of them has made.
+    the embeddings of a soft prompt but not the network that makes them.
 
     Args:
-        score: of the validation rows as the model is now, higher is better; a tuple, so that what
-            comes second decides between equals.
+        score: scores the validation rows with the model as it is now; higher is better. A tuple:
+            of a tie the second value decides.
     """
 
     def __init__(self, model, score: Callable[[], tuple[float, ...]]):
@@ -178,9 +185,13 @@ class KeepBest(TrainerCallback):
         self.scores: list[float] = []
         self._weights: list[torch.Tensor] = []
 
-    def _parts(self) -> list[torch.Tensor]:
-        trained = (one for one in self.model.parameters() if one.requires_grad)
-        return [one.to_local() if isinstance(one, DTensor) else one for one in trained]
+    def _trained(self) -> list[torch.Tensor]:
+        """The trained parameters; of sharded ones this process's shard."""
+        return [
+            parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            for parameter in self.model.parameters()
+            if parameter.requires_grad
+        ]
 
     @torch.no_grad()
     def on_epoch_end(self, args, state, control, **kwargs):
@@ -190,20 +201,20 @@ class KeepBest(TrainerCallback):
         self.scores.append(value[0])
         if self.best is None or value > self.best:
             self.best = value
-            self._weights = [one.detach().to("cpu", copy=True) for one in self._parts()]
+            self._weights = [weight.detach().to("cpu", copy=True) for weight in self._trained()]
 
     @torch.no_grad()
     def on_train_end(self, args, state, control, **kwargs):
         """Go back to the best weights."""
-        for one, best in zip(self._parts(), self._weights, strict=True):
-            one.copy_(best)
+        for weight, best in zip(self._trained(), self._weights, strict=True):
+            weight.copy_(best)
 
 
 def keep_best(trainer: ClozeTrainer, task) -> list[float] | None:
-    """Let a trainer end with the weights of the pass that is best on the task's validation rows.
+    """Let a trainer end with the weights of the epoch that is best on the task's validation rows.
 
     Returns:
-        The score of each pass, filled in while training; None without such rows.
+        The score of each epoch, filled in while training; None without validation rows.
     """
     if task.validation is None:
         return None
@@ -224,11 +235,11 @@ def heaviest_cloze_batch(examples: Sequence[Example], training) -> MicroBatch:
         return MicroBatch(len(lengths), max(lengths), sum(read), len({*lengths}) > 1)
 
     batches = micro_batches([len(example["input_ids"]) for example in examples], training)
-    return max(map(shape, batches), key=lambda one: one.rows * one.width)
+    return max(map(shape, batches), key=lambda batch: batch.rows * batch.width)
 
 
 def _loss_of_shapes(model, training, batch: MicroBatch) -> torch.Tensor:
-    """The loss of `ClozeTrainer` for the shapes of a batch, see `fake_step.step_peaks`."""
+    """The loss of `ClozeTrainer` for a batch of these shapes, see `fake_step.step_peaks`."""
     tokens = torch.zeros(batch.rows, batch.width, dtype=torch.long, device=training.device)
     places = torch.zeros(batch.supervised, 2, dtype=torch.long, device=training.device)
     halved = training.bf16 or training.fp16

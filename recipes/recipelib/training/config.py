@@ -1,4 +1,4 @@
-"""The trainer's arguments: defaults that fit the machine, and what cannot work refused early."""
+"""The trainer's arguments: defaults that fit the machine; what cannot work is refused early."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from recipelib.runtime import (
     uses_fsdp,
 )
 
-# Arguments of SFTConfig about what the recipes do themselves, in `encoding.py` and in the loss.
+# Arguments of SFTConfig about what the recipes do themselves, in `encoding` and in the loss.
 _NOT_OURS = (
     "assistant_only_loss",
     "chat_template_path",
@@ -30,9 +30,7 @@ _NOT_OURS = (
     "eos_token",
     "loss_type",
 )
-
-
-# About the packing of TRL's that fills lines of max_length tokens; ours has no options.
+# Arguments about TRL's packing, which fills lines of max_length tokens; ours has no options.
 _NOT_OUR_PACKING = ("eval_packing", "packing_strategy", "padding_free")
 
 
@@ -47,7 +45,7 @@ class RecipeConfig(SFTConfig):
     external tracker.
     """
 
-    # TRL turns it on under its deprecated name; a third more time is for the user to choose.
+    # TRL turns it on under this deprecated name; it costs a third more time, so the user decides.
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "Deprecated: --activation_checkpointing."}
     )
@@ -60,7 +58,7 @@ class RecipeConfig(SFTConfig):
     )
     logging_steps: float = field(default=1, metadata={"help": "Log the loss every so many steps."})
     ddp_find_unused_parameters: bool | None = field(
-        default=False,  # the search costs a walk over the graph in every step
+        default=False,  # the search walks over the graph in every step
         metadata={"help": "Search for parameters that a step leaves out; only data parallel."},
     )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
@@ -98,20 +96,20 @@ class RecipeConfig(SFTConfig):
             # Otherwise each process keeps the whole gradient until the last micro-batch of a step.
             sync = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
             self.accelerator_config = sync
-        # The trainer would upload checkpoints from the start; we upload the finished run.
+        # The trainer would upload every checkpoint; we upload the finished run.
         self.publish, self.push_to_hub = self.push_to_hub, False
-        # Rows come encoded and checked; the trainer's own preparation would cut the ends of long
-        # answers.
+        # Rows are encoded and checked already; the trainer's own preparation would cut off the ends
+        # of long answers.
         self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__post_init__()
         check_joined(self.world_size)
-        if self.n_gpu > 1:  # torch's DataParallel, which would scatter what the loss passes on
+        if self.n_gpu > 1:  # torch's DataParallel would scatter what the loss passes on
             say(f"using one of {self.n_gpu} GPUs; accelerate_configs/ddp.yaml uses all")
             self._n_gpu = 1
         self._check_early()
 
     def _check_early(self) -> None:
-        """Raise now what the trainer would raise minutes later, after the base model was scored."""
+        """Raise now what the trainer would raise minutes later, once the base model was scored."""
         if self.fp16 and self.device.type == "cpu":
             raise UserError("--fp16: needs a GPU; leave it out")
         if self.use_liger_kernel and not is_liger_kernel_available():
@@ -132,7 +130,7 @@ class RecipeConfig(SFTConfig):
             get_scheduler(self.lr_scheduler_type, optimizer, 0, 1, **options)
 
         def optimize() -> None:
-            with suppress(ValueError):  # of those that need the model, too
+            with suppress(ValueError):  # raised by optimizers that need the model too
                 Trainer.get_optimizer_cls_and_kwargs(self)
 
         checks = {"report_to": report, "lr_scheduler_type": schedule, "optim": optimize}

@@ -13,7 +13,7 @@ def show_plan(model, training, task, estimated: MemoryEstimate) -> None:
 
     Args:
         training: the trainer's arguments.
-        task: its `encoded` examples, its `sources` and the `model_name` are shown.
+        task: its `encoded` examples, `sources` and `model_name` are shown.
         estimated: the memory that each process will need.
     """
     dtype, why = training.model_dtype

@@ -1,5 +1,5 @@
-"""What our trainer adds to TRL's: it knows its task, its loss projects the answers only, and
-packing changes no loss.
+"""What our trainer adds to TRL's: it knows its task, its loss projects only the answers onto the
+vocabulary, and packing does not change the loss.
 """
 
 from __future__ import annotations
@@ -46,19 +46,17 @@ from recipelib.training.memory import MemoryEstimate, estimate_memory
 from recipelib.training.packing import RowsApart, row_lengths, rows_stay_apart
 from recipelib.training.plan import show_plan
 
-# PEFT reads transformers' old name for activation checkpointing; a user can do nothing about it.
+# PEFT uses transformers' old name for activation checkpointing; the user cannot change that.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
 
 class LossBar(TrainerCallback):
-    """One progress bar with the latest loss, where transformers prints a line for every logged
-    step.
-    """
+    """A progress bar with the latest loss; transformers would print a line per logged step."""
 
     bar = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Open the bar, at the step that is resumed from."""
+        """Open the bar, at the step where a resumed run goes on."""
         self.bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
@@ -69,7 +67,7 @@ class LossBar(TrainerCallback):
         )
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Move on by a step."""
+        """Advance the bar."""
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -87,15 +85,15 @@ class LossBar(TrainerCallback):
 
 @dataclass(frozen=True)
 class TrainingFigures:
-    """What training took, over all processes.
+    """What training took, in all processes together.
 
     Attributes:
         steps: optimizer steps.
         tokens, slots: without and with padding.
         seconds: of training alone.
         peak_memory_bytes: of the process that took the most, see `MemoryMeter`.
-        peak_resident_bytes: the same, by resident memory.
-        estimated_memory_bytes: what was estimated before.
+        peak_resident_bytes: the same for resident memory.
+        estimated_memory_bytes: what was estimated beforehand.
         world_size, distributed_type: as accelerate names them.
     """
 
@@ -111,25 +109,26 @@ class TrainingFigures:
 
 
 class RecipeTrainer(SFTTrainer):
-    """`SFTTrainer` that knows its task. Its vocabulary projection runs on supervised positions
-    only, and it counts tokens, time and memory.
+    """An `SFTTrainer` that knows its task. It projects only supervised positions onto the
+    vocabulary, and counts tokens, time and memory.
 
-    With one-word answers the projection of all positions costs a fifth of the whole step on a small
-    model; TRL's fused head avoids it under Triton only.
+    With one-word answers, projecting all positions costs a fifth of the whole step of a small
+    model; TRL's fused head avoids that under Triton only.
 
-    Under FSDP the model is sharded when the trainer is made and not when training starts, so that
-    `trainer.model` can be scored before: each process holds its part, and all have to make equally
+    Under FSDP the model is sharded when the trainer is made, not when training starts, so that
+    `trainer.model` can be scored before: each process holds its shard, and all have to make equally
     many forward passes.
 
     Args:
         training: a `RecipeConfig`.
-        task: what is trained: its `encoded` examples, `tokenizer`, `held_out()` examples and the
-            `checkpoint` to go on from; its `memory` meter may be None.
-        rates: learning rates of their own, by a part of the parameters' names.
+        task: gives the `encoded` examples, the `tokenizer`, the `held_out()` examples, the
+            `checkpoint` to resume, and the `memory` meter, which may be None: then nothing is
+            estimated, measured or shown.
+        rates: learning rates for the parameters with these words in their names.
         options: further ones of `SFTTrainer`.
     Raises:
-        UserError: a checkpoint that is not this run's; what should be sharded is not; a model whose
-            rows cannot be packed.
+        UserError: a checkpoint of another run; FSDP is asked for but off; a model whose rows cannot
+            be packed.
     """
 
     def __init__(
@@ -150,13 +149,15 @@ class RecipeTrainer(SFTTrainer):
             raise UserError(FSDP_OFF)
         if getattr(self.model, "is_loaded_in_4bit", False):
             prepare_four_bit(self.model)
-        # By which a step's tokens are counted: `compute_loss` does it for every model.
+        # The trainer counts a step's labels from the second on, as `compute_loss` does.
         self._loss_shifts_labels = True
         self.tokens_seen = 0  # without padding, by this process
         self.slots_seen = 0  # with padding
         self.seconds = 0.0
         self._casting: list[BaseTunerLayer] | None = None  # see `_without_input_casts`
-        self.rows_apart: bool | None = None  # with packing: whether sdpa is given row by row
+        self.rows_apart: bool | None = (
+            None  # with packing: whether sdpa is given each row by itself
+        )
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(LossBar)
@@ -170,15 +171,15 @@ class RecipeTrainer(SFTTrainer):
             self.rows_apart = rows_stay_apart(self.model, self.data_collator, coarse)
 
     def _estimate(self) -> MemoryEstimate:
-        """The memory that training will need, of the model before it is sharded."""
+        """The memory that training will need; called before the model is sharded."""
         return estimate_memory(self.model, self.args, self.task.encoded.examples)
 
     def _optimizer_at(self, rates: Mapping[str, float]) -> torch.optim.Optimizer:
-        """The optimizer that the arguments ask for, with learning rates of their own for parameters
-        with these parts in their names.
+        """The optimizer that the arguments ask for, with these learning rates for the parameters
+        that have these words in their names.
 
         Raises:
-            UserError: --optim names one that groups parameters itself.
+            UserError: --optim names an optimizer that groups parameters itself.
         """
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         if options.keys() & {"params", "model", "optimizer_dict"}:
@@ -187,7 +188,7 @@ class RecipeTrainer(SFTTrainer):
         groups: dict[tuple[float, float], list] = {}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                own = (rate for part, rate in rates.items() if part in name)
+                own = (rate for word, rate in rates.items() if word in name)
                 decay = self.args.weight_decay if name in decayed else 0.0
                 rate = next(own, self.args.learning_rate)
                 groups.setdefault((rate, decay), []).append(parameter)
@@ -202,13 +203,13 @@ class RecipeTrainer(SFTTrainer):
     def _shard(self) -> None:
         plugin = self.accelerator.state.fsdp_plugin
         if plugin.activation_checkpointing:
-            # accelerate would wrap the layers, in which PEFT then finds no adapter to save. The
-            # trainer's own way computes and, under FSDP2, gathers just as much.
+            # accelerate would wrap the layers, and PEFT would find no adapter in them to save. The
+            # trainer's own way computes as much and, under FSDP2, gathers as much.
             plugin.activation_checkpointing = False
             self.args.activation_checkpointing = True
         if plugin.fsdp_version == 2:
             prepare_for_fsdp2(plugin, self.model)
-            self.create_optimizer()  # whose parameters accelerate then exchanges for the shards
+            self.create_optimizer()  # accelerate then exchanges its parameters for the shards
             self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         else:
             if isinstance(self.model, PeftModel):
@@ -220,8 +221,8 @@ class RecipeTrainer(SFTTrainer):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Show the plan and train, from the task's checkpoint unless another is given. The model
-        may have been scored since it was sharded. What a finished run left in the folder goes only
-        now.
+        may have been scored since it was sharded. What a finished run left in the output folder is
+        removed only now.
         """
         checkpoint, memory = resume_from_checkpoint or self.task.checkpoint, self.task.memory
         if memory:
@@ -230,13 +231,13 @@ class RecipeTrainer(SFTTrainer):
         clear_way(self.args.output_dir, checkpoint)
         reshard(self.model)
         start = time.perf_counter()
-        found = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         self.seconds = time.perf_counter() - start
         self._peak = memory.stop() if memory else 0
-        return found
+        return output
 
     def figures(self) -> TrainingFigures:
-        """What training took; all processes have to ask."""
+        """What training took; all processes have to call this."""
         resident = self.task.memory.resident if self.task.memory else 0
         counted = [self.tokens_seen, self.slots_seen, self._peak, resident]
         processes = self.accelerator.gather(torch.tensor([counted], device=self.args.device))
@@ -257,8 +258,8 @@ class RecipeTrainer(SFTTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward pass of a micro-batch."""
         if self.args.packing and self.neftune_noise_alpha is not None:
-            # The noise is divided by the root of a line's length (Jain et al. 2023, algorithm 1);
-            # what is meant is the width that padding would give.
+            # The noise is divided by the root of the width (Jain et al. 2023, algorithm 1), meaning
+            # the width that padding would give, not the length of the line.
             lengths = row_lengths(inputs)
             longer = (sum(lengths) / max(lengths)) ** 0.5
             self.model.get_input_embeddings().neftune_noise_alpha = (
@@ -277,11 +278,11 @@ class RecipeTrainer(SFTTrainer):
 
     @contextmanager
     def _without_input_casts(self) -> Iterator[None]:
-        """Adapters get their input as it is, not cast to their own float32: autocast would cast it
-        back.
+        """A context in which adapters get their input as it is, not cast to their own float32:
+        autocast would cast it back.
 
-        It holds for the forward pass and for the backward pass, which may recompute. LoRA's
-        variants do more than products and are left as they are.
+        It lasts through the forward pass and the backward pass, which may recompute. LoRA's
+        variants compute more than products and are left as they are.
         """
         if self._casting is None:
             modules = self.model.modules() if self.args.bf16 or self.args.fp16 else ()
@@ -297,15 +298,15 @@ class RecipeTrainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
-        if isinstance(sampler, BatchRebalanceSampler):  # which has a seed of its own
+        if isinstance(sampler, BatchRebalanceSampler):  # it has a seed of its own
             sampler.seed = sampling_seed(self.args)
         return sampler
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        """Save the model, or the adapter, whole, whatever the accelerate config; called by all
+        """Save the model or the adapter, whole whatever the accelerate config; called by all
         processes.
 
-        Checkpoints on the way (`_internal_call`) with sharded state dicts hold shards, which
+        With sharded state dicts the checkpoints on the way (`_internal_call`) hold shards, which
         `recipes/consolidate.py` puts together.
         """
         output_dir = output_dir or self.args.output_dir
@@ -317,7 +318,7 @@ class RecipeTrainer(SFTTrainer):
             if not _internal_call and self.args.should_save:  # a pickle, which nobody should load
                 Path(output_dir, "training_args.bin").unlink(missing_ok=True)
         elif _internal_call and "SHARDED" in str(plugin.state_dict_type):
-            if self.args.should_save:  # what the consolidated weights will need beside them
+            if self.args.should_save:  # consolidated weights will need it beside them
                 config = (
                     self.model.peft_config["default"]
                     if isinstance(self.model, PeftModel)
@@ -330,8 +331,8 @@ class RecipeTrainer(SFTTrainer):
                 Path(output_dir, "training_args.bin").unlink(missing_ok=True)
 
     def whole_state_dict(self) -> dict[str, torch.Tensor]:
-        """The weights gathered from all processes (on the main one; the others get an empty dict);
-        of an adapted model those of the adapter only.
+        """The weights, gathered from all processes; of an adapted model only the adapter's. The
+        main process gets them, the others an empty dict.
         """
         options = StateDictOptions(
             full_state_dict=True,
@@ -339,7 +340,7 @@ class RecipeTrainer(SFTTrainer):
             ignore_frozen_params=isinstance(self.model, PeftModel),
         )
         weights = get_model_state_dict(self.model, options=options)
-        # Of tied weights each came by itself: shared as in the model, they are saved once.
+        # Tied weights came as separate tensors; shared as in the model, they are saved once.
         names: dict[int, str] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if name in weights:
@@ -347,12 +348,12 @@ class RecipeTrainer(SFTTrainer):
         return weights
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Cross-entropy summed over the supervised tokens, divided by their number in the whole
-        step over all processes and accumulation steps.
+        """Cross-entropy, summed over the supervised tokens and divided by the number of those in
+        the whole step, of all processes and accumulation steps.
         """
         targets = inputs["labels"][:, 1:]
         supervised = targets != IGNORED
-        # Tokens with a mask; or a line with the positions and lengths of its rows.
+        # Tokens and their mask; with packing a line and the positions and lengths of its rows.
         batch = {name: tensor for name, tensor in inputs.items() if name != "labels"}
         with logits_at(self.model, supervised.nonzero(), inputs["labels"].shape[1]):
             outputs = model(**batch, use_cache=False)
@@ -369,7 +370,7 @@ class RecipeTrainer(SFTTrainer):
             if self.args.average_tokens_across_devices:
                 # DDP and FSDP average the gradients over the processes.
                 loss = loss * self.accelerator.num_processes
-        if self.aux_loss_enabled:  # of a mixture of experts: a mean over each batch, as in TRL
+        if self.aux_loss_enabled:  # a mixture of experts': a mean over each batch, as in TRL
             steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
         if model.training:

@@ -1,20 +1,29 @@
-"""A conversation becomes one example or several and loses whole turns where it is too long; a turn
-that cannot be written is named by its row.
+"""Every answer of a conversation is trained as it will be asked, whatever the chat template does to
+earlier turns, and over the budget the oldest turns go first.
 """
+
+import json
+import re
+from functools import partial
 
 import pytest
 from conversation_cases import (
+    TAKES_CALLS,
     TOOL,
     answered,
+    arguments,
     call,
     conversations,
+    supervised_runs,
     targets,
 )
 from encoding_cases import (
+    CHAT,
     ROOMY,
     chat_encoder,
     conversation_encoder,
     limited,
+    message_of,
     one_question,
     refusal,
     turns,
@@ -26,13 +35,241 @@ from tokenizers_for_tests import (
     TRL_TEMPLATES,
     chat_tokenizer,
     hostile_text,
+    markup_of,
     plain_text,
     tokenizer_for,
 )
 
 from recipelib.encoding.examples import encode_rows
-from recipelib.encoding.prompt_encoder import Counts
+from recipelib.encoding.prompt_encoder import Counts, PromptEncoder
 from recipelib.evaluation.losses import score_loss
+from recipelib.prompts.template import PromptTemplate
+from recipelib.runtime.errors import UserError
+
+EMPTY_THOUGHT = re.compile(r"\s*(<think>)?\s*(</think>)?\s*$")
+
+
+def asked(examples):
+    """The ids before each stretch that is supervised."""
+    return [ids[:a] for ids, labels in examples for a, _ in supervised_runs(labels)]
+
+
+def assistant_places(messages):
+    return [place for place, one in enumerate(messages) if one["role"] == "assistant"]
+
+
+# Exactly the assistant's turns
+
+
+@pytest.mark.parametrize("chat_template", TRL_TEMPLATES)
+@given(data=st.data())
+@settings(max_examples=4)
+def test_exactly_the_assistants_turns_and_their_end_markers_are_supervised(chat_template, data):
+    encoder = limited(chat_encoder(chat_template), ROOMY)
+    tokenizer, text = chat_tokenizer(chat_template), encoder.text
+    texts = hostile_text(tokenizer).filter(str.strip)
+    messages = data.draw(conversations(texts, tools=False))
+    turns = answered(messages)
+    places = assistant_places(messages)
+
+    examples = encoder.conversation(one_question(encoder, messages), Counts())
+
+    ends = [tokenizer.decode(text.chat_end(turns[:place])) for place in places]
+    assert [tokenizer.decode(ids) for ids in targets(examples)] == [
+        turns[place]["content"] + end for place, end in zip(places, ends, strict=True)
+    ]
+    assert asked(examples) == [text.chat_prompt(turns[:place]) for place in places]
+    assert examples[-1][0][-1] == examples[-1][1][-1]
+
+
+@pytest.mark.parametrize("chat_template", TAKES_CALLS)
+@given(data=st.data())
+@settings(max_examples=4)
+def test_calls_of_tools_are_supervised_as_the_tokenizer_itself_renders_them(chat_template, data):
+    encoder = limited(chat_encoder(chat_template), ROOMY)
+    tokenizer, tools = chat_tokenizer(chat_template), data.draw(st.sampled_from([(), (TOOL,)]))
+    texts = plain_text(min_words=2)
+    messages = data.draw(conversations(texts, calls=arguments(texts)))
+    (question,) = encoder.template.questions({"messages": messages, "tools": list(tools)})
+
+    examples = encoder.conversation(question, Counts())
+
+    turns = answered(question.turns)  # which also name results
+    for place, prompt, target in zip(
+        assistant_places(turns), asked(examples), targets(examples), strict=True
+    ):
+        render = partial(tokenizer.apply_chat_template, tools=list(tools) or None, tokenize=False)
+        before = render(turns[:place], add_generation_prompt=True)
+        assert tokenizer.decode(prompt) == before
+        if "tool_calls" in turns[place]:
+            whole, written = render(turns[: place + 1]), tokenizer.decode(target)
+            if chat_template == "glm4moe":  # it ends no turn
+                assert written.endswith(tokenizer.eos_token)
+                written = written.removesuffix(tokenizer.eos_token)
+            assert whole.rstrip("\n").endswith(written)
+            assert "think>" not in written
+            # Before it stands the generation prompt, an empty thought aside. Gemma's templates
+            # write earlier calls anew.
+            head = whole.rstrip("\n").removesuffix(written)
+            if "gemma" not in chat_template:
+                assert EMPTY_THOUGHT.sub("", head) == EMPTY_THOUGHT.sub("", before)
+            if not chat_template.startswith(("llama3", "muse")):  # they write the call only
+                assert turns[place]["content"].strip() in written
+
+
+def spelled(message):
+    """A turn of the assistant as Qwen 2.5 writes it."""
+    parts = [message["content"].strip()] if message["content"] else []
+    for one in message.get("tool_calls", ()):
+        inside = json.dumps(one["function"]["arguments"], ensure_ascii=False)
+        name = one["function"]["name"]
+        parts.append(f'<tool_call>\n{{"name": "{name}", "arguments": {inside}}}\n</tool_call>')
+    return "\n".join(parts) + "<|im_end|>"
+
+
+@given(data=st.data())
+def test_a_call_is_supervised_letter_by_letter_whatever_its_arguments_hold(data):
+    tokenizer, encoder = chat_tokenizer("qwen2_5"), limited(chat_encoder("qwen2_5"), ROOMY)
+    texts = hostile_text(tokenizer).filter(str.strip)
+    inside = st.recursive(
+        st.one_of(texts, st.booleans(), st.integers(-9, 9)),
+        lambda part: st.one_of(
+            st.lists(part, max_size=2), st.dictionaries(texts, part, max_size=2)
+        ),
+        max_leaves=4,
+    )
+    calls = [call(data.draw(texts), **{data.draw(texts): data.draw(inside)}) for _ in "12"]
+    content = data.draw(st.one_of(st.just(""), texts))
+    messages = [
+        *turns(["user"], ["Hi"]),
+        {**turns(["assistant"], [content])[0], "tool_calls": calls},
+    ]
+    tool = {**TOOL, "function": {**TOOL["function"], "description": data.draw(texts)}}
+    row = {"messages": messages, "tools": [tool]}
+
+    ((ids, labels),) = encoder.conversation(encoder.template.questions(row)[0], Counts())
+
+    ((start, end),) = supervised_runs(labels)
+    assert tokenizer.decode(ids[start:end]) == spelled(messages[1])
+    assert end == len(ids)
+    assert json.dumps(tool, ensure_ascii=False) in tokenizer.decode(ids[:start])
+    system = ["<tools>", "</tools>", "<tool_call>", "<function-name>", "<args-json-object>"]
+    ours = {*system, "</tool_call>", "<|im_start|>", "<|im_end|>"}
+    names = tokenizer.convert_ids_to_tokens(markup_of(tokenizer, ids[start:]))
+    assert names == [*["<tool_call>", "</tool_call>"] * 2, "<|im_end|>"]
+    assert set(tokenizer.convert_ids_to_tokens(markup_of(tokenizer, ids))) == ours
+
+
+@pytest.mark.parametrize("chat_template", TAKES_CALLS)
+@given(data=st.data())
+@settings(max_examples=4)
+def test_nothing_in_calls_and_descriptions_becomes_a_control_token(chat_template, data):
+    tokenizer, encoder = chat_tokenizer(chat_template), limited(chat_encoder(chat_template), ROOMY)
+    texts = hostile_text(tokenizer).filter(lambda text: bool(re.search(r"\w", text)))
+
+    def markup(text):
+        tool = {**TOOL["function"], "name": text(), "description": text()}
+        row = {
+            "messages": [
+                {"role": "user", "content": text()},
+                {**turns(["assistant"], [""])[0], "tool_calls": [call(text(), **{text(): text()})]},
+                {"role": "tool", "content": text(), "name": text(), "tool_call_id": text()},
+                {"role": "assistant", "content": text()},
+            ],
+            "tools": [{"type": "function", "function": tool}],
+        }
+        examples = encoder.conversation(encoder.template.questions(row)[0], Counts())
+        return [markup_of(tokenizer, ids) for ids, _ in examples]
+
+    assert markup(lambda: data.draw(texts)) == markup(lambda: "text")
+
+
+# What is not learned
+
+
+def test_white_space_around_an_answer_makes_no_second_example():
+    encoder = conversation_encoder("bundled")
+    messages = turns(
+        ["user", "assistant"] * 3, [" a ", " one\n", " b ", "\ttwo ", " c ", " three "]
+    )
+
+    assert len(encoder.conversation(one_question(encoder, messages), Counts())) == 1
+
+
+def test_turns_of_weight_zero_and_those_behind_the_last_answer_are_not_supervised():
+    encoder, tokenizer = conversation_encoder("gpt2"), tokenizer_for("gpt2")
+    roles = ["user", "assistant", "user", "assistant", "user", "assistant", "user"]
+    messages = turns(roles, ["a", "one", "b", "two", "c", "three", "d"])
+    messages[3]["weight"] = 0
+
+    ((ids, labels),) = encoder.conversation(one_question(encoder, messages), Counts())
+
+    assert [tokenizer.decode(one) for one in targets([(ids, labels)])] == [
+        "one<|im_end|>",
+        "three<|im_end|>",
+    ]
+    assert ids[-1] == labels[-1]
+    assert tokenizer.decode(ids).count("two<|im_end|>") == 1
+
+
+def test_of_two_columns_only_the_completion_is_supervised():
+    template = PromptTemplate({**CHAT, "messages": "prompt", "completion": "completion"})
+    tokenizer = chat_tokenizer("qwen2_5")
+    encoder = PromptEncoder(template, tokenizer, ROOMY)
+    row = {
+        "prompt": turns(["user", "assistant", "user"], ["a", "one", "b"]),
+        "completion": turns(["assistant"], ["two"]),
+    }
+
+    encoded = encode_rows(encoder, [row])
+
+    pairs = [(one["input_ids"], one["labels"]) for one in encoded.examples]
+    assert [tokenizer.decode(one) for one in targets(pairs)] == ["two<|im_end|>"]
+
+
+# Nothing is lost in silence
+
+
+@pytest.mark.parametrize("chat_template", TRL_TEMPLATES)
+@pytest.mark.parametrize("what", ["a result", "a call", "a description"])
+def test_what_a_chat_template_would_leave_out_is_refused_with_its_row(chat_template, what):
+    encoder = limited(chat_encoder(chat_template), ROOMY)
+    row = {"messages": turns(["user", "assistant"], ["Hi", "Hello"])}
+    if what == "a result":
+        row["messages"] += turns(["tool", "assistant"], ["Silberfisch", "Yes"])
+    if what == "a call":
+        row["messages"][1]["tool_calls"] = [call("weather", town="Silberfisch")]
+    if what == "a description":
+        row["tools"] = [{"name": "Silberfisch", "description": "Swims.", "parameters": {}}]
+    good = {"messages": turns(["user", "assistant"], ["Hi", "Hello"])}
+    more = {"a call": ["deepseekv3"], "a description": ["lfm2"]}
+
+    try:
+        encoded = encode_rows(encoder, [good, row])
+    except UserError as error:
+        message = message_of(error)
+        assert message.startswith("training row 2 ('Hi'): chat template of ")
+        assert what == "a result" or chat_template not in TAKES_CALLS
+    else:
+        read = chat_tokenizer(chat_template).decode(encoded.examples[-1]["input_ids"])
+        assert "Silberfisch" in read
+        assert what == "a result" or chat_template.startswith((*TAKES_CALLS, *more[what]))
+
+
+def test_deepseeks_template_is_given_arguments_as_text_and_one_call_as_it_can_write_no_more():
+    encoder, tokenizer = limited(chat_encoder("deepseekv3"), ROOMY), chat_tokenizer("deepseekv3")
+    calling = {**turns(["assistant"], [""])[0], "tool_calls": [call("weather", town="Fürth")]}
+    once = [*turns(["user"], ["Hi"]), calling, *turns(["tool", "assistant"], ["sunny", "Sunny."])]
+    twice = [*once, *turns(["user"], ["And now?"]), calling]
+
+    examples = encoder.conversation(one_question(encoder, once), Counts())
+
+    assert '\n```json\n{"town": "Fürth"}\n```' in tokenizer.decode(targets(examples)[0])
+    message = refusal(lambda: encode_rows(encoder, [{"messages": twice}]))
+    assert "it does not write calls of tools behind its generation prompt" in message
+
+
+# One example or several, and whole turns
 
 
 @pytest.mark.parametrize("chat_template", TRL_TEMPLATES)

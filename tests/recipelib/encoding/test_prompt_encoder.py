@@ -292,3 +292,10 @@ def test_data_cannot_pass_for_the_place_of_the_mask():
     before, after = encoder.cloze_parts(question)
 
     assert (before, after) == ("\ufdd20\ufdd3 - \ufdd21\ufdd3 It was ", ", truly.")
+
+
+def test_rows_that_all_do_not_fit_end_in_one_line_before_any_model_is_loaded(task):
+    encoder = PromptEncoder(task.template, task.tokenizer, 3)
+    with pytest.raises(UserError, match="--max_length 3: no training row fits") as error:
+        encode_rows(encoder, [{"sentence": "film", "label": "positive"}])
+    assert "\n" not in str(error.value)

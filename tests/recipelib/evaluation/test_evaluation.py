@@ -13,8 +13,9 @@ import torch
 from scoring_process import CASES, RENDERINGS, TOKENIZER, encoder_for, outspoken_llama
 
 from recipelib.encoding.prompt_encoder import PromptEncoder
-from recipelib.evaluation import evaluation
+from recipelib.evaluation import answers
 from recipelib.evaluation.evaluation import evaluate_task
+from recipelib.evaluation.losses import score_losses
 from recipelib.inference.generation import Written
 from recipelib.prompts.template import PromptTemplate
 from recipelib.runtime.errors import UserError
@@ -51,7 +52,7 @@ def written_by(monkeypatch, texts: list[str]) -> dict:
         assert len(prompts) == len(texts)
         return [[Written(text, 0.0)] for text in texts]
 
-    monkeypatch.setattr(evaluation, "generate", generate)
+    monkeypatch.setattr(answers, "generate", generate)
     return asked
 
 
@@ -213,7 +214,7 @@ def test_entities_are_asked_by_type_and_scored_as_pairs_of_type_and_text(monkeyp
     said = [dict.fromkeys(names, " none") for _ in rows]
     said[0] |= {"location": " Paris", "person": " Hilton || Ed Lee || Paris\nText:"}
     said[1] |= {"location": " Rome", "product": " M&amp;M ,"}
-    written_by(monkeypatch, [answers[name] for answers in said for name in names])
+    written_by(monkeypatch, [texts[name] for texts in said for name in names])
     result = evaluate_task(MODEL, PromptEncoder(template, TOKENIZER, 400), rows)
     first, second = result.records
     people = ["person", "Hilton"], ["person", "Ed Lee"]
@@ -383,3 +384,20 @@ def test_two_processes_give_each_row_once_in_order_with_the_same_scores(tmp_path
         if case == "movie_reviews, one":  # the other process has nothing to do
             assert sorted(passes) == [0, 1]
     assert max(one["passes"] for one in alone.values()) > 4
+
+
+# Losses
+
+
+def test_losses_are_taken_behind_demonstrations():
+    encoder = encoder_for("alpaca")
+    rows = CASES["alpaca"].rows
+
+    def shown(number, row):
+        return [("### Instruction:\nname a color\n\n### Response:", "\nred")]
+
+    plain, behind = score_losses(MODEL, encoder, rows, [None, shown]).draws
+    assert plain.score != pytest.approx(behind.score, abs=1e-3)
+    for one, other in zip(plain.records, behind.records, strict=True):
+        assert one["answer"] == other["answer"]
+        assert "name a color" in other["prompt"]

@@ -1,25 +1,19 @@
 """Label words are found where the rows hold them, in templates that have none, for any model."""
 
 import itertools
-import json
-from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 from tiny_bert import tiny_bert
 from tiny_models import MODELS
 from tokenizers_for_tests import tokenizer_for
 
-from recipelib.data.formats import classes_from_rows
-from recipelib.data.sources import locate
 from recipelib.encoding.asking import asker_of
 from recipelib.encoding.cloze_rows import encode_cloze_rows
 from recipelib.encoding.prompt_encoder import PromptEncoder
-from recipelib.evaluation.label_search import Found, _choose, search_label_words
+from recipelib.evaluation.label_search import _choose, search_label_words
 from recipelib.evaluation.labels import score_cloze
 from recipelib.prompts.template import PromptTemplate
-from recipelib.reporting.label_words import save_label_words
 from recipelib.runtime.errors import UserError
 
 FIELDS = {
@@ -44,14 +38,13 @@ def prepared(masked):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_words_score_as_the_search_says(masked, tmp_path):
+def test_the_words_score_as_the_search_says(masked):
     asker, model = prepared(masked)
     train, evaluation = (encode_cloze_rows(asker, rows) for rows in (ROWS, ROWS[:7]))
     found = search_label_words(model, asker, train, evaluation)
     assert len(set(found.words.values())) == 3
-    path = save_label_words(found, asker.encoder.template, str(tmp_path))
-    template = PromptTemplate.load(str(path))
-    assert template.verbalizer == {label: [word] for label, word in found.words.items()}
+    words = {label: [word] for label, word in found.words.items()}
+    template = PromptTemplate({**asker.encoder.template.fields, "verbalizer": words})
     asker = asker_of(PromptEncoder(template, asker.encoder.text.tokenizer, 100), masked, False)
     for rows, accuracy in ((ROWS, found.train), (ROWS[:7], found.evaluation)):
         result = score_cloze(model, asker, encode_cloze_rows(asker, rows))
@@ -80,55 +73,6 @@ def test_no_change_of_one_word_gains_and_few_classes_reach_the_best_of_all():
             assert accuracy([chosen[0], other]) <= accuracy(chosen)
 
 
-def arguments(tmp_path, fields):
-    path = tmp_path / "t.yaml"
-    path.write_text(yaml.safe_dump(fields))
-    data = tmp_path / "rows.jsonl"
-    data.write_text("\n".join(map(json.dumps, ROWS)))
-    return SimpleNamespace(
-        template=str(path),
-        dataset=str(data),
-        train_split=None,
-        eval_split=None,
-        max_train_samples=None,
-        max_eval_samples=None,
-        skip_bad_rows=False,
-    )
-
-
-def test_a_template_without_label_words_takes_its_classes_from_the_rows(tmp_path):
-    template = classes_from_rows(arguments(tmp_path, FIELDS), {}, 0)
-    assert template.verbalizer == {"0": ["0"], "1": ["1"], "2": ["2"]}
-    assert template.metric == "accuracy"
-    given = {**FIELDS, "verbalizer": {"0": ["x"], "1": ["y"], "2": ["z"]}}
-    assert classes_from_rows(arguments(tmp_path, given), {}, 0).verbalizer["2"] == ["z"]
-
-
-def test_rows_beside_the_template_are_found_from_where_the_new_one_is_written(tmp_path):
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
-    fields = {**FIELDS, "verbalizer": {"0": ["x"], "1": ["y"], "2": ["z"]}}
-    fields["dataset"] = {"path": "rows.jsonl"}
-    found = Found({"0": "a", "1": "b", "2": "c"}, 0.5, 0.5, {})
-    template = PromptTemplate(fields, tmp_path / "t.yaml")
-    path = save_label_words(found, template, str(tmp_path / "runs" / "words"))
-    written = PromptTemplate.load(str(path))
-    assert locate(written, None, None).resolve() == (tmp_path / "rows.jsonl").resolve()
-
-
-def test_classes_are_named_as_they_are_read(tmp_path):
-    rows = [{"text": "x", "label": label} for label in (1.0, 0.0, 1.0)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    args = arguments(tmp_path, FIELDS)
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    template = classes_from_rows(args, {}, 0)
-    assert list(template.verbalizer) == ["0", "1"]
-    assert [template.questions(row)[0].label for row in rows] == ["1", "0", "1"]
-    pairs = {"form": "inference", "first": "{{ text }}", "second": "{{ text }}"}
-    pairs |= {"name": "t", "prompt": "{{ first }}? {{ second }}", "label": "label"}
-    args = arguments(tmp_path, pairs)
-    assert list(classes_from_rows(args, {}, 0).verbalizer) == ["0", "1", "2"]
-
-
 def test_rows_that_are_sorted_by_class_are_drawn_from(monkeypatch):
     monkeypatch.setattr("recipelib.evaluation.label_search.MOST_ROWS", 12)
     asker, model = prepared(masked=True)
@@ -136,7 +80,7 @@ def test_rows_that_are_sorted_by_class_are_drawn_from(monkeypatch):
     assert len(search_label_words(model, asker, rows, rows).words) == 3
 
 
-def test_words_are_found_for_a_blank_of_a_causal_model_whose_tokens_carry_the_space():
+def test_words_are_found_for_a_cloze_of_a_causal_model_whose_tokens_carry_the_space():
     tokenizer = tokenizer_for("llama2")
     template = PromptTemplate({**FIELDS, "verbalizer": {"0": ["0"], "1": ["1"], "2": ["2"]}})
     asker = asker_of(PromptEncoder(template, tokenizer, 100), False, True)
@@ -145,13 +89,13 @@ def test_words_are_found_for_a_blank_of_a_causal_model_whose_tokens_carry_the_sp
     assert len(set(found.words.values())) == 3
 
 
-def test_a_blank_that_no_word_can_fill_is_named():
+def test_a_cloze_that_no_word_can_fill_is_named():
     template = PromptTemplate(
         {**FIELDS, "answer": "x{{ word }}", "verbalizer": {"0": ["0"], "1": ["1"], "2": ["2"]}}
     )
     asker = asker_of(PromptEncoder(template, tokenizer_for("gpt2"), 100), False, False)
     rows = encode_cloze_rows(asker, ROWS)
-    with pytest.raises(UserError, match="0 words of one token can stand in the blank for '0'"):
+    with pytest.raises(UserError, match="0 words of one token can fill the cloze for '0'"):
         search_label_words(MODELS["gpt2"], asker, rows, rows)
 
 

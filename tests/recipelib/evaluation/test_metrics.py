@@ -54,9 +54,10 @@ def test_no_rows_is_a_clear_error(name):
 
 
 @pytest.mark.parametrize("name", ["accuracy", "squad", "numeric_match"])
-def test_predictions_without_their_references_are_an_error(name):
-    with pytest.raises(ValueError, match=r"Mismatch in the number of predictions \(2\)"):
-        score_rows(name, ["1", "2"], ["1"])
+@pytest.mark.parametrize("score", [score_rows, compute])
+def test_predictions_without_their_references_are_an_error(name, score):
+    with pytest.raises(ValueError, match=f"metric {name}: 2 predictions and 1 references"):
+        score(name, ["1", "2"], ["1"])
 
 
 def test_a_missing_prediction_is_an_error_in_any_row():
@@ -109,12 +110,12 @@ def test_rows_can_be_added_one_by_one(reference):
 @given(pairs(LABELS))
 def test_label_metrics_agree_with_scikit_learn(rows):
     predictions, references = map(list, zip(*rows, strict=True))
-    accuracy, _, hits = score_rows("accuracy", predictions, references)
-    assert accuracy == pytest.approx(accuracy_score(references, predictions))
-    assert hits == [float(p == r) for p, r in rows]
+    scored = score_rows("accuracy", predictions, references)
+    assert scored.score == pytest.approx(accuracy_score(references, predictions))
+    assert scored.rows == [float(p == r) for p, r in rows]
     options = {"labels": sorted({*references, *predictions} - ({""} - {*references}))}
     expected = f1_score(references, predictions, average="macro", zero_division=0, **options)
-    assert score_rows("macro_f1", predictions, references)[0] == pytest.approx(expected)
+    assert score_rows("macro_f1", predictions, references).score == pytest.approx(expected)
 
 
 def test_macro_f1_by_hand():
@@ -128,10 +129,10 @@ def test_macro_f1_by_hand():
 def test_no_answer_is_a_miss_and_no_class_of_its_own():
     predictions = ["a"] * 50 + ["b"] * 49 + [""]
     references = ["a"] * 50 + ["b"] * 50
-    score, stderr, _ = score_rows("macro_f1", predictions, references)
+    scored = score_rows("macro_f1", predictions, references)
     expected = f1_score(references, predictions, labels=["a", "b"], average="macro")
-    assert score == pytest.approx(expected)
-    assert stderr < 0.02
+    assert scored.score == pytest.approx(expected)
+    assert scored.stderr < 0.02
 
 
 # standard errors
@@ -141,24 +142,24 @@ def test_no_answer_is_a_miss_and_no_class_of_its_own():
 @given(pairs(LABELS).filter(lambda rows: len(rows) > 1))
 def test_stderr_of_a_mean_is_the_sample_deviation_over_sqrt_n(rows):
     predictions, references = zip(*rows, strict=True)
-    score, stderr, values = score_rows("accuracy", predictions, references)
+    scored = score_rows("accuracy", predictions, references)
     n = len(rows)
-    variance = sum((value - score) ** 2 for value in values) / (n - 1)
-    assert stderr == pytest.approx(math.sqrt(variance / n))
+    variance = sum((value - scored.score) ** 2 for value in scored.rows) / (n - 1)
+    assert scored.stderr == pytest.approx(math.sqrt(variance / n))
 
 
 def test_one_row_has_no_standard_error():
     for name, row in [("accuracy", "a"), ("macro_f1", "a"), ("entity_f1", [["person", "x"]])]:
-        score, stderr, values = score_rows(name, [row], [row])
-        assert (score, values) == (1.0, [1.0])
-        assert math.isnan(stderr)
+        scored = score_rows(name, [row], [row])
+        assert (scored.score, scored.rows) == (1.0, [1.0])
+        assert math.isnan(scored.stderr)
 
 
 def test_stderr_of_macro_f1_is_that_of_a_bootstrap_with_scikit_learn():
     draw = np.random.default_rng(7)
     references = draw.choice(["a", "b", "c"], 80, p=[0.6, 0.3, 0.1])
     predictions = np.where(draw.random(80) < 0.7, references, draw.choice(["a", "b", "c"], 80))
-    _, stderr, _ = score_rows("macro_f1", predictions.tolist(), references.tolist())
+    stderr = score_rows("macro_f1", predictions.tolist(), references.tolist()).stderr
 
     same_draws = np.random.default_rng(0)
     scores = []
@@ -174,7 +175,7 @@ def test_stderr_of_entity_f1_is_that_of_a_naive_bootstrap():
     draw = np.random.default_rng(3)
     gold = [[("person", str(i)) for i in range(draw.integers(4))] for _ in range(40)]
     said = [[(kind, name) for kind, name in row if draw.random() < 0.7] for row in gold]
-    _, stderr, _ = score_rows("entity_f1", said, gold)
+    stderr = score_rows("entity_f1", said, gold).stderr
 
     same_draws = np.random.default_rng(0)
     scores = []
@@ -207,11 +208,11 @@ def test_the_same_rows_always_have_the_same_stderr():
     ],
 )
 def test_exact_match(prediction, reference, expected):
-    assert score_rows("exact_match", [prediction], [reference])[0] == expected
+    assert score_rows("exact_match", [prediction], [reference]).score == expected
 
 
 def test_rows_with_one_gold_and_rows_with_several_can_be_mixed():
-    assert score_rows("exact_match", ["a", "b", "c"], ["a", ["x", "b"], "d"])[2] == [1, 1, 0]
+    assert score_rows("exact_match", ["a", "b", "c"], ["a", ["x", "b"], "d"]).rows == [1, 1, 0]
     assert compute("exact_match", ["a", "b"], ["a", ["x", "b"]]) == {"exact_match": 1.0}
 
 
@@ -238,9 +239,10 @@ def test_squad(prediction, golds, exact, f1):
 
 
 def test_the_score_of_squad_is_the_f1_over_rows():
-    score, _, rows = score_rows("squad", ["Denver", "x"], [["Denver Broncos"], ["x"]])
-    assert score == pytest.approx(5 / 6)
-    assert rows == [pytest.approx(2 / 3), 1.0]
+    scored = score_rows("squad", ["Denver", "x"], [["Denver Broncos"], ["x"]])
+    assert scored.score == pytest.approx(5 / 6)
+    assert scored.rows == [pytest.approx(2 / 3), 1.0]
+    assert scored.details == {"exact_match": 0.5}
 
 
 @fewer
@@ -248,7 +250,7 @@ def test_the_score_of_squad_is_the_f1_over_rows():
 def test_squad_is_bounded_and_a_gold_answer_is_right(prediction, golds):
     result = compute("squad", [prediction, golds[0]], [golds, golds])
     assert 0 <= result["exact_match"] <= result["f1"] <= 1
-    assert score_rows("squad", [golds[0]], [golds])[0] == 1.0
+    assert score_rows("squad", [golds[0]], [golds]).score == 1.0
 
 
 # numbers
@@ -276,7 +278,7 @@ def test_squad_is_bounded_and_a_gold_answer_is_right(prediction, golds):
     ],
 )
 def test_numbers_are_compared_as_numbers(prediction, reference):
-    assert score_rows("numeric_match", [prediction], [reference])[0] == 1
+    assert score_rows("numeric_match", [prediction], [reference]).score == 1
 
 
 @pytest.mark.parametrize(
@@ -284,15 +286,15 @@ def test_numbers_are_compared_as_numbers(prediction, reference):
     [("", "5"), ("five", "5"), ("3", "-3"), ("1000", "1,000.5"), ("0.3", "0.30000000000000004")],
 )
 def test_other_numbers_and_no_number_are_wrong(prediction, reference):
-    assert score_rows("numeric_match", [prediction], [reference])[0] == 0
+    assert score_rows("numeric_match", [prediction], [reference]).score == 0
 
 
 def test_a_huge_exponent_costs_nothing():
-    assert score_rows("numeric_match", ["1e999999999"], ["5"])[0] == 0
+    assert score_rows("numeric_match", ["1e999999999"], ["5"]).score == 0
 
 
 def test_any_of_several_gold_numbers_is_right():
-    assert score_rows("numeric_match", ["2", "3"], [["1", "2.0"], ["1", "none"]])[2] == [1, 0]
+    assert score_rows("numeric_match", ["2", "3"], [["1", "2.0"], ["1", "none"]]).rows == [1, 0]
 
 
 def test_a_reference_without_a_number_is_a_user_error_with_its_row():
@@ -304,7 +306,7 @@ def test_a_reference_without_a_number_is_a_user_error_with_its_row():
 @given(st.decimals(-(10**9), 10**9, places=3), TEXTS)
 def test_a_number_equals_itself_however_it_is_written(number, noise):
     written = [f"{number}", f"{number:,}", f"so: {number:,}", f"{number}000", f"{noise}\n{number}"]
-    assert score_rows("numeric_match", written, [str(number)] * len(written))[0] == 1
+    assert score_rows("numeric_match", written, [str(number)] * len(written)).score == 1
 
 
 # entities
@@ -352,16 +354,16 @@ def test_entities_match_only_within_their_row_and_with_their_type():
 
 
 def test_finding_nothing_where_nothing_is_counts_as_right():
-    score, _, rows = score_rows("entity_f1", [[], []], [[], [["person", "Ann"]]])
-    assert score == 0
-    assert rows == [1, 0]
+    scored = score_rows("entity_f1", [[], []], [[], [["person", "Ann"]]])
+    assert scored.score == 0
+    assert scored.rows == [1, 0]
     assert compute("entity_f1", [[]], [[]]) == {"entity_f1": 1, "precision": 1, "recall": 1}
 
 
 def test_order_of_rows_does_not_change_a_score():
     predictions, references = ["a", "b", "c"], ["a", "c", "c"]
-    scores = {
-        score_rows("macro_f1", [predictions[i] for i in order], [references[i] for i in order])[0]
-        for order in itertools.permutations(range(3))
-    }
+    scores = set()
+    for order in itertools.permutations(range(3)):
+        said, gold = ([labels[place] for place in order] for labels in (predictions, references))
+        scores.add(score_rows("macro_f1", said, gold).score)
     assert max(scores) == pytest.approx(min(scores))

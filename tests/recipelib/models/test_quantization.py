@@ -7,7 +7,8 @@ import pytest
 import torch
 from optional_packages import needs_bitsandbytes
 from peft import LoraConfig, get_peft_model
-from tiny_llama import save_tiny_llama
+from tiny_llama import save_tiny_llama, tiny_llama
+from transformers import LlamaForCausalLM
 
 from recipelib.models import quantization
 from recipelib.models.loading import load_pretrained
@@ -17,10 +18,10 @@ from recipelib.models.quantization import (
     four_bit_config,
     four_bit_loading,
     prepare_four_bit,
-    require_unquantized,
 )
 from recipelib.runtime.errors import UserError
 
+BUNDLED = SimpleNamespace(model_name_or_path=None, revision=None)
 IDS = torch.tensor([[5, 17, 42, 99, 7, 3, 64, 12]])
 
 
@@ -57,7 +58,7 @@ def one_line(error) -> str:
 def test_a_missing_bitsandbytes_is_one_line_with_the_cure(monkeypatch):
     monkeypatch.setattr(quantization, "find_spec", lambda name: None)
     with pytest.raises(UserError) as error:
-        four_bit_loading(settings())
+        four_bit_loading(BUNDLED, settings())
     assert "bitsandbytes is not installed; pip install -r requirements-gpu.txt" in one_line(error)
 
 
@@ -70,7 +71,7 @@ def test_a_device_on_which_it_does_not_work_is_one_line_that_names_it(monkeypatc
     with pytest.raises(
         UserError, match=r"does not work on cpu \(no library for CUDA 99\)"
     ) as error:
-        four_bit_loading(settings())
+        four_bit_loading(BUNDLED, settings())
     one_line(error)
 
 
@@ -78,7 +79,7 @@ def test_a_device_on_which_it_does_not_work_is_one_line_that_names_it(monkeypatc
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
 def test_a_device_that_the_machine_lacks_is_one_line_that_names_it():
     with pytest.raises(UserError, match="does not work on cuda") as error:
-        four_bit_loading(settings(device=torch.device("cuda")))
+        four_bit_loading(BUNDLED, settings(device=torch.device("cuda")))
     one_line(error)
 
 
@@ -100,11 +101,16 @@ def test_packed_weights_that_fsdp_would_convert_are_refused(
     monkeypatch.setenv("ACCELERATE_USE_FSDP", str(fsdp).lower())
     training = settings(model_dtype=(dtype, ""), mixed_precision=mixed_precision)
     if kept:
-        assert four_bit_loading(training)["device_map"] == {"": torch.device("cpu")}
+        assert four_bit_loading(BUNDLED, training)["device_map"] == {"": torch.device("cpu")}
         return
     with pytest.raises(UserError, match=f"convert the packed weights to {mixed_precision}") as no:
-        four_bit_loading(training)
+        four_bit_loading(BUNDLED, training)
     one_line(no)
+
+
+def loading_of(name: str | None) -> dict:
+    args = SimpleNamespace(model_name_or_path=name, revision=None)
+    return four_bit_loading(args, settings())
 
 
 def test_a_model_that_is_quantized_already_is_refused_by_its_config_alone(tmp_path, folder):
@@ -113,11 +119,15 @@ def test_a_model_that_is_quantized_already_is_refused_by_its_config_alone(tmp_pa
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").touch()  # never read
     with pytest.raises(UserError, match=f"{tmp_path} is quantized already") as error:
-        require_unquantized(str(tmp_path))
+        loading_of(str(tmp_path))
     one_line(error)
-    require_unquantized(str(folder))
-    require_unquantized(None)
-    require_unquantized("prepared/by/us.GGUF")
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("named", ["folder", "the bundled one", "gguf"])
+def test_a_model_that_is_not_quantized_yet_is_taken(named, folder):
+    names = {"folder": str(folder), "the bundled one": None, "gguf": "prepared/by/us.GGUF"}
+    assert loading_of(names[named])["quantization_config"].load_in_4bit
 
 
 @needs_bitsandbytes
@@ -153,7 +163,9 @@ def test_the_config_is_the_papers_and_stores_what_fsdp_can_shard(dtype):
 @pytest.fixture
 def packed(folder):
     """The tiny model in 4 bits, with a LoRA on each of its layers."""
-    model = load_pretrained(str(folder), dtype=torch.float32, **four_bit_loading(settings()))
+    model = load_pretrained(
+        str(folder), dtype=torch.float32, **four_bit_loading(BUNDLED, settings())
+    )
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian")
     return get_peft_model(model, lora)
 
@@ -163,7 +175,7 @@ def packed(folder):
 def test_linear_layers_take_half_a_byte_per_weight_and_the_rest_keeps_its_dtype(folder, dtype):
     from bitsandbytes.functional import dequantize_4bit
 
-    loading = four_bit_loading(settings(model_dtype=(dtype, "")))
+    loading = four_bit_loading(BUNDLED, settings(model_dtype=(dtype, "")))
     model = load_pretrained(str(folder), dtype=dtype, **loading)
     whole = dict(load_pretrained(str(folder), dtype=torch.float32).named_modules())
     layers = {name: one for name, one in model.named_modules() if hasattr(one, "quant_state")}
@@ -216,3 +228,14 @@ def test_an_adapter_that_was_rounded_is_trained_in_float32_and_the_base_stays(pa
     prepare_four_bit(packed)
     assert {one.dtype for one in packed.parameters() if one.requires_grad} == {torch.float32}
     assert packed.get_input_embeddings().weight.dtype == torch.bfloat16
+
+
+def test_parameters_that_are_tied_count_once():
+    tied = tiny_llama(300)
+    config = type(tied.config)(**{**tied.config.to_dict(), "tie_word_embeddings": False})
+    separate = LlamaForCausalLM(config)
+    assert count_parameters(separate)[1] - count_parameters(tied)[1] == 300 * 32
+    assert count_parameters(tied) == (count_parameters(tied)[1],) * 2
+    tied.requires_grad_(False)
+    tied.model.norm.requires_grad_(True)
+    assert count_parameters(tied)[0] == 32

@@ -1,267 +1,287 @@
-"""Every answer of a conversation is trained as it will be asked, whatever the chat template does to
-earlier turns, and over the budget the oldest turns go first.
+"""Conversations, calls and tools are read in every form in which data sets have them, and what
+cannot be learned says where it is wrong.
 """
 
 import json
 import re
-from functools import partial
 
+import numpy as np
 import pytest
-from conversation_cases import (
-    TAKES_CALLS,
-    TOOL,
-    answered,
-    arguments,
-    call,
-    conversations,
-    supervised_runs,
-    targets,
-)
-from encoding_cases import (
-    CHAT,
-    ROOMY,
-    chat_encoder,
-    conversation_encoder,
-    limited,
-    message_of,
-    one_question,
-    refusal,
-    turns,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers_for_tests import (
-    TRL_TEMPLATES,
-    chat_tokenizer,
-    hostile_text,
-    markup_of,
-    plain_text,
-    tokenizer_for,
-)
+from template_fields import make, one_line
 
-from recipelib.encoding.examples import encode_rows
-from recipelib.encoding.prompt_encoder import Counts, PromptEncoder
-from recipelib.prompts.template import PromptTemplate
-from recipelib.runtime.errors import UserError
+from recipelib.prompts.conversations import read_tools, read_turns
+from recipelib.prompts.values import RowError
 
-EMPTY_THOUGHT = re.compile(r"\s*(<think>)?\s*(</think>)?\s*$")
+ROLES = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+
+SHARED = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
+
+HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
-def asked(examples):
-    """The ids before each stretch that is supervised."""
-    return [ids[:a] for ids, labels in examples for a, _ in supervised_runs(labels)]
+def read(turns):
+    return list(read_turns({"chat": turns}))
 
 
-def assistant_places(messages):
-    return [place for place, one in enumerate(messages) if one["role"] == "assistant"]
+def refused(turns):
+    with pytest.raises(RowError) as error:
+        read(turns)
+    return one_line(error)
 
 
-# Exactly the assistant's turns
+def conversation(letters):
+    return [{"role": ROLES[one], "content": f"text {n}"} for n, one in enumerate(letters)]
 
 
-@pytest.mark.parametrize("chat_template", TRL_TEMPLATES)
-@given(data=st.data())
-@settings(max_examples=4)
-def test_exactly_the_assistants_turns_and_their_end_markers_are_supervised(chat_template, data):
-    encoder = limited(chat_encoder(chat_template), ROOMY)
-    tokenizer, text = chat_tokenizer(chat_template), encoder.text
-    texts = hostile_text(tokenizer).filter(str.strip)
-    messages = data.draw(conversations(texts, tools=False))
-    turns = answered(messages)
-    places = assistant_places(messages)
-
-    examples = encoder.conversation(one_question(encoder, messages), Counts())
-
-    ends = [tokenizer.decode(text.chat_end(turns[:place])) for place in places]
-    assert [tokenizer.decode(ids) for ids in targets(examples)] == [
-        turns[place]["content"] + end for place, end in zip(places, ends, strict=True)
-    ]
-    assert asked(examples) == [text.chat_prompt(turns[:place]) for place in places]
-    assert examples[-1][0][-1] == examples[-1][1][-1]
+def in_order(letters):
+    return re.fullmatch("(?!.*(uu|aa|ut|.s))s?u[uat]*", letters)
 
 
-@pytest.mark.parametrize("chat_template", TAKES_CALLS)
-@given(data=st.data())
-@settings(max_examples=4)
-def test_calls_of_tools_are_supervised_as_the_tokenizer_itself_renders_them(chat_template, data):
-    encoder = limited(chat_encoder(chat_template), ROOMY)
-    tokenizer, tools = chat_tokenizer(chat_template), data.draw(st.sampled_from([(), (TOOL,)]))
-    texts = plain_text(min_words=2)
-    messages = data.draw(conversations(texts, calls=arguments(texts)))
-    (question,) = encoder.template.questions({"messages": messages, "tools": list(tools)})
-
-    examples = encoder.conversation(question, Counts())
-
-    turns = answered(question.turns)  # which also name results
-    for place, prompt, target in zip(
-        assistant_places(turns), asked(examples), targets(examples), strict=True
-    ):
-        render = partial(tokenizer.apply_chat_template, tools=list(tools) or None, tokenize=False)
-        before = render(turns[:place], add_generation_prompt=True)
-        assert tokenizer.decode(prompt) == before
-        if "tool_calls" in turns[place]:
-            whole, written = render(turns[: place + 1]), tokenizer.decode(target)
-            if chat_template == "glm4moe":  # it ends no turn
-                assert written.endswith(tokenizer.eos_token)
-                written = written.removesuffix(tokenizer.eos_token)
-            assert whole.rstrip("\n").endswith(written)
-            assert "think>" not in written
-            # Before it stands the generation prompt, an empty thought aside. Gemma's templates
-            # write earlier calls anew.
-            head = whole.rstrip("\n").removesuffix(written)
-            if "gemma" not in chat_template:
-                assert EMPTY_THOUGHT.sub("", head) == EMPTY_THOUGHT.sub("", before)
-            if not chat_template.startswith(("llama3", "muse")):  # they write the call only
-                assert turns[place]["content"].strip() in written
-
-
-def spelled(message):
-    """A turn of the assistant as Qwen 2.5 writes it."""
-    parts = [message["content"].strip()] if message["content"] else []
-    for one in message.get("tool_calls", ()):
-        inside = json.dumps(one["function"]["arguments"], ensure_ascii=False)
-        name = one["function"]["name"]
-        parts.append(f'<tool_call>\n{{"name": "{name}", "arguments": {inside}}}\n</tool_call>')
-    return "\n".join(parts) + "<|im_end|>"
-
-
-@given(data=st.data())
-def test_a_call_is_supervised_letter_by_letter_whatever_its_arguments_hold(data):
-    tokenizer, encoder = chat_tokenizer("qwen2_5"), limited(chat_encoder("qwen2_5"), ROOMY)
-    texts = hostile_text(tokenizer).filter(str.strip)
-    inside = st.recursive(
-        st.one_of(texts, st.booleans(), st.integers(-9, 9)),
-        lambda part: st.one_of(
-            st.lists(part, max_size=2), st.dictionaries(texts, part, max_size=2)
-        ),
-        max_leaves=4,
-    )
-    calls = [call(data.draw(texts), **{data.draw(texts): data.draw(inside)}) for _ in "12"]
-    content = data.draw(st.one_of(st.just(""), texts))
-    messages = [
-        *turns(["user"], ["Hi"]),
-        {**turns(["assistant"], [content])[0], "tool_calls": calls},
-    ]
-    tool = {**TOOL, "function": {**TOOL["function"], "description": data.draw(texts)}}
-    row = {"messages": messages, "tools": [tool]}
-
-    ((ids, labels),) = encoder.conversation(encoder.template.questions(row)[0], Counts())
-
-    ((start, end),) = supervised_runs(labels)
-    assert tokenizer.decode(ids[start:end]) == spelled(messages[1])
-    assert end == len(ids)
-    assert json.dumps(tool, ensure_ascii=False) in tokenizer.decode(ids[:start])
-    system = ["<tools>", "</tools>", "<tool_call>", "<function-name>", "<args-json-object>"]
-    ours = {*system, "</tool_call>", "<|im_start|>", "<|im_end|>"}
-    names = tokenizer.convert_ids_to_tokens(markup_of(tokenizer, ids[start:]))
-    assert names == [*["<tool_call>", "</tool_call>"] * 2, "<|im_end|>"]
-    assert set(tokenizer.convert_ids_to_tokens(markup_of(tokenizer, ids))) == ours
-
-
-@pytest.mark.parametrize("chat_template", TAKES_CALLS)
-@given(data=st.data())
-@settings(max_examples=4)
-def test_nothing_in_calls_and_descriptions_becomes_a_control_token(chat_template, data):
-    tokenizer, encoder = chat_tokenizer(chat_template), limited(chat_encoder(chat_template), ROOMY)
-    texts = hostile_text(tokenizer).filter(lambda text: bool(re.search(r"\w", text)))
-
-    def markup(text):
-        tool = {**TOOL["function"], "name": text(), "description": text()}
-        row = {
-            "messages": [
-                {"role": "user", "content": text()},
-                {**turns(["assistant"], [""])[0], "tool_calls": [call(text(), **{text(): text()})]},
-                {"role": "tool", "content": text(), "name": text(), "tool_call_id": text()},
-                {"role": "assistant", "content": text()},
-            ],
-            "tools": [{"type": "function", "function": tool}],
-        }
-        examples = encoder.conversation(encoder.template.questions(row)[0], Counts())
-        return [markup_of(tokenizer, ids) for ids, _ in examples]
-
-    assert markup(lambda: data.draw(texts)) == markup(lambda: "text")
-
-
-# What is not learned
-
-
-def test_white_space_around_an_answer_makes_no_second_example():
-    encoder = conversation_encoder("bundled")
-    messages = turns(
-        ["user", "assistant"] * 3, [" a ", " one\n", " b ", "\ttwo ", " c ", " three "]
-    )
-
-    assert len(encoder.conversation(one_question(encoder, messages), Counts())) == 1
-
-
-def test_turns_of_weight_zero_and_those_behind_the_last_answer_are_not_supervised():
-    encoder, tokenizer = conversation_encoder("gpt2"), tokenizer_for("gpt2")
-    roles = ["user", "assistant", "user", "assistant", "user", "assistant", "user"]
-    messages = turns(roles, ["a", "one", "b", "two", "c", "three", "d"])
-    messages[3]["weight"] = 0
-
-    ((ids, labels),) = encoder.conversation(one_question(encoder, messages), Counts())
-
-    assert [tokenizer.decode(one) for one in targets([(ids, labels)])] == [
-        "one<|im_end|>",
-        "three<|im_end|>",
-    ]
-    assert ids[-1] == labels[-1]
-    assert tokenizer.decode(ids).count("two<|im_end|>") == 1
-
-
-def test_of_two_columns_only_the_completion_is_supervised():
-    template = PromptTemplate({**CHAT, "messages": "prompt", "completion": "completion"})
-    tokenizer = chat_tokenizer("qwen2_5")
-    encoder = PromptEncoder(template, tokenizer, ROOMY)
-    row = {
-        "prompt": turns(["user", "assistant", "user"], ["a", "one", "b"]),
-        "completion": turns(["assistant"], ["two"]),
-    }
-
-    encoded = encode_rows(encoder, [row])
-
-    pairs = [(one["input_ids"], one["labels"]) for one in encoded.examples]
-    assert [tokenizer.decode(one) for one in targets(pairs)] == ["two<|im_end|>"]
-
-
-# Nothing is lost in silence
-
-
-@pytest.mark.parametrize("chat_template", TRL_TEMPLATES)
-@pytest.mark.parametrize("what", ["a result", "a call", "a description"])
-def test_what_a_chat_template_would_leave_out_is_refused_with_its_row(chat_template, what):
-    encoder = limited(chat_encoder(chat_template), ROOMY)
-    row = {"messages": turns(["user", "assistant"], ["Hi", "Hello"])}
-    if what == "a result":
-        row["messages"] += turns(["tool", "assistant"], ["Silberfisch", "Yes"])
-    if what == "a call":
-        row["messages"][1]["tool_calls"] = [call("weather", town="Silberfisch")]
-    if what == "a description":
-        row["tools"] = [{"name": "Silberfisch", "description": "Swims.", "parameters": {}}]
-    good = {"messages": turns(["user", "assistant"], ["Hi", "Hello"])}
-    more = {"a call": ["deepseekv3"], "a description": ["lfm2"]}
-
-    try:
-        encoded = encode_rows(encoder, [good, row])
-    except UserError as error:
-        message = message_of(error)
-        assert message.startswith("training row 2 ('Hi'): chat template of ")
-        assert what == "a result" or chat_template not in TAKES_CALLS
+@given(st.text("suat", min_size=1, max_size=7))
+@settings(max_examples=500)
+def test_turns_are_read_as_they_stand_and_out_of_order_named_by_their_number(letters):
+    turns = conversation(letters)
+    good = [letters[:end] for end in range(len(letters) + 1) if in_order(letters[:end])]
+    if in_order(letters) and "a" in letters:
+        assert read(turns) == turns
+    elif in_order(letters) or letters == "s":
+        assert refused(turns) == "chat: no assistant turn, so nothing to learn; leave the row out"
     else:
-        read = chat_tokenizer(chat_template).decode(encoded.examples[-1]["input_ids"])
-        assert "Silberfisch" in read
-        assert what == "a result" or chat_template.startswith((*TAKES_CALLS, *more[what]))
+        first_bad = len(good[-1]) + 1 if good else 1 + (letters[0] == "s")
+        assert refused(turns).startswith(f"chat: turn {first_bad} is ")
 
 
-def test_deepseeks_template_is_given_arguments_as_text_and_one_call_as_it_can_write_no_more():
-    encoder, tokenizer = limited(chat_encoder("deepseekv3"), ROOMY), chat_tokenizer("deepseekv3")
-    calling = {**turns(["assistant"], [""])[0], "tool_calls": [call("weather", town="Fürth")]}
-    once = [*turns(["user"], ["Hi"]), calling, *turns(["tool", "assistant"], ["sunny", "Sunny."])]
-    twice = [*once, *turns(["user"], ["And now?"]), calling]
+@given(
+    st.lists(st.text(min_size=1).filter(str.strip), min_size=6, max_size=6),
+    st.sampled_from(["suatau", "uaua", "uatta", "sua"]),
+    st.sampled_from(["ShareGPT", "ShareGPT's roles", "parts", "array", "nulls"]),
+)
+def test_every_way_of_writing_a_conversation_reads_the_same(texts, letters, way):
+    turns = [{"role": ROLES[a], "content": b} for a, b in zip(letters, texts, strict=False)]
+    write = {
+        "ShareGPT": lambda one: {"from": SHARED[one["role"]], "value": one["content"]},
+        "ShareGPT's roles": lambda one: {**one, "role": SHARED[one["role"]]},
+        "parts": lambda one: {
+            "role": one["role"],
+            "content": [
+                {"type": "text", "text": one["content"][:2]},
+                {"type": "text", "text": one["content"][2:]},
+            ],
+        },
+        "array": lambda one: one,
+        "nulls": lambda one: {**one, "from": None, "tool_calls": None, "weight": None},
+    }[way]
+    written = [write(one) for one in turns]
+    assert read(np.array(written) if way == "array" else written) == turns
 
-    examples = encoder.conversation(one_question(encoder, once), Counts())
 
-    assert '\n```json\n{"town": "Fürth"}\n```' in tokenizer.decode(targets(examples)[0])
-    message = refusal(lambda: encode_rows(encoder, [{"messages": twice}]))
-    assert "it does not write calls of tools behind its generation prompt" in message
+@pytest.mark.parametrize(
+    ("turns", "problem"),
+    [
+        ("hello", "turn 1 is no {role, content} or {from, value}; convert the conversation"),
+        ([{"role": "bot", "content": "x"}], "turn 1 has the role 'bot'; use system, user"),
+        ([{"role": ["user"], "content": "x"}], "turn 1 has the role ['user']; use system, user"),
+        ([HI[0], {"role": "assistant", "content": " "}], "turn 2 is empty"),
+        ([{"role": "user", "content": None}], "turn 1 is empty"),
+        ([{"from": "human", "value": []}], "turn 1 is empty"),
+        ([{"role": "user", "content": "x"}], "no assistant turn, so nothing to learn"),
+        ([], "no assistant turn, so nothing to learn"),
+        ([HI[0], {**HI[1], "weight": 0}], "no assistant turn, so nothing to learn"),
+        (
+            [{"role": "system", "content": "x"}, HI[1]],
+            "turn 2 is the assistant's, who speaks first; begin with the user's turn",
+        ),
+        ([*HI, {"role": "system", "content": "x"}], "turn 3 is a system turn; move it"),
+        ([HI[0], HI[0], HI[1]], "turn 2 is the user's like the one before; join the two"),
+        ([HI[0], {"role": "tool", "content": "x"}], "turn 2 is a tool's but follows no assistant"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+            "turn 1 holds a part that is no text (image_url); only text is learned",
+        ),
+        (
+            [{**HI[0], "reasoning_content": "It is a greeting."}, HI[1]],
+            "turn 1 has reasoning_content as user; only the assistant's is learned, remove it",
+        ),
+    ],
+)
+def test_a_conversation_that_cannot_be_learned_says_why(turns, problem):
+    template = make({"name": "task", "form": "generative", "messages": "chat"})
+    with pytest.raises(RowError, match=re.escape(problem)) as error:
+        template.questions({"chat": turns})
+    assert one_line(error).startswith("chat: ")
+
+
+def test_a_system_turn_without_text_is_none():
+    assert read([{"from": "system", "value": ""}, *HI]) == HI
+    assert refused([{"from": "system", "value": ""}, HI[1]]).startswith("chat: turn 2 is the ")
+
+
+def test_a_turn_that_is_not_to_be_learned_keeps_its_weight():
+    turns = [HI[0], {**HI[1], "weight": 0}, HI[0], {**HI[1], "weight": 1}]
+    assert [one.get("weight") for one in read(turns)] == [None, 0, None, None]
+
+
+def test_of_a_prompt_and_its_completion_only_the_completion_is_learned():
+    template = make(
+        {"name": "task", "form": "generative", "messages": "ask", "completion": "answer"},
+        columns={"ask": "prompt"},
+    )
+    row = {"prompt": [*HI, HI[0]], "answer": [HI[1], HI[0], HI[1]]}
+    (question,) = template.questions(row)
+    assert list(question.turns) == [HI[0], {**HI[1], "weight": 0}, HI[0], HI[1], HI[0], HI[1]]
+    assert template.missing_columns(["answer"]) == ["prompt"]
+    with pytest.raises(RowError, match="answer: turn 1 is the user's like the one before"):
+        template.questions({**row, "answer": [HI[0]]})
+
+
+# Calls of tools
+
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "ü", "n": [1]}}}
+
+CALLING = [HI[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+
+CALL_TEXT = '{"name": "look", "arguments": {"at": "ü", "n": [1]}}'
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "assistant", "tool_calls": np.array([CALL])},
+        {"role": "assistant", "content": "", "tool_calls": [CALL["function"]]},
+        {"role": "assistant", "content": [], "function_call": CALL["function"]},
+        {"from": "function_call", "value": CALL_TEXT},
+        {"from": "function_call", "value": f"[{CALL_TEXT}]"},
+        {
+            "role": "assistant",
+            "tool_calls": [{"function": {"name": "look", "arguments": '{"at": "ü", "n": [1]}'}}],
+        },
+        {  # as Parquet has it
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [
+                {
+                    "id": None,
+                    "function": {
+                        "name": "look",
+                        "arguments": {"at": "ü", "n": np.array([1]), "other": None},
+                    },
+                }
+            ],
+        },
+    ],
+)
+def test_every_way_of_writing_a_call_reads_the_same(turn):
+    assert read([HI[0], turn]) == CALLING
+
+
+def test_a_result_keeps_its_name_or_has_that_of_the_call_that_it_answers():
+    first = {**CALL, "id": "call_1"}
+    second = {"type": "function", "function": {"name": "ask", "arguments": {}}}
+    turns = [
+        HI[0],
+        {"role": "assistant", "content": "I look.", "tool_calls": [first, second]},
+        {"role": "function", "content": "there"},
+        {"role": "tool", "content": "nothing"},
+        {"role": "tool", "content": "again", "tool_call_id": "call_1"},
+        {"role": "tool", "content": "and", "name": "mine", "tool_call_id": "call_2"},
+        {"role": "tool", "content": "so on"},
+        HI[1],
+        {"role": "tool", "content": "uncalled"},
+    ]
+    named = [
+        {"name": "look", "tool_call_id": "call_1"},
+        {"name": "ask"},
+        {"name": "look", "tool_call_id": "call_1"},
+        *({}, {}, {}, {}),
+    ]
+    expected = [*turns[:2], *({**a, **b} for a, b in zip(turns[2:], named, strict=True))]
+    expected[2]["role"] = "tool"
+    assert read([{**one, "other": 1} for one in turns]) == expected
+
+
+@pytest.mark.parametrize(
+    ("turn", "problem"),
+    [
+        (
+            {"from": "function_call", "value": "look(1)"},
+            "has no JSON for the call (Expecting value",
+        ),
+        ({"role": "assistant", "tool_calls": [{"id": "x"}]}, "calls a tool without {name, arg"),
+        ({"role": "assistant", "tool_calls": ["look"]}, "calls a tool without {name, arguments}"),
+        (
+            {"role": "assistant", "tool_calls": [{"name": "look", "arguments": "{"}]},
+            "has no JSON for the arguments of look (",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"name": "look", "arguments": '"\\ud800"'}]},
+            "has no JSON for the arguments of look ('utf-8' codec can't encode",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"name": "look", "arguments": [1]}]},
+            "calls look with arguments that are no {name: value}; mend the call",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"name": "look", "arguments": '{"a":' * 9999}]},
+            "has no JSON for the arguments of look (",
+        ),
+        (
+            {
+                "role": "assistant",
+                "tool_calls": [{"name": "look", "arguments": '{"a":' * 60 + "1" + "}" * 60}],
+            },
+            "nests the arguments of look more than 50 levels deep",
+        ),
+        ({"role": "user", "content": "x", "tool_calls": [CALL]}, "calls a tool as user; only"),
+    ],
+)
+def test_a_call_that_cannot_be_read_says_why(turn, problem):
+    assert refused([HI[0], HI[1], turn]).startswith(f"chat: turn 3 {problem}")
+
+
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [TOOL],
+        np.array([TOOL]),
+        [TOOL["function"]],
+        json.dumps([TOOL]),
+        json.dumps(TOOL["function"]),
+        [{"type": "function", "function": {**TOOL["function"], "strict": None}, "x": None}],
+    ],
+)
+def test_every_way_of_describing_tools_reads_the_same(value):
+    assert read_tools(value) == (TOOL,)
+
+
+@pytest.mark.parametrize("value", [None, "", " ", [], "[]"])
+def test_no_tools_are_none(value):
+    assert read_tools(value) == ()
+
+
+def test_tools_stand_in_a_column_of_their_own():
+    template = make({"name": "task", "form": "generative", "messages": "chat"})
+    assert template.questions({"chat": HI, "tools": [TOOL]})[0].tools == (TOOL,)
+    assert template.questions({"chat": HI, "tools": None})[0].tools == ()
+    named = make({"name": "t", "form": "generative", "messages": "chat"}, columns={"tools": "api"})
+    assert named.questions({"chat": HI, "api": json.dumps([TOOL])})[0].tools == (TOOL,)
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (["hammer"], "tool 1 is no {name, description, parameters}; mend it, or rename a column"),
+        ([TOOL, {"type": "function"}], "tool 2 is no {name, description, parameters}"),
+        ("hammer", "has no JSON for the list (Expecting value"),
+        ([{"name": "x", "parameters": json.loads('{"a":' * 60 + "1" + "}" * 60)}], "nests tool 1"),
+    ],
+)
+def test_tools_that_are_none_say_why(value, problem):
+    with pytest.raises(RowError) as error:
+        read_tools(value)
+    assert one_line(error).startswith(f"tools: {problem}")

@@ -1,3 +1,5 @@
+"""Every mistake in a template's fields is one line that names the file, the key and the cure."""
+
 import json
 
 import pytest
@@ -7,62 +9,6 @@ from recipelib.prompts.template import PromptTemplate
 from recipelib.runtime.errors import UserError
 
 # The file
-
-
-@pytest.mark.parametrize(
-    ("text", "place", "problem"),
-    [
-        ("name: a\nname: b", "line 2", "the key 'name' stands twice; keep one"),
-        (
-            "verbalizer:\n  good: [a]\n  good: [b]",
-            "line 3",
-            "the key 'good' stands twice; keep one",
-        ),
-        ("verbalizer: {0: [bad]}", "line 1", 'the key 0 is read as 0, not as text; write "0"'),
-        ("a: b\nno: [bad]", "line 2", 'the key no is read as False, not as text; write "no"'),
-        ("verbalizer:\n  1.5: [bad]", "line 2", 'read as 1.5, not as text; write "1.5"'),
-        ("~: [bad]", "line 1", "read as None, not as text"),
-        ("2024-01-01: x", "line 1", 'not as text; write "2024-01-01"'),
-        (
-            "prompt: Review: {{ text }}",
-            "line 1",
-            "put text with a colon, braces or quotes into quotes",
-        ),
-        ("prompt: {{ text }}", "line 1", "not as text"),
-        ("a: 'open", "line 1", "put text with a colon, braces or quotes into quotes"),
-        ("a: \tb\n\tc: d", "line", "quotes"),
-        ("a: &x [1]\nb: *x", "line 2", "*x is an alias; write the value out"),
-        ("a: !!python/object/apply:os.getcwd []", "line 1", "could not determine a constructor"),
-        ("- name: a", "", "holds no keys; a template starts with 'name:'"),
-        ("", "", "holds no keys; a template starts with 'name:'"),
-        ("name: 2020-99-99", "", "month must be in 1..12; put it into quotes"),
-        ("a: " + "[" * 5000, "", "nested too deeply to be a template; flatten it"),
-    ],
-)
-def test_yaml_that_means_something_else_is_refused(tmp_path, text, place, problem):
-    file = tmp_path / "task.yaml"
-    file.write_text(text, encoding="utf-8")
-    with pytest.raises(UserError) as error:
-        PromptTemplate.load(str(file))
-    message = one_line(error)
-    assert message.startswith(f"{file}: {place}")
-    assert problem in message
-
-
-@pytest.mark.parametrize(
-    ("make_file", "problem"),
-    [
-        (lambda file: file.write_bytes(b"name: \xff"), "not UTF-8 at byte 6; save it as UTF-8"),
-        (lambda file: file.mkdir(), "Is a directory; pass a file"),
-        (lambda file: None, "No such file or directory; pass a file"),
-    ],
-)
-def test_a_file_that_cannot_be_read_is_named(tmp_path, make_file, problem):
-    file = tmp_path / "task.yaml"
-    make_file(file)
-    with pytest.raises(UserError) as error:
-        PromptTemplate.load(str(file))
-    assert one_line(error).startswith(f"{file}: {problem}")
 
 
 def test_a_misspelled_template_name_is_corrected():

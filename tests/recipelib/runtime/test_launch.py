@@ -8,7 +8,6 @@ import pytest
 import torch
 from accelerate.state import DistributedType, PartialState
 
-from recipelib.runtime.console import progress, say
 from recipelib.runtime.errors import UserError
 from recipelib.runtime.launch import _has_accelerator, check_joined, join_on_cpu, use_all_cores
 
@@ -37,18 +36,6 @@ def test_threads_are_set_only_where_accelerate_left_one(environment, threads, mo
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     use_all_cores()
     assert chosen == ([] if threads is None else [threads])
-
-
-@pytest.mark.parametrize(("rank", "speaks"), [(None, True), ("0", True), ("1", False)])
-def test_one_process_speaks_and_all_go_through_their_items(rank, speaks, monkeypatch, capsys):
-    monkeypatch.delenv("RANK", raising=False)
-    if rank is not None:
-        monkeypatch.setenv("RANK", rank)
-    say("hello")
-    assert list(progress("counting")(range(3))) == [0, 1, 2]
-    captured = capsys.readouterr()
-    assert captured.out == ("hello\n" if speaks else "")
-    assert ("counting" in captured.err) == speaks
 
 
 # Processes that find each other -------------------------------------------------------------------

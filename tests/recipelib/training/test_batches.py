@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_llama import tiny_llama
+from tiny_task import examples_task
 from tokenizers_for_tests import tokenizer_for
 
 from recipelib.training.batches import expected_padding, micro_batches
@@ -74,12 +74,7 @@ def test_the_batches_are_those_that_the_trainer_computes(tmp_path):
         seed=7,
         use_cpu=True,
     )
-    trainer = RecipeTrainer(
-        tiny_llama(300),
-        config,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer_for("gpt2"),
-    )
+    trainer = RecipeTrainer(tiny_llama(300), config, examples_task(rows, tokenizer_for("gpt2")))
     computed = [batch["attention_mask"].sum(1).tolist() for batch in trainer.get_train_dataloader()]
     expected = [[lengths[index] for index in batch] for batch in micro_batches(lengths, config)]
     assert computed == expected

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_llama import tiny_llama
+from tiny_task import examples_task
 from tokenizers_for_tests import tokenizer_for
 from transformers import AutoModelForCausalLM
 
@@ -74,17 +74,9 @@ def config(folder, **options) -> RecipeConfig:
 
 
 def trainer_for(training, model, callbacks=(), evaluation=OTHER_ROWS) -> RecipeTrainer:
-    train, other = (
-        Dataset.from_list(encode_rows(ENCODER, rows).examples) for rows in (ROWS, evaluation)
-    )
-    return RecipeTrainer(
-        model,
-        training,
-        train_dataset=train,
-        eval_dataset=other,
-        processing_class=copy.deepcopy(TOKENIZER),
-        callbacks=list(callbacks),
-    )
+    examples, held_out = (encode_rows(ENCODER, rows).examples for rows in (ROWS, evaluation))
+    task = examples_task(examples, TOKENIZER, held_out)
+    return RecipeTrainer(model, training, task, callbacks=list(callbacks))
 
 
 def history(trainer, name: str) -> dict[int, float]:

@@ -1,4 +1,4 @@
-"""The rehearsal's sums are those of the same step with real tensors."""
+"""The fake step's sums are those of the same step with real tensors."""
 
 import weakref
 from collections import Counter
@@ -21,7 +21,7 @@ from transformers import (
 from recipelib.models.head import logits_at
 from recipelib.models.sharding import decoder_layers
 from recipelib.training.batches import micro_batches
-from recipelib.training.fake_step import MicroBatch, heaviest_batch, rehearse
+from recipelib.training.fake_step import MicroBatch, heaviest_batch, step_peaks
 from recipelib.training.packing import RowsApart
 
 VOCABULARY = 300
@@ -30,7 +30,7 @@ FULL_BATCH = MicroBatch(rows=3, width=20, supervised=21, padded=False)
 
 
 def settings(**changes) -> SimpleNamespace:
-    """The trainer's arguments that a rehearsal reads."""
+    """The trainer's arguments that a fake step reads."""
     defaults = {
         "device": torch.device("cpu"),
         "bf16": False,
@@ -134,25 +134,25 @@ def really_alive(model, batch: MicroBatch, autocast=None) -> int:
 
 def highest(model, batch=BATCH, **changes) -> Counter:
     weights = {id(one): 1 for one in model.parameters()}
-    return max(rehearse(model, settings(**changes), batch, weights), key=Counter.total)
+    return max(step_peaks(model, settings(**changes), batch, weights), key=Counter.total)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_peak_is_that_of_a_real_step(name):
     model = MODELS[name]()
-    rehearsed = highest(model).total()
+    estimated = highest(model).total()
     # masks of a few hundred bytes take the place of indices
-    assert rehearsed == pytest.approx(really_alive(model, BATCH), abs=1500)
+    assert estimated == pytest.approx(really_alive(model, BATCH), abs=1500)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama, lora", "gpt2"])
 def test_a_batch_without_padding_has_no_mask(name):
     model = MODELS[name]()
-    rehearsed = highest(model, FULL_BATCH).total()
-    assert rehearsed == pytest.approx(really_alive(model, FULL_BATCH), abs=1500)
+    estimated = highest(model, FULL_BATCH).total()
+    assert estimated == pytest.approx(really_alive(model, FULL_BATCH), abs=1500)
     padded = MicroBatch(**{**vars(FULL_BATCH), "padded": True})
     without, masked = (
-        rehearse(model, settings(), one, Weights(1))[0]["activations"]
+        step_peaks(model, settings(), one, Weights(1))[0]["activations"]
         for one in (FULL_BATCH, padded)
     )
     # GPT-2's highest moment may lie where no mask is alive.
@@ -163,11 +163,11 @@ def test_a_batch_without_padding_has_no_mask(name):
 def test_the_peak_with_recomputed_layers_is_that_of_a_real_step(name):
     stored = highest(MODELS[name]()).total()
     model = MODELS[name]()
-    rehearsed = highest(model, activation_checkpointing=True).total()
+    estimated = highest(model, activation_checkpointing=True).total()
     assert not model.is_activation_checkpointing  # the model itself stays as it was
     model.activation_checkpointing_enable()
-    assert rehearsed == pytest.approx(really_alive(model, BATCH), rel=0.01)
-    assert rehearsed < 0.8 * stored
+    assert estimated == pytest.approx(really_alive(model, BATCH), rel=0.01)
+    assert estimated < 0.8 * stored
 
 
 def test_fsdps_own_recomputing_counts_as_the_trainers(monkeypatch):
@@ -179,8 +179,8 @@ def test_fsdps_own_recomputing_counts_as_the_trainers(monkeypatch):
 @pytest.mark.parametrize("name", ["llama", "llama, lora"])
 def test_autocast_counts_with_its_copies_of_the_weights(name):
     model = MODELS[name]()
-    rehearsed = highest(model, bf16=True).total()
-    assert rehearsed == pytest.approx(really_alive(model, BATCH, torch.bfloat16), rel=0.01)
+    estimated = highest(model, bf16=True).total()
+    assert estimated == pytest.approx(really_alive(model, BATCH, torch.bfloat16), rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama, lora"])
@@ -201,7 +201,7 @@ def test_what_each_layer_adds_is_what_autograd_saves_in_it(name):
         return sum(sizes.values())
 
     build = llama if name == "llama" else lambda layers: lora(llama(layers))
-    five, nine = (rehearse(build(n), settings(), FULL_BATCH, Weights(1))[0] for n in (5, 9))
+    five, nine = (step_peaks(build(n), settings(), FULL_BATCH, Weights(1))[0] for n in (5, 9))
     difference = saved(build(9)) - saved(build(5))
     assert nine["activations"] - five["activations"] == pytest.approx(difference, rel=0.01)
     assert nine["logits"] == five["logits"]
@@ -221,19 +221,19 @@ class Weights(dict):
 @pytest.mark.parametrize("name", ["llama", "llama, untied", "llama, lora", "gpt2"])
 def test_the_continued_sums_are_those_of_all_layers(name, monkeypatch):
     model = MODELS[name]()
-    two = rehearse(model, settings(), BATCH, Weights(0.5))
+    two = step_peaks(model, settings(), BATCH, Weights(0.5))
     monkeypatch.setattr("recipelib.training.fake_step._list_of_equals", lambda model: None)
-    (all_layers,) = rehearse(model, settings(), BATCH, Weights(0.5))
+    (all_layers,) = step_peaks(model, settings(), BATCH, Weights(0.5))
     assert max(two, key=Counter.total) == all_layers
 
 
 def test_logits_are_what_has_the_vocabulary_as_its_width():
-    few = rehearse(lora(llama()), settings(), BATCH, Weights(1))[0]["logits"]
+    few = step_peaks(lora(llama()), settings(), BATCH, Weights(1))[0]["logits"]
     # of the supervised tokens: scores, log-probabilities and the gradients of both
     row = 4 * VOCABULARY
     assert 2 * BATCH.supervised * row < few <= 4 * BATCH.supervised * row
     half = MicroBatch(rows=3, width=20, supervised=30, padded=True)
-    more = rehearse(lora(llama()), settings(), half, Weights(1))[0]["logits"]
+    more = step_peaks(lora(llama()), settings(), half, Weights(1))[0]["logits"]
     assert more == pytest.approx(2 * few, rel=0.01)
 
 
@@ -241,9 +241,9 @@ def test_gradients_that_stay_elsewhere_do_not_count():
     model = llama(2, tie_word_embeddings=False, vocab_size=64)
     size = 4 * sum(one.numel() for one in model.parameters())
     tiny = MicroBatch(rows=1, width=2, supervised=1, padded=False)
-    (whole,) = rehearse(model, settings(), tiny, Weights(1))
-    (shard,) = rehearse(model, settings(), tiny, Weights(1 / 4))
-    (none,) = rehearse(model, settings(), tiny, Weights(0))
+    (whole,) = step_peaks(model, settings(), tiny, Weights(1))
+    (shard,) = step_peaks(model, settings(), tiny, Weights(1 / 4))
+    (none,) = step_peaks(model, settings(), tiny, Weights(0))
     last = 4 * 64 * 32  # that of the embeddings, which is still whole when everything else is done
     assert whole["gradients"] == size
     assert shard["gradients"] == size / 4 + last * 3 / 4
@@ -255,7 +255,7 @@ def test_the_model_is_left_as_it_was():
     model = lora(llama(), lora_dropout=0.5).eval()
     before = {name: one.clone() for name, one in model.state_dict().items()}
     state = torch.get_rng_state()
-    rehearse(model, settings(activation_checkpointing=True), BATCH, Weights(1))
+    step_peaks(model, settings(activation_checkpointing=True), BATCH, Weights(1))
     assert torch.equal(torch.get_rng_state(), state)
     assert not model.training
     assert not model.is_activation_checkpointing
@@ -265,36 +265,36 @@ def test_the_model_is_left_as_it_was():
     assert all(not layer._forward_pre_hooks for layer in decoder_layers(model))
 
 
-def test_a_model_without_weights_is_rehearsed_on_the_trainers_device():
-    expected = rehearse(llama(), settings(), BATCH, Weights(1))
+def test_a_model_without_weights_is_estimated_on_the_trainers_device():
+    expected = step_peaks(llama(), settings(), BATCH, Weights(1))
     with torch.device("meta"):
         model = llama()
-    assert rehearse(model, settings(), BATCH, Weights(1)) == expected
+    assert step_peaks(model, settings(), BATCH, Weights(1)) == expected
 
 
 def test_a_patched_forward_that_holds_the_model_does_not_run_it():
     # as TRL's fused head is patched in
-    expected = rehearse(llama(), settings(), BATCH, Weights(1))
+    expected = step_peaks(llama(), settings(), BATCH, Weights(1))
     model = llama()
     whole = model.forward
     model.forward = lambda *args, **kwargs: whole(*args, **kwargs)
-    assert rehearse(model, settings(), BATCH, Weights(1)) == expected
+    assert step_peaks(model, settings(), BATCH, Weights(1)) == expected
 
 
-def test_layers_that_differ_are_all_rehearsed():
+def test_layers_that_differ_are_all_estimated():
     model = llama()
-    assert len(rehearse(model, settings(), BATCH, Weights(1))) == 2
+    assert len(step_peaks(model, settings(), BATCH, Weights(1))) == 2
     model.model.layers[2].mlp.up_proj.weight.requires_grad_(False)
-    assert len(rehearse(model, settings(), BATCH, Weights(1))) == 1
+    assert len(step_peaks(model, settings(), BATCH, Weights(1))) == 1
 
 
-def test_a_mixture_of_experts_can_be_rehearsed_in_bfloat16():
+def test_a_mixture_of_experts_can_be_estimated_in_bfloat16():
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 5}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
     model = MixtralForCausalLM(MixtralConfig(vocab_size=VOCABULARY, **sizes, **heads))
     model.to(torch.bfloat16)  # torch's grouped products have shapes without values in that alone
-    rehearsed = highest(model).total()
-    assert rehearsed == pytest.approx(really_alive(model, BATCH), rel=0.1)
+    estimated = highest(model).total()
+    assert estimated == pytest.approx(really_alive(model, BATCH), rel=0.1)
 
 
 # The batch ---------------------------------------------------------------------------------------
@@ -332,7 +332,7 @@ def test_rows_of_one_length_need_no_padding():
 
 
 @pytest.mark.parametrize("name", ["llama", "llama, eager", "llama, lora", "gpt2"])
-def test_a_line_of_rows_is_rehearsed_row_by_row(name):
+def test_a_line_of_rows_is_estimated_row_by_row(name):
     model, lengths = MODELS[name](), [20, 4, 31, 9]
     picked = torch.arange(5, 55, 3)
     line = {

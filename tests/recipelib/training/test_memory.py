@@ -1,15 +1,12 @@
-"""What training will take, term by term; and the meter that says what it took."""
+"""What training will take, term by term."""
 
 import json
 import os
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -22,8 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from recipelib.runtime.memory import MemoryMeter, gib
-from recipelib.training import memory
+from recipelib.runtime.memory import gib
 from recipelib.training.memory import MemoryEstimate, estimate_memory
 
 MIB = 2**20
@@ -138,7 +134,7 @@ def test_where_activations_are_few_the_optimizers_step_is_the_peak():
 
 
 def test_the_sum_is_what_a_step_allocates_beside_the_rest():
-    # tests/common/test_rehearsal.py holds the rehearsed part to real steps
+    # test_fake_step.py holds the fake step to real ones
     model = lora(llama())
     few, many = (
         estimate_memory(model, settings(per_device_train_batch_size=rows), ROWS) for rows in (2, 4)
@@ -280,100 +276,16 @@ def test_the_estimate_is_shown_as_a_sum_of_what_is_there():
     assert gib(found.total) == "2.75"
 
 
-def test_a_model_that_cannot_be_rehearsed_is_counted_without_activations(capfd):
+def test_a_model_without_a_fake_step_is_counted_without_activations(capfd):
     # torch's grouped products in float32 need values
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
     model = MixtralForCausalLM(MixtralConfig(vocab_size=300, num_attention_heads=4, **sizes))
     found = estimate_memory(model, settings(), ROWS)
     assert found.parameters == size(model.parameters()) + buffers(model)
     assert found.activations == 0
-    assert found.note.startswith("without activations, for the rehearsal failed: ")
+    assert found.note.startswith("without activations, for the fake step failed: ")
     assert "\n" not in found.note
     assert capfd.readouterr().err == ""
-
-
-# The meter ---------------------------------------------------------------------------------------
-
-
-PEAK = """
-import time
-import numpy as np
-from recipelib.training.memory import MemoryMeter
-before = np.ones(200 * 2**20, dtype=np.uint8)
-meter = MemoryMeter()
-during = np.ones(150 * 2**20, dtype=np.uint8)
-time.sleep(0.5)
-del during
-print(meter.stop(), meter.resident, len(before))
-"""
-
-
-def test_memory_counts_the_peak_after_the_start_though_it_was_freed():
-    # In a process of its own: what others allocated before may be given back meanwhile.
-    path = os.pathsep.join(sys.path)
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    peak, resident, _ = map(int, done.stdout.split())
-    assert 140 * MIB < peak < 200 * MIB
-    assert 140 * MIB < resident < 200 * MIB
-
-
-def test_memory_from_before_the_start_does_not_count_and_the_thread_ends():
-    np.ones(200 * MIB, dtype=np.uint8).sum()
-    threads = set(threading.enumerate())
-    meter = MemoryMeter()
-    (started,) = set(threading.enumerate()) - threads
-    assert started.daemon
-    time.sleep(0.1)
-    assert 0 <= meter.stop() < 100 * MIB
-    started.join(timeout=2)
-    assert not started.is_alive()
-
-
-def test_after_a_restart_only_the_later_peak_counts_above_the_first_start():
-    meter = MemoryMeter()
-    kept = np.ones(60 * MIB, dtype=np.uint8)
-    early = np.ones(150 * MIB, dtype=np.uint8)
-    time.sleep(0.5)
-    del early
-    meter.restart()
-    assert 50 * MIB < meter.stop() < 110 * MIB
-    assert len(kept) == 60 * MIB
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's heap")
-def test_holes_in_the_heap_are_resident_but_not_in_use():
-    script = f"""
-import sys
-sys.path.insert(0, {str(ROOT / "recipes")!r})
-import ctypes, torch
-ctypes.CDLL(None).mallopt(-3, 2**30)  # all blocks in the heap
-from recipelib.training.memory import MemoryMeter
-meter = MemoryMeter()
-blocks = [torch.ones(2**18) for _ in range(400)]  # a MiB each
-for index in range(0, 399):
-    if index % 4:
-        blocks[index] = None  # the kept ones stand between the holes
-meter.restart()
-print(meter.stop(), meter.resident)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    used, resident = map(int, done.stdout.split())
-    assert 390 * MIB < resident < 440 * MIB
-    assert 95 * MIB < used < 140 * MIB
-
-
-def test_without_glibc_the_resident_memory_counts(monkeypatch):
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
-    meter = MemoryMeter()
-    block = np.ones(150 * MIB, dtype=np.uint8)
-    assert 140 * MIB < meter.stop() < 200 * MIB
-    assert len(block) == 150 * MIB
 
 
 # Estimated and measured --------------------------------------------------------------------------

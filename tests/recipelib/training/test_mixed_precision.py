@@ -1,17 +1,15 @@
 """Training in bfloat16: adapters stay in float32 and cost no copies; one precision a process."""
 
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny_llama import tiny_llama
+from tiny_task import examples_task
 from tokenizers_for_tests import tokenizer_for
 
 from recipelib.adapters.bottleneck import BottleneckConfig
-from recipelib.models import sharding
 from recipelib.training.config import RecipeConfig
 from recipelib.training.trainer import RecipeTrainer
 
@@ -44,8 +42,7 @@ def train(kind: str, folder) -> tuple[dict[str, torch.Tensor], set[torch.dtype]]
         save_strategy="no",
         disable_tqdm=True,
     )
-    data = Dataset.from_list(ROWS)
-    RecipeTrainer(model, training, train_dataset=data, processing_class=TOKENIZER).train()
+    RecipeTrainer(model, training, examples_task(ROWS, TOKENIZER)).train()
     trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
     assert {one.dtype for one in trained.values()} == {torch.float32}
     given = {*seen}
@@ -60,7 +57,7 @@ def test_an_adapter_s_input_is_not_copied_to_float32_and_nothing_else_changes(
 ):
     found, seen = train(kind, tmp_path)
     assert seen == {torch.bfloat16}
-    monkeypatch.setattr(RecipeTrainer, "_inputs_as_they_are", lambda self: nullcontext())
+    monkeypatch.setattr(RecipeTrainer, "_without_input_casts", lambda self: nullcontext())
     wanted, copied = train(kind, tmp_path)
     assert copied == {torch.float32}
     assert found.keys() == wanted.keys()
@@ -70,19 +67,3 @@ def test_an_adapter_s_input_is_not_copied_to_float32_and_nothing_else_changes(
 
 def test_variants_of_lora_keep_their_casts(tmp_path):
     assert train("dora", tmp_path)[1] == {torch.float32}
-
-
-def test_a_model_that_is_scored_is_sharded_in_the_precision_that_the_trainer_will_ask_for(
-    monkeypatch,
-):
-    asked = []
-
-    def accelerator(**options):
-        asked.append(options)
-        return SimpleNamespace(state=SimpleNamespace(fsdp_plugin=None))
-
-    monkeypatch.setattr(sharding, "Accelerator", accelerator)
-    monkeypatch.setattr(sharding, "uses_fsdp", lambda: True)
-    with pytest.raises(sharding.UserError, match="did not turn it on"):
-        sharding.place_model(torch.nn.Linear(2, 2), SimpleNamespace(mixed_precision="bf16"))
-    assert asked == [{"mixed_precision": "bf16"}]

@@ -21,6 +21,7 @@ from tiny_models import (
     tiny_llama,
     with_opinions,
 )
+from tiny_task import examples_task
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -76,13 +77,8 @@ def trainer_for(folder, model, rows=ROWS, **options) -> RecipeTrainer:
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    return RecipeTrainer(
-        model,
-        RecipeConfig(**{**defaults, **options}),
-        train_dataset=Dataset.from_list(rows),
-        eval_dataset=Dataset.from_list(rows),
-        processing_class=copy.deepcopy(TOKENIZER),
-    )
+    task = examples_task(rows, TOKENIZER)
+    return RecipeTrainer(model, RecipeConfig(**{**defaults, **options}), task)
 
 
 def train(folder, model, **options):
@@ -167,8 +163,7 @@ def test_the_evaluation_loss_is_the_padded_one(tmp_path):
         trainer = trainer_for(
             tmp_path, model_of("llama"), packing=packing, per_device_eval_batch_size=5
         )
-        trainer.shard()
-        losses.append(trainer.evaluate()["eval_loss"])
+        losses.append(trainer.evaluate(Dataset.from_list(ROWS))["eval_loss"])
         assert trainer.tokens_seen == 0
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
@@ -216,10 +211,9 @@ def test_a_step_of_training_makes_no_mask(tmp_path):
         lambda _, args, kwargs: made.append(kwargs["attention_mask"]), with_kwargs=True
     )
     trainer = trainer_for(tmp_path, model, packing=True, max_steps=3)
-    trainer.shard()
     made.clear()
     trainer.train()
-    trainer.evaluate()
+    trainer.evaluate(Dataset.from_list(ROWS))
     assert made == [None] * 5
 
 
@@ -335,7 +329,6 @@ def test_the_noise_is_that_of_padded_rows(tmp_path, monkeypatch):
         trainer = trainer_for(
             tmp_path, tiny_llama(VOCABULARY), packing=packing, neftune_noise_alpha=5.0
         )
-        trainer.shard()
         with monkeypatch.context() as patched:
             patched.setattr(torch.Tensor, "uniform_", uniform)
             trainer.train()

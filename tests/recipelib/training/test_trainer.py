@@ -1,25 +1,23 @@
-"""The trainer's loss is the model's own however rows are batched; its arguments fit the machine."""
+"""The trainer's loss is the model's own however rows are batched, and what it trains
+is what was asked for.
+"""
 
-import copy
 import json
-from functools import cached_property
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny_llama import tiny_llama
+from tiny_task import examples_task
 from tokenizers_for_tests import tokenizer_for
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 from transformers.trainer_pt_utils import LabelSmoother
-from trl import SFTConfig
 
-from recipelib.cli import RecipeArguments, parse_arguments
 from recipelib.encoding.examples import encode_rows
 from recipelib.encoding.prompt_encoder import PromptEncoder
 from recipelib.evaluation.evaluation import evaluate_task
 from recipelib.prompts.template import PromptTemplate
-from recipelib.runtime.errors import UserError
 from recipelib.training.config import RecipeConfig
 from recipelib.training.trainer import RecipeTrainer
 
@@ -59,7 +57,7 @@ ROWS = examples(16)
 SUPERVISED = [sum(label != -100 for label in row["labels"]) for row in ROWS]
 
 
-def trainer_for(tmp_path, model=None, rows=ROWS, **options) -> RecipeTrainer:
+def trainer_for(tmp_path, model=None, rows=ROWS, rates=None, **options) -> RecipeTrainer:
     defaults = {
         "output_dir": str(tmp_path),
         "per_device_train_batch_size": 8,
@@ -69,13 +67,9 @@ def trainer_for(tmp_path, model=None, rows=ROWS, **options) -> RecipeTrainer:
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    return RecipeTrainer(
-        model or tiny_llama(VOCABULARY),
-        RecipeConfig(**{**defaults, **options}),
-        train_dataset=Dataset.from_list(rows),
-        eval_dataset=Dataset.from_list(rows),
-        processing_class=copy.deepcopy(TOKENIZER),
-    )
+    task = examples_task(rows, TOKENIZER)
+    model = model or tiny_llama(VOCABULARY)
+    return RecipeTrainer(model, RecipeConfig(**{**defaults, **options}), task, rates=rates)
 
 
 def own_loss(model, rows) -> torch.Tensor:
@@ -270,7 +264,7 @@ def test_evaluating_gives_the_loss_and_counts_no_tokens_before_and_after_trainin
     trainer = trainer_for(tmp_path, per_device_eval_batch_size=16, num_train_epochs=1)
     losses = []
     for seen in (0, sum(len(row["input_ids"]) for row in ROWS)):
-        losses.append(trainer.evaluate()["eval_loss"])
+        losses.append(trainer.evaluate(Dataset.from_list(ROWS))["eval_loss"])
         assert trainer.tokens_seen == seen
         with torch.no_grad():
             assert losses[-1] == pytest.approx(own_loss(trainer.model, ROWS).item(), abs=1e-5)
@@ -296,7 +290,7 @@ def test_a_tasks_loss_is_the_trainers_on_the_same_rows(tmp_path):
     encoder = PromptEncoder(template, TOKENIZER, 100)
     encoded = encode_rows(encoder, rows)
     trainer = trainer_for(tmp_path, rows=encoded.examples)
-    expected = trainer.evaluate()["eval_loss"]
+    expected = trainer.evaluate(trainer.train_dataset)["eval_loss"]
     assert evaluate_task(trainer.model, encoder, rows).score == pytest.approx(expected, abs=1e-5)
 
 
@@ -314,31 +308,8 @@ def test_one_bar_shows_the_steps_and_the_latest_loss(tmp_path, capfd):
     assert "'loss'" not in captured.out
 
 
-# Arguments ---------------------------------------------------------------------------------------
-
-
-def parse(*argv: str) -> RecipeConfig:
-    defaults = {"output_dir": "runs/nowhere"}
-    return parse_arguments(RecipeArguments, "A recipe.", defaults, list(argv))[1]
-
-
-def test_a_cpu_computes_in_float32_without_being_told(monkeypatch):
-    for gpu in (False, True):
-        monkeypatch.setattr("recipelib.training.trainer.fast_bf16", lambda gpu=gpu: gpu)
-        config = parse("--use_cpu", "true")
-        assert config.bf16 is False
-        assert config.fp16 is False
-        assert config.dataloader_pin_memory is False
-        assert config.model_dtype[0] == torch.float32
-        assert "CPU" in config.model_dtype[1]
-        assert config.activation_checkpointing is False
-        assert config.report_to == []
-
-
 @pytest.mark.parametrize("lora", [False, True])
 def test_activations_are_recomputed_when_asked_and_change_nothing(lora, tmp_path):
-    config = parse("--activation_checkpointing", "true", "--use_cpu", "true")
-    assert config.activation_checkpointing is True
     results = []
     for recompute in (False, True):
         model = tiny_llama(VOCABULARY)
@@ -358,72 +329,3 @@ def test_activations_are_recomputed_when_asked_and_change_nothing(lora, tmp_path
     assert sum(difference.norm() > 0 for difference in change.values()) >= 4
     for name, difference in change.items():
         torch.testing.assert_close(changed[name], difference, atol=5e-6, rtol=1e-5)
-
-
-def test_pushing_to_the_hub_is_left_to_the_recipe():
-    config = parse("--push_to_hub", "true", "--use_cpu", "true")
-    assert (config.publish, config.push_to_hub) == (True, False)
-    assert parse("--use_cpu", "true").publish is False
-
-
-def test_several_gpus_in_one_process_are_one(monkeypatch, capsys):
-    def set_up(self):
-        self._n_gpu = 2
-        self.distributed_state = None
-        return torch.device("cpu")
-
-    devices = cached_property(set_up)
-    devices.__set_name__(SFTConfig, "_setup_devices")
-    monkeypatch.setattr(SFTConfig, "_setup_devices", devices)
-    config = RecipeConfig(output_dir="runs/nowhere", use_cpu=True)
-    assert config.n_gpu == 1
-    assert config.train_batch_size == config.per_device_train_batch_size
-    assert "using one of 2 GPUs; accelerate_configs/ddp.yaml uses all" in capsys.readouterr().out
-
-
-REFUSED = {
-    "--report_to foo": "--report_to: foo is not supported, only .*wandb",
-    "--report_to wandb": "--report_to: .*pip install wandb",
-    "--optim adamw_bnb_8bit": "--optim: .*pip install -U bitsandbytes",
-    "--optim foo": "optim: invalid choice: 'foo' .*adamw_torch",
-    "--lr_scheduler_type foo": "lr_scheduler_type.*: invalid choice: 'foo' .*cosine",
-    "--lr_scheduler_type cosine_with_min_lr": "--lr_scheduler_type: .*min_lr",
-    "--fp16 true": "--fp16: needs a GPU",
-    "--padding_free true": "--padding_free: --packing true lays whole rows",
-    "--packing_strategy wrapped": "--packing_strategy: --packing true lays whole rows",
-    "--packing true --eval_packing false": "--eval_packing: --packing true lays whole rows",
-    "--neftune_noise_alpha -1": "--neftune_noise_alpha -1.0: must be 0 or more",
-    "--loss_type dft": "--loss_type: the template decides",
-    "--assistant_only_loss true": "--assistant_only_loss: the template decides",
-    "--completion_only_loss false": "--completion_only_loss: the template decides",
-    "--chat_template_path some.jinja": "--chat_template_path: the template decides",
-    "--eos_token </s>": "--eos_token: the template decides",
-}
-
-
-@pytest.mark.parametrize("command", REFUSED)
-def test_what_would_fail_after_minutes_is_refused_at_once_in_one_line(command, monkeypatch):
-    # As where nothing is installed.
-    for check in ("integrations.integration_utils.is_wandb", "trainer_optimizer.is_bitsandbytes"):
-        monkeypatch.setattr(f"transformers.{check}_available", lambda: False)
-    with pytest.raises(UserError, match=REFUSED[command]) as refused:
-        parse("--use_cpu", "true", *command.split())
-    assert "\n" not in str(refused.value)
-
-
-def test_what_works_is_taken():
-    stable = '--lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs {"num_decay_steps":5}'
-    for command in (
-        "--optim sgd",
-        "--optim adafactor",
-        "--report_to none",
-        "--packing true",
-        stable,
-    ):
-        assert parse("--use_cpu", "true", *command.split()).output_dir == "runs/nowhere"
-
-
-def test_processes_that_do_not_know_of_each_other_do_not_train(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="2 processes were started, but this one knows of 1"):
-        RecipeConfig(output_dir=str(tmp_path))

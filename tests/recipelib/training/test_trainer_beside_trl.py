@@ -1,12 +1,11 @@
 """`RecipeTrainer`, in parts of similar length, learns what TRL's trainer does in whole steps."""
 
-import copy
-
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny_llama import tiny_llama
+from tiny_task import examples_task
 from tokenizers_for_tests import tokenizer_for
 from trl import SFTConfig, SFTTrainer
 
@@ -53,13 +52,11 @@ def test_the_loss_of_every_step_and_what_is_learned_are_trls(tmp_path):
         "use_cpu": True,
         "bf16": False,
     }
-    data = {
-        "train_dataset": Dataset.from_list(ROWS),
-        "processing_class": copy.deepcopy(tokenizer_for("gpt2")),
-    }
+    task = examples_task(ROWS, tokenizer_for("gpt2"))
+    data = {"train_dataset": Dataset.from_list(ROWS), "processing_class": task.tokenizer}
     ours = RecipeConfig(**shared, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     theirs = SFTConfig(**shared, per_device_train_batch_size=8, max_length=None)
-    losses, change = train(RecipeTrainer(adapted(), ours, **data))
+    losses, change = train(RecipeTrainer(adapted(), ours, task))
     wanted, learned = train(SFTTrainer(adapted(), theirs, **data))
     assert len(losses) == 10
     assert losses == pytest.approx(wanted, abs=1e-4)

@@ -1,17 +1,13 @@
 """What is asked for several draws, and what is made of the answers."""
 
 import pytest
-from scoring_process import TOKENIZER, encoder_for, outspoken_llama
+from scoring_process import encoder_for, outspoken_llama
 from template_cases import CASES
 from template_fields import ASK
 
 from recipelib.data.demonstrations import Demonstrations
-from recipelib.encoding.asking import CausalAsker
-from recipelib.encoding.prompt_encoder import PromptEncoder
-from recipelib.evaluation import few_shot
+from recipelib.evaluation import answers
 from recipelib.evaluation.answers import score_answers, vote
-from recipelib.evaluation.labels import score_labels
-from recipelib.evaluation.losses import score_losses
 from recipelib.inference.generation import Written
 from recipelib.prompts.template import PromptTemplate
 
@@ -57,49 +53,9 @@ def draws_for(name: str, count: int, shots: int = 1):
     return [Demonstrations(template, pool, shots, "random", draw=draw) for draw in range(count)]
 
 
-def test_what_draws_and_rows_have_in_common_is_asked_once(monkeypatch):
-    encoder = PromptEncoder(PromptTemplate.load("movie_reviews"), TOKENIZER, 1000)
-    asker = CausalAsker(encoder)
-    asked = []
-
-    def likelihoods(model, requests, **options):
-        asked.extend(requests)
-        return [[-1.0] * len(continuations) for _, continuations in requests]
-
-    monkeypatch.setattr(asker, "likelihoods", likelihoods)
-    rows = [{"sentence": f"a fine film {number}", "label": "positive"} for number in range(3)]
-    result = score_labels(MODEL, asker, rows, draws_for("movie_reviews", 2, shots=3))
-    # For each draw three rows and two inputs without content; once the input without anything.
-    assert len(asked) == 2 * (3 + 2) + 1
-    assert len({str(one) for one in asked}) == len(asked)
-    assert [len(one.records) for one in result.draws] == [3, 3]
-    assert [one["draw"] for draw in result.draws for one in draw.records] == [0] * 3 + [1] * 3
-
-
-def test_every_way_of_scoring_is_measured_for_every_draw():
-    encoder = encoder_for("movie_reviews")
-    result = score_labels(
-        MODEL, CausalAsker(encoder), CASES["movie_reviews"].rows, draws_for("movie_reviews", 2)
-    )
-    for kind, scores in result.by_score.items():
-        for score, draw in zip(scores, result.draws, strict=True):
-            right = [one["predictions"][kind] == one["answer"] for one in draw.records]
-            assert score == pytest.approx(sum(right) / 3)
-    assert set(result.by_score) == {"sum", "mean", "bytes", "pmi", "calibrated"}
-
-
-def test_a_pair_that_is_asked_per_word_is_won_by_the_surest_yes():
-    encoder = encoder_for("next_sentence")
-    rows = CASES["next_sentence"].rows
-    result = score_labels(MODEL, CausalAsker(encoder), rows, [None])
-    for one in result.draws[0].records:
-        assert len(one["prompt"]) == len(encoder.template.verbalizer)
-        assert set(one["scores"]["calibrated"]) == set(encoder.template.verbalizer)
-
-
-def written_by(monkeypatch, *answers: list[list[str]]):
+def written_by(monkeypatch, *texts: list[list[str]]):
     """Has answers written, call by call, instead of what the model would; gives the prompts."""
-    calls, waiting = [], list(answers)
+    calls, waiting = [], list(texts)
 
     def generate(model, tokenizer, prompts, **options):
         calls.append([tokenizer.decode(ids) for ids in prompts])
@@ -107,7 +63,7 @@ def written_by(monkeypatch, *answers: list[list[str]]):
         assert len(texts) == len(prompts)
         return [[Written(text, -float(at)) for at, text in enumerate(some)] for some in texts]
 
-    monkeypatch.setattr(few_shot, "generate", generate)
+    monkeypatch.setattr(answers, "generate", generate)
     return calls
 
 
@@ -158,17 +114,3 @@ def test_samples_vote_and_are_all_kept(monkeypatch):
     (record,) = score_answers(MODEL, encoder, [row], [None], samples=3).draws[0].records
     assert record["generated"] == texts
     assert record["score"] == 1
-
-
-def test_losses_are_taken_behind_demonstrations():
-    encoder = encoder_for("alpaca")
-    rows = CASES["alpaca"].rows
-
-    def shown(number, row):
-        return [("### Instruction:\nname a color\n\n### Response:", "\nred")]
-
-    plain, behind = score_losses(MODEL, encoder, rows, [None, shown]).draws
-    assert plain.score != pytest.approx(behind.score, abs=1e-3)
-    for one, other in zip(plain.records, behind.records, strict=True):
-        assert one["answer"] == other["answer"]
-        assert "name a color" in other["prompt"]

@@ -10,15 +10,17 @@ import torch
 from tiny_llama import tiny_llama
 from tokenizers_for_tests import tokenizer_for
 
-from recipelib.encoding.asking import Asked
+from recipelib.data.rows import Rows
+from recipelib.encoding.asking import Asked, CausalAsker
 from recipelib.encoding.prompt_encoder import EncodedPrompt, PromptEncoder
 from recipelib.evaluation.metrics import score_rows
-from recipelib.evaluation.scores import FewShotScore, TaskScore, finish
+from recipelib.evaluation.scores import FewShotScore, TaskScore, score_records
 from recipelib.models.quantization import count_parameters
 from recipelib.prompts.template import PromptTemplate
-from recipelib.reporting import few_shot as few_shot_report
-from recipelib.reporting.few_shot import interval, save_few_shot
+from recipelib.reporting import few_shot as report
+from recipelib.reporting.few_shot import class_figures, confidences, interval, save_few_shot
 from recipelib.runtime.errors import UserError
+from recipelib.task.few_shot import FewShotTask
 
 TOKENIZER, MODEL = tokenizer_for("gpt2"), tiny_llama(300)
 
@@ -46,8 +48,19 @@ FACTS = {
 }
 
 
+# What the command line says.
+ASKED = {
+    "predict": None,
+    "adapter": None,
+    "score": "sum",
+    "reasoning": "template",
+    "samples": 1,
+    "temperature": 0.0,
+}
+
+
 def records_of(answers, said, draw=0, **more):
-    """Records as `few_shot.py` writes them, before they are scored."""
+    """Records as they are before they are scored."""
     return [
         {"draw": draw, "row": row, "prompt": f"p{row}", "answer": answer, "prediction": one}
         | {"score": None, **more}
@@ -58,7 +71,9 @@ def records_of(answers, said, draw=0, **more):
 def few_shot(template, answers, draws, *, left_out=0, **more) -> FewShotScore:
     """The score of made-up predictions, a list of them for each draw."""
     scores = [
-        finish(template, records_of(answers, said, draw, **more), len(answers) + left_out, True)
+        score_records(
+            template, records_of(answers, said, draw, **more), len(answers) + left_out, True
+        )
         for draw, said in enumerate(draws)
     ]
     return FewShotScore(scores, {}, [], 4.0)
@@ -93,10 +108,10 @@ def label_result(template) -> FewShotScore:
                 kind: first if one > 0.5 else second for kind, one in chance.items()
             }
             record["prediction"] = record["predictions"]["sum"]
-        scores.append(finish(template, records, 5, True))
+        scores.append(score_records(template, records, 5, True))
         for kind in sure:
             said = [record["predictions"][kind] for record in records]
-            by_score.setdefault(kind, []).append(score_rows(template.metric, said, answers)[0])
+            by_score.setdefault(kind, []).append(score_rows(template.metric, said, answers).score)
     asked = [
         [asked_of(0, shortened=True, dropped=2), asked_of(1), asked_of(2, dropped=1), asked_of(3)],
         [asked_of(0, dropped=2), asked_of(1), asked_of(2), asked_of(3)],
@@ -122,9 +137,24 @@ def save(tmp_path, monkeypatch):
         distributed_state=SimpleNamespace(distributed_type=SimpleNamespace(value="NO")),
     )
 
-    def call(template, result, predict=None, **facts):
+    def call(template, result, *, shots=8, sampler="balanced", **options):
         encoder = PromptEncoder(template, TOKENIZER, 200)
-        return save_few_shot(result, encoder, training, MODEL, FACTS | facts, predict=predict)
+        task = FewShotTask(
+            encoder=encoder,
+            train=Rows([{}] * 40, "train.jsonl", None),
+            evaluation=Rows([], "rows.jsonl", None),
+            model_name="owner/base",
+            budget={},
+            memory=SimpleNamespace(stop=lambda: FACTS["peak_memory_bytes"]),
+            asker=CausalAsker(encoder),
+            masked=False,
+            shots=shots,
+            sampler=sampler,
+            writes=False,
+            adapter=None,
+        )
+        args = SimpleNamespace(**ASKED | options)
+        return save_few_shot(result, task, args, training, MODEL)
 
     call.folder, call.training = folder, training
     call.files = lambda: {one.name for one in folder.iterdir()} if folder.exists() else set()
@@ -271,7 +301,7 @@ def test_a_task_without_classes_has_no_figures(name, save, capsys):
     template = template_of(name)
     answers, draws = GENERATED[name]
     result = few_shot(template, answers, draws, generated="x")
-    metrics = save(template, result, score_by=None)
+    metrics = save(template, result)
     assert save.files() == {"metrics.json", "predictions.jsonl", "template.yaml"}
     assert from_json(save.folder / "metrics.json") == metrics
     assert not {"classes", "calibration_error"} & set(metrics)
@@ -288,7 +318,7 @@ def test_a_loss_has_no_figures_and_counts_rows_not_answers(save, capsys):
         for row in (0, 0, 1)
     ]
     result = FewShotScore([TaskScore("loss", 1.5, 0.5, {}, records, 2, 1)], seconds=4.0)
-    metrics = save(template_of("alpaca"), result, score_by=None)
+    metrics = save(template_of("alpaca"), result)
     assert save.files() == {"metrics.json", "predictions.jsonl", "template.yaml"}
     assert metrics["rows_per_second"] == 0.5
     assert metrics["confidence_interval"] == pytest.approx([0.52, 2.48])
@@ -298,17 +328,17 @@ def test_a_loss_has_no_figures_and_counts_rows_not_answers(save, capsys):
 
 def test_labels_that_are_written_may_be_unreadable(save, monkeypatch):
     drawn = {}
-    real = few_shot_report.plot_confusion
+    real = report.plot_confusion
 
     def plot(golds, predictions, labels, path, **options):
         drawn.update(golds=golds, predictions=predictions, labels=labels)
         real(golds, predictions, labels, path, **options)
 
-    monkeypatch.setattr(few_shot_report, "plot_confusion", plot)
+    monkeypatch.setattr(report, "plot_confusion", plot)
     template = template_of("esnli")
     answers = ["entailment", "neutral", "contradiction"]
     draws = [["entailment", None, None], [None, "neutral", "entailment"]]
-    metrics = save(template, few_shot(template, answers, draws, generated="x"), score_by=None)
+    metrics = save(template, few_shot(template, answers, draws, generated="x"))
     assert save.files() == {
         *("metrics.json", "predictions.jsonl", "template.yaml", "confusion.png"),
     }
@@ -325,7 +355,7 @@ def test_labels_that_are_written_may_be_unreadable(save, monkeypatch):
 
 def test_classes_that_are_numbers_are_shown_with_their_words(save, monkeypatch, capsys):
     drawn = []
-    monkeypatch.setattr(few_shot_report, "plot_confusion", lambda *data, **_: drawn.extend(data))
+    monkeypatch.setattr(report, "plot_confusion", lambda *data, **_: drawn.extend(data))
     template = template_of("sst2")
     result = few_shot(template, ["0", "1"], [["1", "1"]])
     assert list(save(template, result)["classes"]) == ["0", "1"]
@@ -350,7 +380,7 @@ def test_predicting_leaves_the_predictions_and_nothing_else(save, capsys):
 @pytest.mark.parametrize("predict", [None, "rows.jsonl"])
 def test_rows_that_all_do_not_fit_end_in_one_line_with_the_cure(name, predict, save):
     template = template_of(name)
-    draws = [finish(template, [], 7, predict is None)] * 2
+    draws = [score_records(template, [], 7, predict is None)] * 2
     with pytest.raises(UserError, match=r"^--max_length 200: none of the 7 rows fits") as error:
         save(template, FewShotScore(draws, {}, [[], []]), predict=predict)
     assert "\n" not in str(error.value)
@@ -364,7 +394,7 @@ def test_metrics_come_last_so_that_a_failure_before_leaves_none(save, monkeypatc
     template = template_of("movie_reviews")
     for name in ("plot_confusion", "plot_reliability", "write_jsonl"):
         with monkeypatch.context() as context:
-            context.setattr(few_shot_report, name, broken)
+            context.setattr(report, name, broken)
             with pytest.raises(OSError, match="disk full"):
                 save(template, label_result(template))
         assert "metrics.json" not in save.files()
@@ -388,7 +418,7 @@ def test_other_processes_write_nothing_and_know_the_same(save, monkeypatch, caps
 
 def test_the_summary_shows_what_the_evaluation_came_to(save, capsys):
     template = template_of("movie_reviews")
-    save(template, label_result(template), adapter="runs/lora", score_by="calibrated")
+    save(template, label_result(template), adapter="runs/lora", score="calibrated")
     out = " ".join(capsys.readouterr().out.split())
     for shown in (
         "owner/base with runs/lora",
@@ -409,7 +439,7 @@ def test_the_summary_shows_what_the_evaluation_came_to(save, capsys):
 def test_the_summary_of_one_draw_without_demonstrations_says_no_more_than_there_is(save, capsys):
     template = template_of("movie_reviews")
     result = few_shot(template, ["positive", "negative"], [["positive", "positive"]])
-    save(template, result, shots=0, sampler=None)
+    save(template, result, shots=0)
     out = " ".join(capsys.readouterr().out.split())
     assert "demonstrations │ 0 per prompt │" in out
     for absent in ("over 1 draws", "by sum", "dropped", "left out", "nan"):
@@ -417,7 +447,7 @@ def test_the_summary_of_one_draw_without_demonstrations_says_no_more_than_there_
 
 
 def test_many_classes_are_not_all_shown(save, capsys, monkeypatch):
-    monkeypatch.setattr(few_shot_report, "plot_confusion", lambda *data, **_: None)  # slow
+    monkeypatch.setattr(report, "plot_confusion", lambda *data, **_: None)  # slow
     template = template_of("banking77")
     classes = list(template.verbalizer)
     save(template, few_shot(template, classes, [classes]))
@@ -425,3 +455,70 @@ def test_many_classes_are_not_all_shown(save, capsys, monkeypatch):
     assert classes[11] in out
     assert classes[12] not in out
     assert "65, in metrics.json" in out
+
+
+# Intervals, figures of classes and confidences
+
+
+@pytest.mark.parametrize(
+    ("right", "rows", "expected"),
+    [  # statsmodels' proportion_confint(method="wilson")
+        (8, 10, (0.4902, 0.9433)),
+        (0, 10, (0.0, 0.2775)),
+        (10, 10, (0.7225, 1.0)),
+        (50, 100, (0.4038, 0.5962)),
+        (1, 1, (0.2065, 1.0)),
+    ],
+)
+@pytest.mark.parametrize("metric", ["accuracy", "exact_match", "numeric_match"])
+def test_the_interval_of_what_is_right_or_wrong_is_wilsons(metric, right, rows, expected):
+    found = interval(metric, right / rows, math.nan, rows)  # it needs no standard error
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("metric", "score", "stderr", "expected"),
+    [
+        ("squad", 0.5, 0.1, (0.304, 0.696)),
+        ("entity_f1", 0.95, 0.1, (0.754, 1.0)),
+        ("macro_f1", 0.1, 0.1, (0.0, 0.296)),
+        ("loss", 2.0, 0.5, (1.02, 2.98)),
+        ("loss", 0.1, 0.5, (0.0, 1.08)),
+        ("squad", 1.0, math.nan, (math.nan, math.nan)),  # a single row
+    ],
+)
+def test_other_intervals_are_within_what_the_metric_can_be(metric, score, stderr, expected):
+    found = interval(metric, score, stderr, 20)
+    assert found == pytest.approx(expected, nan_ok=True)
+
+
+def test_the_figures_of_a_class_count_the_records_of_all_draws_and_its_rows_once():
+    said = [["a", "b", None, "a"], ["a", "a", "b", "c"]]
+    records = [
+        {"row": row, "answer": answer, "prediction": prediction}
+        for draw in said
+        for row, (answer, prediction) in enumerate(zip("aabb", draw, strict=True))
+    ]
+    figures = class_figures(records, "abcd")
+    assert figures["a"] == {"precision": 0.75, "recall": 0.75, "f1": 0.75, "rows": 2}
+    assert figures["b"] == {"precision": 0.5, "recall": 0.25, "f1": pytest.approx(1 / 3), "rows": 2}
+    # Nobody is of the class c, though it was said once; of d there is nothing.
+    nothing = {"precision": 0.0, "recall": 0.0, "f1": 0.0, "rows": 0}
+    assert figures["c"] == figures["d"] == nothing
+
+
+def test_a_confidence_is_the_probability_of_what_that_way_of_scoring_predicts():
+    # Not normalized, as sums of log-likelihoods are not.
+    record = {
+        "answer": "b",
+        "prediction": "a",
+        "predictions": {"sum": "a", "calibrated": "b"},
+        "scores": {
+            "sum": {"a": math.log(0.06), "b": math.log(0.03), "c": math.log(0.01)},
+            "calibrated": {"a": -1000.0, "b": 0.0, "c": -math.inf},
+        },
+    }
+    sure, right = confidences([record], "sum")
+    assert (sure, right) == (pytest.approx([0.6]), [False])
+    sure, right = confidences([record], "calibrated")
+    assert (sure, right) == (pytest.approx([1.0]), [True])
