@@ -86,7 +86,7 @@ def test_mixed_asks_for_either_under_an_instruction_of_its_own(run, capsys):
     run(target="mixed", preview=9, rationale_instruction="Reason.")
     shown = capsys.readouterr().out
     assert shown.count("Reason.\n\nQuestion:") == 8
-    assert shown.count("Give only the answer.\n\nQuestion:") == 1
+    assert shown.count("Give only the answer.\n\nQuestion:") == 8
 
 
 def test_a_run_is_scored_by_what_it_writes(finished, causal_model):

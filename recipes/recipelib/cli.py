@@ -151,7 +151,7 @@ class ClozeArguments(RecipeArguments):
             raise UserError("--calibrate: --soft_verbalizer has no words; leave one of them out")
 
 
-# Options, and values of those that are still there, that recipes had once: where to go instead.
+# Options that recipes no longer have, and values that an option no longer takes -> what to run.
 _MOVED = {
     "merge": "run 'python recipes/merge.py OUTPUT_DIR' afterwards",
     "search_label_words": "run recipes/search_label_words.py",
@@ -162,7 +162,7 @@ _MOVED = {
 
 
 def _moved(name: str, value: Any, known: Container[str]) -> str | None:
-    """What an option or its value, if it has moved, is called, and where it went."""
+    """The message for an option, or for its value, that has moved; None if it has not."""
     was = f"{name} {value}" if name in known else name
     return f"{was}: has moved; {_MOVED[was]}" if was in _MOVED else None
 
