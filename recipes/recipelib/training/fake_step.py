@@ -27,7 +27,7 @@ from recipelib.runtime import fsdp_option
 from recipelib.training.batches import micro_batches
 from recipelib.training.packing import RowsApart
 
-_LOOKED_AT = 16  # micro-batches whose labels are read; to read all would take long
+_LOOKED_AT = 16  # of the widest micro-batches the labels are read; to read all would take long
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class MicroBatch:
 
     Attributes:
         rows: examples; with packing the one line that they stand in.
-        width: tokens of each, padding included.
-        supervised: tokens that have a loss, and are projected onto the vocabulary.
+        width: tokens of each row, padding included.
+        supervised: tokens that have a loss, and so are projected onto the vocabulary.
         padded: whether there is padding.
         lengths: tokens of each example in the line; empty without packing.
     """
@@ -59,7 +59,7 @@ def heaviest_batch(examples: Sequence[dict], training) -> MicroBatch:
         examples: `input_ids` and `labels` of each.
         training: the trainer's arguments.
     """
-    lengths = [len(one["input_ids"]) for one in examples]
+    lengths = [len(example["input_ids"]) for example in examples]
     batches = micro_batches(lengths, training)
     if training.max_steps > 0:
         groups = training.gradient_accumulation_steps * training.world_size
@@ -95,25 +95,26 @@ def step_peaks(
 ) -> list[Counter]:
     """The highest sums of what is alive in a training step besides parameters and optimizer.
 
-    A copy of the model, of whose tensors there are only shapes (torch's FakeTensorMode), makes the
-    forward and backward pass of `RecipeTrainer`. What is alive counts from the operator that makes
-    it to the moment when nothing refers to it any more, as in `torch.cuda.max_memory_allocated`.
-    Where the decoder layers are all alike, two and three of them are computed and the sums
-    continued to all of them, which is exact.
+    A copy of the model whose tensors are only shapes (torch's FakeTensorMode) makes the forward and
+    backward pass of `RecipeTrainer`. A tensor counts from the operator that makes it to the moment
+    when nothing refers to it any more, as in `torch.cuda.max_memory_allocated`. Where the decoder
+    layers are all alike, models of two and of three of them are computed, and the difference is
+    added once for each further layer, which is exact.
 
     Args:
         model: whole, on any device.
         training: the trainer's arguments.
         batch: the shape of the forward pass.
-        weights: by a trained parameter's id, the part of its gradient that counts once it is
-            computed: 1 where it stays in this process.
-        loss: of a model, the trainer's arguments and a batch; by default `RecipeTrainer`'s.
+        weights: id of a trained parameter -> the share of its gradient that counts once it is
+            computed: 1 where all of it stays in this process.
+        loss: a function of a model, the trainer's arguments and a batch; by default
+            `RecipeTrainer`'s loss.
 
     Returns:
-        Bytes of `activations`, `logits` and `gradients` at two moments: when the backward pass
-        is in the head or the last layer, and when it is in the first. In between each layer gives
-        the same activations for the same gradients, so nothing is higher. Where the layers differ,
-        only the one highest sum.
+        Bytes of `activations`, `logits` and `gradients` at two moments: when the backward pass is
+        in the head or the last layer, and when it is in the first. In between each layer frees the
+        same activations and adds the same gradients, so no sum is higher. Where the layers differ,
+        only the highest sum.
     """
     alike = _list_of_equals(model)
     if alike is None:
@@ -121,18 +122,30 @@ def step_peaks(
     two, three = (_step(model, (alike, depth), training, batch, weights, loss) for depth in (2, 3))
     more = len(alike) - 2
     return [
-        Counter({kind: a[kind] + more * (b[kind] - a[kind]) for kind in {*a, *b}})
-        for a, b in zip(two, three, strict=True)
+        Counter(
+            {
+                kind: at_two[kind] + more * (at_three[kind] - at_two[kind])
+                for kind in {*at_two, *at_three}
+            }
+        )
+        for at_two, at_three in zip(two, three, strict=True)
     ]
 
 
 def _list_of_equals(model: nn.Module) -> nn.ModuleList | None:
-    """The list of the decoder layers, if there is one such list of more than three, all alike."""
+    """The list of the decoder layers, if they stand in one list of more than three, all alike."""
     layers = decoder_layers(model)
-    lists = [one for one in model.modules() if isinstance(one, nn.ModuleList) and [*one] == layers]
+    lists = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and [*module] == layers
+    ]
     weights = {
-        tuple((name, one.shape, one.dtype, one.requires_grad) for name, one in layer_weights)
-        for layer_weights in (layer.named_parameters() for layer in layers)
+        tuple(
+            (name, parameter.shape, parameter.dtype, parameter.requires_grad)
+            for name, parameter in layer.named_parameters()
+        )
+        for layer in layers
     }
     attention = {*(getattr(model.config, "layer_types", None) or ())}
     same = len(layers) > 3 and len(weights) == 1 and len(attention) <= 1
@@ -145,27 +158,30 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, vocabulary: torch.Size, padded: bool):
         super().__init__()
         self.vocabulary, self.padded = vocabulary, padded
-        self.phase = 0  # 1 and 2 once the backward pass has left the last layer, the second
+        self.phase = 0  # 1 once the backward pass has left the last layer, 2 the second
         self.peaks = [Counter(), Counter(), Counter()]
         self.alive: Counter = Counter()
-        self.storages: dict[int, list] = {}  # what keeps or watches it, its kind, its bytes
+        # Of each storage: itself or a weak reference, its kind, its bytes.
+        self.storages: dict[int, list] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
-            return not self.padded  # what a model asks of values: is every token a real one?
+            return not self.padded  # all that models ask of values: is no token padding?
+        if func is torch.ops.prim.device.default:
+            return args[0].device  # autograd asks thousands of times: spare the dispatch below
         out = func(*args, **(kwargs or {}))
-        for one in tree_leaves(out) if func.namespace == "aten" else ():
-            if isinstance(one, torch.Tensor):
-                self._add(one)
+        for leaf in tree_leaves(out) if func.namespace == "aten" else ():
+            if isinstance(leaf, torch.Tensor):
+                self._add(leaf)
         return out
 
     def ignore(self, tensor: torch.Tensor) -> None:
-        """Do not count it: a parameter or buffer."""
+        """Do not count a tensor: it is a parameter or buffer."""
         storage = tensor.untyped_storage()
         self.storages[storage._cdata] = [storage, "parameters", 0]
 
     def finished(self, gradient: torch.Tensor, weight: float) -> None:
-        """From now on count what stays of this gradient."""
+        """Count a gradient from now on with the share of it that stays."""
         storage = gradient.untyped_storage()
         entry = self.storages[storage._cdata]
         self.alive[entry[1]] -= entry[2]
@@ -198,45 +214,51 @@ def _step(
     weights: Mapping[int, float],
     loss: Loss | None,
 ) -> list[Counter]:
-    """The peaks of one step; `shortened` is a list of layers and how many of them to keep."""
+    """The peaks of one step. `shortened`: the list of the layers, and how many of them to keep."""
     head = model.get_output_embeddings()
     recorder = _Recorder(torch.Size() if head is None else head.weight.shape, batch.padded)
-    fake, hollow = (
-        FakeTensorMode(allow_non_fake_inputs=True),
-        {},
-    )  # hollow: what stands for what in the copy, by its id
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    stand_ins: dict[int, Any] = {}  # id of a tensor or module -> what the copy has in its place
 
     def watch(parameter: nn.Parameter, weight: float) -> None:
-        def finish(one: nn.Parameter) -> None:
-            recorder.finished(one.grad, weight)
+        def finish(parameter: nn.Parameter) -> None:
+            recorder.finished(parameter.grad, weight)
 
         parameter.register_post_accumulate_grad_hook(finish)
 
+    whole, depth = ([], 0) if shortened is None else shortened
+    kept, dropped = [*whole][:depth], [*whole][depth:]
+    # Without those of dropped layers, for making a shape takes as long as an operator.
+    modules = [module for _, module in model.named_modules(memo={*dropped} - {*kept})]
+    tensors = {
+        id(tensor): tensor
+        for module in modules
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    }
     with fake:
-        for one in [*model.parameters(), *model.buffers()]:
-            shape = torch.empty(one.shape, dtype=one.dtype, device=training.device)
+        for key, tensor in tensors.items():
+            shape = torch.empty(tensor.shape, dtype=tensor.dtype, device=training.device)
             recorder.ignore(shape)
-            if isinstance(one, nn.Parameter):
-                shape = nn.Parameter(shape, requires_grad=one.requires_grad)
-            if one.requires_grad:
-                watch(shape, weights[id(one)])
-            hollow[id(one)] = shape
-    for module in model.modules():
+            if isinstance(tensor, nn.Parameter):
+                shape = nn.Parameter(shape, requires_grad=tensor.requires_grad)
+            if tensor.requires_grad:
+                watch(shape, weights[key])
+            stand_ins[key] = shape
+    for module in modules:
         if (state := getattr(module, "quant_state", None)) is not None:
-            hollow[id(module)] = _Unpacking(state.shape, state.dtype, training.device)
+            stand_ins[id(module)] = _Unpacking(state.shape, state.dtype, training.device)
     if shortened is not None:
-        whole, depth = shortened
-        layers = nn.ModuleList(copy.deepcopy(one, hollow) for one in whole[:depth])
+        layers = nn.ModuleList(copy.deepcopy(layer, stand_ins) for layer in kept)
         layers[-1].register_forward_pre_hook(_on_gradient(recorder, 1), with_kwargs=True)
         layers[1].register_forward_pre_hook(_on_gradient(recorder, 2), with_kwargs=True)
-        hollow[id(whole)] = layers
-    copied = copy.deepcopy(model, hollow).train()
+        stand_ins[id(whole)] = layers
+    copied = copy.deepcopy(model, stand_ins).train()
     for module in copied.modules():
-        module.__dict__.pop("forward", None)  # TRL's fused head would run the model that it holds
+        module.__dict__.pop("forward", None)  # that of TRL's fused head would run the original
     recomputed = fsdp_option("ACTIVATION_CHECKPOINTING") == "true"
     if training.activation_checkpointing or recomputed:
         copied.activation_checkpointing_enable(training.activation_checkpointing_kwargs)
-    # The functions that make masks ask a fake tensor nothing, and would never leave a mask out.
+    # transformers takes fake tensors for tracing: it would ask no values and always make masks.
     asking = mock.patch.object(masking_utils, "is_tracing", return_value=False)
     with asking, RowsApart(batch.lengths) if batch.lengths else nullcontext(), fake, recorder:
         (loss or _loss)(copied, training, batch).backward()
@@ -244,21 +266,21 @@ def _step(
 
 
 def _on_gradient(recorder: _Recorder, phase: int):
-    """A hook that begins a phase when the gradient of a layer's input is there."""
+    """A hook on a layer that begins a phase once the gradient of the layer's input is there."""
 
     def begin(gradient: torch.Tensor) -> None:
         recorder.phase = phase
 
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        inputs = [one for one in [*args, *kwargs.values()] if isinstance(one, torch.Tensor)]
-        next(one for one in inputs if one.requires_grad).register_hook(begin)
+        inputs = [value for value in [*args, *kwargs.values()] if isinstance(value, torch.Tensor)]
+        next(tensor for tensor in inputs if tensor.requires_grad).register_hook(begin)
 
     return hook
 
 
 def _loss(model: nn.Module, training, batch: MicroBatch) -> torch.Tensor:
-    """`RecipeTrainer.compute_loss` for shapes: where its masks pick as many elements as their
-    values say, indices pick as many as the batch says.
+    """`RecipeTrainer.compute_loss` for shapes. A mask picks as many elements as its values say, and
+    there are no values, so indices pick as many as the batch says.
     """
     device, halved = training.device, training.bf16 or training.fp16
     tokens = torch.zeros(batch.rows, batch.width, dtype=torch.long, device=device)
@@ -277,7 +299,7 @@ def _loss(model: nn.Module, training, batch: MicroBatch) -> torch.Tensor:
 
 
 class _Unpacked(torch.autograd.Function):
-    """A product with frozen weights [out, in] that are there only while it is computed."""
+    """A product with frozen weights, [out, in], that exist only while it is computed."""
 
     @staticmethod
     def forward(ctx, inputs, shape, dtype):
@@ -291,7 +313,7 @@ class _Unpacked(torch.autograd.Function):
 
 
 class _Unpacking(nn.Module):
-    """Stands for bitsandbytes' 4-bit layer, whose kernels need values."""
+    """Stands in for a 4-bit layer of bitsandbytes, whose kernels need values."""
 
     bias = None  # no part of the memory that counts
 
