@@ -52,7 +52,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 # The files that take longest, so that no worker is left alone with one of them.
-FIRST = ["test_prompt_tuning.py", "test_adapter_sft.py", "test_sft_throughput.py", "test_memory.py"]
+FIRST = ["test_prompt_tuning.py", "test_icl_eval.py", "test_sft_throughput.py", "test_memory.py"]
 
 
 def pytest_collection_modifyitems(items):

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ TEMPLATES = {"cot_sft": "gsm8k", "instruction_sft": "movie_reviews"}
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
+def command(monkeypatch, capsys):
     """Runs a recipe as `python recipes/RECIPE.py` would; gives its exit code and what it says."""
 
     def command(recipe: str, *argv: object) -> tuple[int, str, str]:
@@ -76,6 +77,27 @@ def test_preview_shows_rows_and_loads_no_model(
     assert code == 0, err
     assert ("pens and" if recipe == "cot_sft" else "film, number") in out
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_mistake_does_not_cost_the_finished_run_in_the_folder(
+    recipe, command, causal_model, reviews, sums, tmp_path
+):
+    without_weights, folder = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(causal_model, without_weights, ignore=lambda *_: ["model.safetensors"])
+    (folder / "checkpoint-2").mkdir(parents=True)
+    (folder / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    (folder / "metrics.json").write_text('{"trainable_parameters": 7}')
+    (folder / "samples.jsonl").write_text("")
+    (folder / "model.safetensors").write_text("weights")
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    options = ["--template", TEMPLATES.get(recipe, "movie_reviews"), "--output_dir", folder]
+    options += ["--dataset", sums if recipe == "cot_sft" else reviews]
+    code, _, err = command(recipe, *options, "--model_name_or_path", without_weights)
+    assert code == 2
+    trains = recipe not in ("icl_eval", "search_label_words")
+    assert ("no weights" if trains else "holds a trained run; name another") in error(err)
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "icl_eval"])

@@ -19,6 +19,12 @@ from recipelib.models import quantization
 from recipelib.models.quantization import count_parameters
 from recipelib.runtime.errors import UserError
 
+QUICK = {
+    "load_in_4bit": True,
+    "learning_rate": 0.01,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+}
 IDS = torch.tensor([[5, 17, 42, 99, 7, 3, 64, 12]])
 
 
@@ -36,14 +42,13 @@ def wide(tmp_path_factory) -> Path:
 @pytest.fixture
 def run(runs, wide):
     """Runs the recipe; gives the output folder."""
-    return runs(lora_sft, model_name_or_path=wide, load_in_4bit=True, learning_rate=0.01)
+    return runs(lora_sft, model_name_or_path=wide, **QUICK)
 
 
 @pytest.fixture(scope="module")
 def finished(start, wide, tmp_path_factory):
     """A run with everything on: its folder, and what was seen of its training."""
-    options = {"dora": True, "max_steps": 24, "whole": True}
-    options |= {"model_name_or_path": wide, "load_in_4bit": True, "learning_rate": 0.01}
+    options = {**QUICK, "dora": True, "max_steps": 24, "model_name_or_path": wide, "whole": True}
     with watched_training() as seen:
         return start(lora_sft, tmp_path_factory.mktemp("four_bits") / "out", **options), seen
 
