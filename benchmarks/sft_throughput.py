@@ -15,7 +15,7 @@ where the recipe's is 0: so it runs a third time without either, `ratio_without_
 
 The benchmark fails unless all saw equally many tokens and had the same loss in step 1. Later losses
 differ: the recipe's A starts Gaussian with standard deviation 1/r, TRL's uniform after Kaiming; B
-is zero in both. From one start the trainers agree (`tests/common/test_trainer_beside_trl.py`).
+is zero in both. From one start the trainers agree (`test_trainer_beside_trl.py`).
 
 Without --dataset the rows are generated word problems as long as GSM8K's (`word_problems.py`). A
 --quick run has no warm-up, and its first step, which nothing in the scripts' logs tells apart, is

@@ -12,7 +12,7 @@ from tiny_llama import save_tiny_llama
 from recipelib.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = "benchmarks/adapters.py"
+SCRIPT = "benchmarks/adapter_speed.py"
 SPEC = importlib.util.spec_from_file_location("adapters_benchmark", ROOT / SCRIPT)
 bench = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(bench)

@@ -10,7 +10,7 @@ from tiny_llama import save_tiny_llama
 from recipelib.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = "benchmarks/prompt_tuning.py"
+SCRIPT = "benchmarks/soft_prompt_speed.py"
 SPEC = importlib.util.spec_from_file_location("prompt_tuning_benchmark", ROOT / SCRIPT)
 bench = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(bench)

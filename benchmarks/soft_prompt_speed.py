@@ -1,9 +1,9 @@
-"""What prompt tuning gains by reading the blank only: our trainer beside a plain loop of PEFT and
+"""What prompt tuning gains by reading the cloze's mask only: our trainer beside a plain loop of PEFT and
 transformers' Trainer, which computes the logits of all places, on the CPU in float32.
 
-    python benchmarks/prompt_tuning.py                    # about ten minutes on two cores
-    python benchmarks/prompt_tuning.py --quick            # fewer steps, one round
-    python benchmarks/prompt_tuning.py --template sst2 --dataset data/sst2
+    python benchmarks/soft_prompt_speed.py                    # about ten minutes on two cores
+    python benchmarks/soft_prompt_speed.py --quick            # fewer steps, one round
+    python benchmarks/soft_prompt_speed.py --template sst2 --dataset data/sst2
 
 Both train the same soft prompt, from the same start, on the same 8 rows in every step, in turn,
 each in a process of its own whose first steps do not count. The plain loop learns the first label

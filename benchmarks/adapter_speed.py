@@ -1,9 +1,9 @@
 """What bottleneck adapters cost beside LoRA of equal size and full tuning: speed and memory of
 training, and latency of what was trained, on the CPU in float32.
 
-    python benchmarks/adapters.py                    # a quarter of an hour on two cores
-    python benchmarks/adapters.py --quick            # a few steps, one round
-    python benchmarks/adapters.py --template sst2 --dataset data/sst2
+    python benchmarks/adapter_speed.py                    # a quarter of an hour on two cores
+    python benchmarks/adapter_speed.py --quick            # a few steps, one round
+    python benchmarks/adapter_speed.py --template sst2 --dataset data/sst2
 
 Training: adapters after both sublayers of all layers; LoRA on all linear layers, of the rank whose
 number of parameters is nearest; adapters in the top third of the layers; all parameters. The same
