@@ -4,12 +4,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import adapter_sft
-import cot_sft
 import full_tuning
-import instruction_sft
 import lora_sft
-import prompt_tuning
 import pytest
 import torch
 from launching import (
@@ -121,22 +117,16 @@ def arguments(root) -> Callable[..., list[str]]:
 def alone(root, arguments) -> Callable[..., Path]:
     """Runs a recipe here, in one process that nothing launched, with as many rows in each step."""
 
-    def run(name: str, full: bool = False, recipe: str = "lora", **options) -> Path:
+    def run(name: str, recipe=lora_sft, **options) -> Path:
         argv = arguments(name, **{"gradient_accumulation_steps": 4, "use_cpu": "true", **options})
-        module, kind = {
-            "lora": (lora_sft, lora_sft.LoraArguments),
-            "adapter": (adapter_sft, adapter_sft.AdapterArguments),
-            "cot": (cot_sft, cot_sft.CotArguments),
-            "instruction": (instruction_sft, instruction_sft.InstructionArguments),
-            "prompt": (prompt_tuning, prompt_tuning.PromptArguments),
-        }[recipe]
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # on so small a model a second one only waits
         try:
-            if full:
+            if recipe is full_tuning:
                 full_tuning.main(argv)
             else:
-                module.main(*parse_arguments(kind, "", module.DEFAULTS, argv))
+                kind = recipe.main.__annotations__["args"]
+                recipe.main(*parse_arguments(kind, "", recipe.DEFAULTS, argv))
         finally:
             torch.set_num_threads(threads)
         return root / name
@@ -170,7 +160,7 @@ def launch(root) -> Callable:
 @pytest.fixture(scope="session")
 def single_full(alone) -> Path:
     """The same where all parameters are tuned."""
-    return alone("single_full", full=True)
+    return alone("single_full", full_tuning)
 
 
 @pytest.fixture(scope="session")

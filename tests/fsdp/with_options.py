@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny_models import MODELS, TOKENIZER
+from tiny_task import examples_task
 from torch.distributed.tensor import DTensor
 
 from recipelib.encoding.examples import encode_rows
@@ -78,18 +78,10 @@ def main(folder: Path, kind: str, how: str, rows_per_process: int = 4) -> dict:
         model = get_peft_model(model, config)
     writer = WatchedWriter(encoder, OTHER_ROWS[:3], 3, max_new_tokens=4)
     callbacks = [writer, stop_early(training, 2)] if how == "stopped" else [writer]
-    train, other = (
-        Dataset.from_list(encode_rows(encoder, rows).examples) for rows in (ROWS, OTHER_ROWS)
-    )
-    trainer = RecipeTrainer(
-        model,
-        training,
-        train_dataset=train,
-        eval_dataset=other,
-        processing_class=copy.deepcopy(TOKENIZER),
-        callbacks=callbacks,
-    )
-    model = trainer.shard()
+    train, held_out = (encode_rows(encoder, rows).examples for rows in (ROWS, OTHER_ROWS))
+    task = examples_task(train, TOKENIZER, held_out)
+    trainer = RecipeTrainer(model, training, task, callbacks=callbacks)
+    model = trainer.model
     before = evaluate_task(model, encoder, OTHER_ROWS).score
     trainer.train()
     found = {
