@@ -102,7 +102,8 @@ def equal_rank(model, size: int) -> int:
 
 def encode(args: argparse.Namespace, rows: int):
     """The tokenizer and the encoded rows of the task."""
-    from recipelib.data import load_rows, parse_columns
+    from recipelib.data import parse_columns
+    from recipelib.data.rows import load_rows
     from recipelib.encoding import PromptEncoder, encode_rows
     from recipelib.models import load_tokenizer
     from recipelib.prompts import PromptTemplate

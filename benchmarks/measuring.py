@@ -85,11 +85,11 @@ def require_least(args: argparse.Namespace, name: str, least: int) -> None:
 
 
 def words(options: Mapping[str, Any]) -> list[str]:
-    """A command line; what is None is left out, what is True is a flag."""
+    """A command line; what is None is left out."""
     line = []
     for name, value in options.items():
         if value is not None:
-            values = value if isinstance(value, list | tuple) else [] if value is True else [value]
+            values = value if isinstance(value, list | tuple) else [value]
             line += [f"--{name}", *map(str, values)]
     return line
 
@@ -140,11 +140,13 @@ def run_arm(script: str, arm: str, args: argparse.Namespace, folder: Path, **cha
     Raises:
         RunFailed: it ended with another code than 0.
     """
-    given = {name: value for name, value in vars(args).items() if value}
-    given |= {**changes, "measure": arm, "result": folder / "result.json"}
+    given = {name: value for name, value in vars(args).items() if value} | changes
+    flags = [f"--{name}" for name, value in given.items() if value is True]
+    options = {name: value for name, value in given.items() if value is not True}
+    options |= {"measure": arm, "result": folder / "result.json"}
     # An error's own line stands last on stderr, be it the benchmark's or Python's.
     done = subprocess.run(
-        [sys.executable, script, *words(given)],
+        [sys.executable, script, *flags, *words(options)],
         env=os.environ | {"OMP_NUM_THREADS": threads(), "CUDA_VISIBLE_DEVICES": ""},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -152,7 +154,7 @@ def run_arm(script: str, arm: str, args: argparse.Namespace, folder: Path, **cha
     )
     if done.returncode:
         raise failure(arm, done.returncode, done.stderr)
-    return json.loads(given["result"].read_text(encoding="utf-8"))
+    return json.loads(options["result"].read_text(encoding="utf-8"))
 
 
 def failure(name: str, code: int, output: str, more: str = "") -> RunFailed:

@@ -200,7 +200,7 @@ def read_rows(args: argparse.Namespace) -> list[dict]:
     needed = (args.steps + 1) * ROWS_PER_STEP
     if args.data is None:
         return generate_rows(needed)
-    from recipelib.data import load_rows
+    from recipelib.data.rows import load_rows
     from recipelib.prompts import PromptTemplate
 
     rows = load_rows(PromptTemplate.load("alpaca"), str(args.data), "train", max_samples=needed)

@@ -38,7 +38,8 @@ from measuring import (
     spread,
 )
 
-from recipelib.data import few_shot_rows, load_rows, parse_columns
+from recipelib.data import few_shot_rows, parse_columns
+from recipelib.data.rows import load_rows
 from recipelib.models import describe_model
 from recipelib.prompts import PromptTemplate
 from recipelib.runtime import printable, versions, write_jsonl

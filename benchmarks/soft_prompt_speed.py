@@ -55,7 +55,8 @@ def measure(args: argparse.Namespace) -> None:
     from transformers import Trainer, set_seed
 
     from recipelib.adapters import compute_prompt_once
-    from recipelib.data import load_rows, parse_columns
+    from recipelib.data import parse_columns
+    from recipelib.data.rows import load_rows
     from recipelib.encoding import PromptEncoder, asker_of, encode_cloze_rows
     from recipelib.inference import score_examples
     from recipelib.models import load_pretrained, load_tokenizer

@@ -1,18 +1,16 @@
-"""Tunes all parameters of a model with `RecipeTrainer`, as a recipe of its own would: a test runs
-it under `accelerate launch`, or calls `main`.
-"""
+"""Tunes all parameters of a model with `RecipeTrainer`, as a recipe of its own would."""
 
-import sys
-
-from recipelib.cli import RecipeArguments, parse_arguments
+from recipelib.cli import RecipeArguments, run_recipe
 from recipelib.models.loading import load_model
 from recipelib.runtime.console import say
 from recipelib.task.task import load_task
 from recipelib.training.trainer import RecipeTrainer
 
+DEFAULTS = {}
 
-def main(argv: list[str]) -> None:
-    args, training = parse_arguments(RecipeArguments, "", {}, argv)
+
+def main(args: RecipeArguments, training) -> None:
+    """Train, and say how often the first layer was computed since the trainer was made."""
     task = load_task(args, training)
     trainer = RecipeTrainer(load_model(args, training), training, task)
     calls = []
@@ -27,4 +25,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_recipe(main, RecipeArguments, __doc__, DEFAULTS)

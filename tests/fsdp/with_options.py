@@ -8,6 +8,7 @@ import copy
 import json
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -46,6 +47,11 @@ OPTIONS = {
     "stopped": {"num_train_epochs": 40, "eval_steps": 2},
 }
 RATES = {"full": 5e-3, "lora": 5e-2}
+
+
+def runs(folder: Path, ways: Iterable[str] = OPTIONS) -> dict[str, list[str]]:
+    """What is to be launched for some of the ways to train; results go to `folder`."""
+    return {f"{kind}-{how}": [__file__, str(folder), kind, how] for how in ways for kind in RATES}
 
 
 class WatchedWriter(SampleWriter):
@@ -106,6 +112,19 @@ def main(folder: Path, kind: str, how: str, rows_per_process: int = 4) -> dict:
         found["samples"] = [json.loads(line) for line in lines]
         (folder / f"{kind}-{how}.json").write_text(json.dumps(found))
     return found
+
+
+def here(folder: Path, ways: Iterable[str] = OPTIONS, kinds: Iterable[str] = RATES) -> Path:
+    """The same in this process, with as many rows in each step; gives `folder`."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for how in ways:
+            for kind in kinds:
+                main(folder, kind, how, rows_per_process=8)
+    finally:
+        torch.set_num_threads(threads)
+    return folder
 
 
 if __name__ == "__main__":
