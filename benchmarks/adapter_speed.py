@@ -21,25 +21,32 @@ layers'. The last line is one JSON object.
 
 import argparse
 import json
-import os
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
+from measuring import (
+    Examples,
+    RunFailed,
+    add_arm_options,
+    in_turn,
+    parser_of,
+    require_least,
+    run_arm,
+    run_script,
+    set_numbers,
+    show_table,
+    stopwatch,
+    threads,
+)
 
-from recipelib.models.loading import describe_model
-from recipelib.runtime.console import printable
-from recipelib.runtime.errors import UserError
-from recipelib.runtime.files import write_json
-from recipelib.runtime.installed import versions
+from recipelib.models import describe_model
+from recipelib.runtime import versions, write_json
 
 ROWS_PER_STEP = 8
-STEPS, QUICK_STEPS, ROUNDS, WARM_UP = 25, 4, 3, 1
+FULL, QUICK = {"steps": 25, "rounds": 3}, {"steps": 4, "rounds": 1}
+WARM_UP = 1
 LOSS_TOLERANCE = 1e-4
 ARMS = {
     "adapter": "adapters",
@@ -57,10 +64,6 @@ LATENCY = {
 WRITTEN, QUICK_WRITTEN = 32, 8  # tokens
 
 
-class ArmFailed(Exception):
-    """A run ended badly or did other work than the others; its text is one line."""
-
-
 # In a process of its own -------------------------------------------------------------------------
 
 
@@ -68,7 +71,7 @@ def adapted(model, arm: str, size: int):
     """The model with what an arm trains, at a start that changes nothing."""
     from peft import LoraConfig, get_peft_model
 
-    from recipelib.adapters.bottleneck import BottleneckConfig
+    from recipelib.adapters import BottleneckConfig
 
     if arm in ("full", "base"):
         return model
@@ -98,38 +101,27 @@ def equal_rank(model, size: int) -> int:
 
 
 def encode(args: argparse.Namespace, rows: int):
-    """The tokenizer and examples of the task."""
-    from recipelib.data.rows import load_rows, parse_columns
-    from recipelib.encoding.examples import encode_rows
-    from recipelib.encoding.prompt_encoder import PromptEncoder
-    from recipelib.models.loading import load_tokenizer
-    from recipelib.prompts.template import PromptTemplate
+    """The tokenizer and the encoded rows of the task."""
+    from recipelib.data import parse_columns
+    from recipelib.data.rows import load_rows
+    from recipelib.encoding import PromptEncoder, encode_rows
+    from recipelib.models import load_tokenizer
+    from recipelib.prompts import PromptTemplate
 
     template = PromptTemplate.load(args.template, columns=parse_columns(args.columns))
     found = load_rows(template, args.dataset, "train", max_samples=min(rows, args.rows)).rows
     tokenizer = load_tokenizer(args.model_name_or_path)
-    return tokenizer, encode_rows(PromptEncoder(template, tokenizer, 512), found).examples
+    return tokenizer, encode_rows(PromptEncoder(template, tokenizer, 512), found)
 
 
 def measure(args: argparse.Namespace) -> None:
     """Train, and write what was measured to `args.result`."""
     import torch
-    from datasets import Dataset
-    from transformers import TrainerCallback, set_seed
+    from transformers import set_seed
 
-    from recipelib.models.loading import load_pretrained
-    from recipelib.runtime.memory import MemoryMeter
-    from recipelib.training.config import RecipeConfig
-    from recipelib.training.trainer import RecipeTrainer
-
-    class Stopwatch(TrainerCallback):
-        """Notes time and tokens where the warm-up ends and where the last step does."""
-
-        trainer, marks = None, ()
-
-        def on_step_end(self, training, state, control, **kwargs):
-            if state.global_step in (WARM_UP, state.max_steps):
-                self.marks = (*self.marks, (time.perf_counter(), self.trainer.tokens_seen))
+    from recipelib.models import load_pretrained
+    from recipelib.runtime import MemoryMeter
+    from recipelib.training import RecipeConfig, RecipeTrainer
 
     training = RecipeConfig(
         output_dir=str(args.result.parent / "out"),
@@ -144,34 +136,23 @@ def measure(args: argparse.Namespace) -> None:
         disable_tqdm=True,
         use_cpu=True,
     )
-    tokenizer, examples = encode(args, training.max_steps * ROWS_PER_STEP)
-    memory = MemoryMeter()
+    tokenizer, encoded = encode(args, training.max_steps * ROWS_PER_STEP)
+    task = Examples(encoded, tokenizer, memory=MemoryMeter())
     set_seed(training.seed)
     model = adapted(
         load_pretrained(args.model_name_or_path, dtype=torch.float32),
         args.measure,
         args.bottleneck_size,
     )
-    watch = Stopwatch()
-    trainer = RecipeTrainer(
-        model,
-        training,
-        train_dataset=Dataset.from_list(examples),
-        processing_class=tokenizer,
-        callbacks=[watch],
-    )
-    watch.trainer = trainer
-    memory.restart()
+    watch = stopwatch(WARM_UP)
+    watch.trainer = trainer = RecipeTrainer(model, training, task, callbacks=[watch])
     trainer.train()
-    peak = memory.stop()
-    (start, before), (end, after) = watch.marks
     write_json(
         args.result,
         {
-            "seconds": end - start,
-            "tokens": after - before,
+            **watch.measured(),
             "first_loss": trainer.state.log_history[0]["loss"],
-            "peak_memory_bytes": peak,
+            "peak_memory_bytes": trainer.figures().peak_memory_bytes,
             "trainable_parameters": sum(
                 one.numel() for one in model.parameters() if one.requires_grad
             ),
@@ -185,10 +166,10 @@ def measure_latency(args: argparse.Namespace) -> None:
     from torch.nn.utils.rnn import pad_sequence
 
     from recipelib.adapters.bottleneck import BottleneckLayer, layer_number
-    from recipelib.models.loading import load_pretrained
+    from recipelib.models import load_pretrained
 
-    tokenizer, examples = encode(args, ROWS_PER_STEP)
-    rows = [torch.tensor(one["input_ids"]) for one in examples]
+    tokenizer, encoded = encode(args, ROWS_PER_STEP)
+    rows = [torch.tensor(one["input_ids"]) for one in encoded.examples]
     masks = [torch.ones_like(one) for one in rows]
     batch = {"input_ids": pad_sequence(rows, True), "attention_mask": pad_sequence(masks, True)}
     models = {}
@@ -222,39 +203,11 @@ def measure_latency(args: argparse.Namespace) -> None:
                     pad_token_id=tokenizer.pad_token_id,
                 )
                 if text.shape[1] != len(rows[0]) + written:
-                    raise ArmFailed(f"{name}: wrote {text.shape[1] - len(rows[0])} tokens")
+                    raise RunFailed(f"{name}: wrote {text.shape[1] - len(rows[0])} tokens")
                 if number:
                     times[name]["score"].append(middle - start)
                     times[name]["write"].append((time.perf_counter() - middle) / written)
     write_json(args.result, times)
-
-
-def run_arm(arm: str, args: argparse.Namespace, folder: Path) -> dict:
-    """What `measure` or `measure_latency` finds in a process of its own.
-
-    Raises:
-        ArmFailed: it ended with another code than 0.
-    """
-    result = folder / "result.json"
-    command = [sys.executable, __file__, "--measure", arm, "--result", str(result)]
-    given = ("template", "dataset", "model_name_or_path", "steps", "rows", "rounds")
-    for name in (*given, "bottleneck_size"):
-        command += [f"--{name}", str(getattr(args, name))] if getattr(args, name) else []
-    command += ["--columns", *args.columns] if args.columns else []
-    command += ["--quick"] if args.quick else []
-    environment = os.environ | {"OMP_NUM_THREADS": threads(), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
-    if done.returncode:
-        said = (done.stderr.strip() or "no output").splitlines()[-1]
-        raise ArmFailed(f"{arm}: ended with exit code {done.returncode}: {said}")
-    return json.loads(result.read_text(encoding="utf-8"))
-
-
-def threads() -> str:
-    """OMP_NUM_THREADS, for all: as it is set, else one for each core."""
-    return os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count())
 
 
 # The comparison ----------------------------------------------------------------------------------
@@ -265,21 +218,20 @@ def main(argv: list[str] | None = None) -> dict | None:
 
     Raises:
         UserError: arguments that will not do.
-        ArmFailed: a run failed, or they did not do the same work.
+        RunFailed: a run failed, or they did not do the same work.
     """
     args = parse(argv)
     if args.measure:
         return (measure_latency if args.measure == "latency" else measure)(args)
-    runs: dict[str, list[dict]] = {arm: [] for arm in ARMS}
-    with tempfile.TemporaryDirectory(prefix="adapters-") as folder:
-        for number in range(1, args.rounds + 1):
-            for arm in ARMS:
-                run = run_arm(arm, args, Path(folder))
-                speed = run["tokens"] / run["seconds"]
-                print(f"round {number}, {arm}: {speed:.0f} tokens/s", flush=True)
-                runs[arm].append(run)
-                check_same_work(arm, run, runs["adapter"][0])
-        times = run_arm("latency", args, Path(folder))
+    with tempfile.TemporaryDirectory(prefix="adapter-speed-") as folder:
+        runs = in_turn(
+            [*ARMS],
+            args.rounds,
+            lambda arm, _: run_arm(__file__, arm, args, Path(folder)),
+            lambda run: f"{run['tokens'] / run['seconds']:.0f} tokens/s",
+            check_same_work,
+        )
+        times = run_arm(__file__, "latency", args, Path(folder))
     result = summarize(runs, times) | {
         "bottleneck_size": args.bottleneck_size,
         "steps": args.steps,
@@ -296,28 +248,17 @@ def main(argv: list[str] | None = None) -> dict | None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; `steps` and `rounds` are always set."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps, one round")
+    parser = parser_of(__doc__, f"{QUICK['steps']} steps, one round")
     parser.add_argument("--template", default="movie_reviews", help="the task [movie_reviews]")
     parser.add_argument("--dataset", help="its rows [the template's]")
     parser.add_argument("--columns", nargs="+", default=[], help="variable=column, as in a recipe")
     parser.add_argument("--bottleneck_size", type=int, default=64, help="of the adapters [64]")
-    parser.add_argument("--steps", type=int, help=f"that count, of {ROWS_PER_STEP} rows [{STEPS}]")
-    parser.add_argument("--rounds", type=int, help=f"runs of each [{ROUNDS}]")
     parser.add_argument("--rows", type=int, default=400, help="most rows that are used [400]")
-    parser.add_argument("--model_name_or_path", help="folder, .gguf file or hub id [the bundled]")
-    parser.add_argument("--measure", choices=[*ARMS, "latency"], help=argparse.SUPPRESS)
-    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    add_arm_options(parser, [*ARMS, "latency"], FULL)
     args = parser.parse_args(argv)
-    if args.steps is None:
-        args.steps = QUICK_STEPS if args.quick else STEPS
-    if args.rounds is None:
-        args.rounds = 1 if args.quick else ROUNDS
-    for name, least in (("steps", 1), ("rounds", 1), ("bottleneck_size", 1), ("rows", 8)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} {getattr(args, name)}: must be {least} or more")
+    set_numbers(args, FULL, QUICK)
+    require_least(args, "bottleneck_size", 1)
+    require_least(args, "rows", ROWS_PER_STEP)
     return args
 
 
@@ -325,13 +266,13 @@ def check_same_work(arm: str, run: dict, first: dict) -> None:
     """A run against the first one of the adapters.
 
     Raises:
-        ArmFailed: other tokens, or another loss in step 1.
+        RunFailed: other tokens, or another loss in step 1.
     """
     if run["tokens"] != first["tokens"]:
-        raise ArmFailed(f"{arm}: {run['tokens']} tokens, but {first['tokens']} with adapters")
+        raise RunFailed(f"{arm}: {run['tokens']} tokens, but {first['tokens']} with adapters")
     found, wanted = run["first_loss"], first["first_loss"]
     if not abs(found - wanted) <= LOSS_TOLERANCE:
-        raise ArmFailed(f"{arm}: loss {found:.6f} in step 1, but {wanted:.6f} with adapters")
+        raise RunFailed(f"{arm}: loss {found:.6f} in step 1, but {wanted:.6f} with adapters")
 
 
 def summarize(runs: dict[str, list[dict]], times: dict) -> dict:
@@ -359,47 +300,30 @@ def summarize(runs: dict[str, list[dict]], times: dict) -> dict:
 
 
 def print_tables(result: dict) -> None:
-    """The figures of all; plain text outside a terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(**({} if sys.stdout.isatty() else {"width": 100, "force_terminal": False}))
-    title = (
-        f"{result['model']}, bottleneck of {result['bottleneck_size']}, float32, "
-        f"{result['omp_num_threads']} threads, {result['steps']} steps of {ROWS_PER_STEP} rows of "
-        f"{result['template']}, {result['rounds']} rounds"
-    )
-    table = Table(title=printable(title), title_justify="left")
-    table.add_column("training")
-    for name in ("trained parameters", "tokens/s", "of adapters'", "peak memory"):
-        table.add_column(name, justify="right")
-    own = result["arms"]["adapter"]["tokens_per_second"]
+    """The figures of all."""
+    own, rows = result["arms"]["adapter"]["tokens_per_second"], []
     for arm, one in result["arms"].items():
         speed, memory = one["tokens_per_second"], one["peak_memory_bytes"] / 2**30
         figures = (f"{one['trainable_parameters']:,}", f"{speed:.0f}", f"{speed / own:.2f}")
-        table.add_row(ARMS[arm], *figures, f"{memory:.2f} GiB")
-    console.print(table)
-    table = Table(title="Latency, median")
-    table.add_column("trained")
-    for name in (f"{ROWS_PER_STEP} rows scored", "of base's", "a token written", "of base's"):
-        table.add_column(name, justify="right")
-    base = result["latency_seconds"]["base"]
+        rows.append((ARMS[arm], *figures, f"{memory:.2f} GiB"))
+    show_table(
+        f"{result['model']}, bottleneck of {result['bottleneck_size']}, float32, "
+        f"{result['omp_num_threads']} threads, {result['steps']} steps of {ROWS_PER_STEP} rows of "
+        f"{result['template']}, {result['rounds']} rounds",
+        ("training", "trained parameters", "tokens/s", "of adapters'", "peak memory"),
+        rows,
+    )
+    base, rows = result["latency_seconds"]["base"], []
     for name, one in result["latency_seconds"].items():
         cells = [
             cell
             for what in ("score", "write")
             for cell in (f"{one[what] * 1000:.1f} ms", f"{one[what] / base[what]:.2f}")
         ]
-        table.add_row(LATENCY[name], *cells)
-    console.print(table)
+        rows.append((LATENCY[name], *cells))
+    headings = (f"{ROWS_PER_STEP} rows scored", "of base's", "a token written", "of base's")
+    show_table("Latency, median", ("trained", *headings), rows)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the run that trains is ended, too
-    try:
-        main()
-    except (UserError, ArmFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script(main)

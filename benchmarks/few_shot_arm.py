@@ -22,10 +22,9 @@ def ours(folder: str, batch_size: int):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
     import torch
 
-    from recipelib.encoding.tokens import TextEncoder
-    from recipelib.inference.generation import generate
-    from recipelib.inference.scoring import log_likelihoods
-    from recipelib.models.loading import load_pretrained, load_tokenizer
+    from recipelib.encoding import TextEncoder
+    from recipelib.inference import generate, log_likelihoods
+    from recipelib.models import load_pretrained, load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     model = load_pretrained(folder, dtype=torch.float32).eval()

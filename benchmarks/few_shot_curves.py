@@ -17,57 +17,31 @@ takes up what it had scored. The last line is one JSON object with all figures.
 """
 
 import argparse
-import hashlib
 import json
-import signal
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
-from statistics import mean, stdev
-from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
+from measuring import (
+    DATA_SETS,
+    add_run_options,
+    check_run_options,
+    data_files,
+    keep_settings,
+    parser_of,
+    run_recipe,
+    run_script,
+    set_numbers,
+    sha256_of,
+    show_table,
+    spread,
+)
 
-from recipelib.models.loading import describe_model
-from recipelib.runtime.console import printable
-from recipelib.runtime.errors import UserError
-from recipelib.runtime.files import write_json
-from recipelib.runtime.installed import versions
+from recipelib.models import describe_model
+from recipelib.runtime import UserError, printable, versions
 
-ROOT = Path(__file__).resolve().parents[1]
-RECIPE = ROOT / "recipes" / "icl_eval.py"
-SHOTS, DRAWS, ROWS = [0, 1, 4, 16], 5, 200
-QUICK_DRAWS, QUICK_ROWS = 2, 40
+SHOTS = [0, 1, 4, 16]
+FULL, QUICK = {"draws": 5, "rows": 200}, {"draws": 2, "rows": 40}
 WAYS = {"uncalibrated": "sum", "calibrated": "calibrated"}  # as metrics.json calls them
-
-
-class Task(NamedTuple):
-    """A template with data of its own.
-
-    Attributes:
-        files: of the training split and of the one that is scored.
-        options: what the recipe is told of them.
-    """
-
-    title: str
-    files: tuple[str, str]
-    options: tuple[str, ...] = ()
-
-
-TASKS = {
-    "sst2": Task("SST-2", ("train.jsonl", "validation.jsonl")),
-    "trec": Task(
-        "TREC", ("train.jsonl", "test.jsonl"), ("--columns", "text=question", "label=label")
-    ),
-    "rte": Task("RTE", ("train.jsonl", "validation.jsonl")),
-    "movie_reviews": Task("bundled reviews", ("train.jsonl", "validation.jsonl")),
-}
-BUNDLED = "movie_reviews"
-
-
-class RunFailed(Exception):
-    """A run of the recipe ended badly; its text is one line."""
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -78,13 +52,7 @@ def main(argv: list[str] | None = None) -> dict:
         RunFailed: the recipe failed.
     """
     args = parse(argv)
-    hashes = {name: sha256_of(name, args.data) for name in args.tasks}
-    for option, folder in (("--keep", args.keep), ("--figure", args.figure and args.figure.parent)):
-        try:
-            if folder:
-                folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{option} {folder}: {error.strerror}; pass another place") from None
+    hashes = {task: sha256_of(*data_files(task, args.data)) for task in args.tasks}
     with tempfile.TemporaryDirectory(prefix="few_shot_curves-") as temporary:
         keep = args.keep or Path(temporary)
         tasks = {}
@@ -102,7 +70,7 @@ def main(argv: list[str] | None = None) -> dict:
                 shown = [f"{way} {spread(run[way])}" for way in WAYS]
                 print(
                     printable(
-                        f"{TASKS[name].title}, {shots} shots: {', '.join(shown)}; "
+                        f"{DATA_SETS[name].title}, {shots} shots: {', '.join(shown)}; "
                         f"{run['seconds']:.0f} s"
                     ),
                     flush=True,
@@ -126,58 +94,18 @@ def main(argv: list[str] | None = None) -> dict:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; `tasks`, `draws` and `rows` are always set."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, help="folder with sst2, trec and rte")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, help="[all that --data holds]")
+    parser = parser_of(__doc__, f"{QUICK['rows']} rows, {QUICK['draws']} draws")
+    add_run_options(parser, [*DATA_SETS])
     parser.add_argument("--shots", nargs="+", type=int, default=SHOTS, help="[0 1 4 16]")
-    parser.add_argument("--draws", type=int, help=f"of demonstrations [{DRAWS}]")
-    parser.add_argument("--rows", type=int, help=f"of each task that are scored [{ROWS}]")
-    parser.add_argument(
-        "--quick", action="store_true", help=f"{QUICK_ROWS} rows, {QUICK_DRAWS} draws"
-    )
-    parser.add_argument("--model_name_or_path", help="folder, .gguf file or hub id [the bundled]")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="folder for what the runs leave")
-    parser.add_argument("--figure", type=Path, help="PNG to draw [in --keep, else none]")
+    parser.add_argument("--draws", type=int, help=f"of demonstrations [{FULL['draws']}]")
+    parser.add_argument("--rows", type=int, help=f"of each task that are scored [{FULL['rows']}]")
     args = parser.parse_args(argv)
-    if args.tasks is None:
-        args.tasks = [name for name in TASKS if (name == BUNDLED) == (args.data is None)]
-    if args.data is None and (others := [name for name in args.tasks if name != BUNDLED]):
-        raise UserError(f"--tasks {others[0]}: needs --data, the folder that holds {others[0]}")
-    args.draws = (QUICK_DRAWS if args.quick else DRAWS) if args.draws is None else args.draws
-    args.rows = (QUICK_ROWS if args.quick else ROWS) if args.rows is None else args.rows
+    check_run_options(args, [*DATA_SETS])
+    set_numbers(args, FULL, QUICK)
     args.shots = sorted(set(args.shots))
-    for name, value, least in (
-        ("shots", args.shots[0], 0),
-        ("draws", args.draws, 1),
-        ("rows", args.rows, 1),
-    ):
-        if value < least:
-            raise UserError(f"--{name} {value}: must be {least} or more")
+    if args.shots[0] < 0:
+        raise UserError(f"--shots {args.shots[0]}: must be 0 or more")
     return args
-
-
-def data_folder(name: str, data: Path | None) -> Path:
-    """Where a task's files are."""
-    if name == BUNDLED:
-        return ROOT / "data_templates" / "examples" / BUNDLED
-    return data / name
-
-
-def sha256_of(name: str, data: Path | None) -> dict[str, str]:
-    """The sha256 of each of a task's files."""
-    found = {}
-    for file in TASKS[name].files:
-        path = data_folder(name, data) / file
-        try:
-            found[file] = hashlib.sha256(path.read_bytes()).hexdigest()
-        except OSError as error:
-            raise UserError(
-                f"{path}: {error.strerror}; python benchmarks/prepare_data.py {name} --output "
-                f"{path.parent}"
-            ) from None
-    return found
 
 
 # One run -----------------------------------------------------------------------------------------
@@ -191,20 +119,18 @@ def make_run(name: str, settings: dict, data: Path | None, keep: Path) -> dict:
         RunFailed: the recipe failed.
     """
     folder = keep / f"{name}-{settings['shots']}"
-    metrics_file, settings_file = folder / "metrics.json", folder / "settings.json"
-    if settings_file.exists():
-        known = json.loads(settings_file.read_text(encoding="utf-8"))
-        for key, value in settings.items():
-            if known.get(key) != value:
-                raise UserError(
-                    f"--keep {keep}: {folder.name} was run with other settings ({key}, see its "
-                    "settings.json); pass another folder"
-                )
-    else:
-        write_json(settings_file, settings)
-    if not metrics_file.exists():
-        run_recipe(name, settings, data, folder)
-    metrics = json.loads(metrics_file.read_text(encoding="utf-8"))
+    keep_settings(folder / "settings.json", settings)
+    options = {
+        "template": name,
+        "dataset": data_files(name, data)[0].parent,
+        "columns": DATA_SETS[name].columns or None,
+        "shots": settings["shots"],
+        "draws": settings["draws"],
+        "max_eval_samples": settings["rows"],
+        "model_name_or_path": settings["model"],
+        "resume": True,
+    }
+    metrics = run_recipe("icl_eval", options, folder)
     counts = [one["rows"] for one in metrics["classes"].values()]
     return {
         **{way: metrics["scores"][kind]["draws"] for way, kind in WAYS.items()},
@@ -218,69 +144,29 @@ def make_run(name: str, settings: dict, data: Path | None, keep: Path) -> dict:
     }
 
 
-def run_recipe(name: str, settings: dict, data: Path | None, folder: Path) -> None:
-    """Run the recipe in a process of its own, on the CPU, with its output in `folder/log.txt`."""
-    options = {
-        "template": name,
-        "dataset": data_folder(name, data),
-        "shots": settings["shots"],
-        "draws": settings["draws"],
-        "max_eval_samples": settings["rows"],
-        "output_dir": folder,
-        "resume": True,
-        "use_cpu": True,
-    }
-    if settings["model"]:
-        options["model_name_or_path"] = settings["model"]
-    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    log = folder / "log.txt"
-    with log.open("ab") as file:
-        done = subprocess.run(
-            [sys.executable, str(RECIPE), *words, *TASKS[name].options],
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-        )
-    if done.returncode:
-        said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        raise RunFailed(
-            f"{TASKS[name].title}, {settings['shots']} shots: ended with exit code "
-            f"{done.returncode}: {said[-1] if said else 'no output'} (--keep DIR keeps the log)"
-        )
-
-
 # What they came to -------------------------------------------------------------------------------
 
 
-def spread(values: list[float]) -> str:
-    """The mean of several draws ± their standard deviation; a single one as it is."""
-    shown = f"{mean(values):.3f}"
-    return f"{shown} ± {stdev(values):.3f}" if len(values) > 1 else shown
-
-
 def print_table(result: dict) -> None:
-    """A row for each task and number of shots; plain text outside a terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(**({} if sys.stdout.isatty() else {"width": 100, "force_terminal": False}))
-    table = Table(
-        title=printable(f"{result['model']}: accuracy, mean ± standard deviation over draws"),
-        title_justify="left",
-    )
-    for heading in ("task", "shots", *WAYS, "over rows", "most frequent class"):
-        table.add_column(heading, justify="left" if heading == "task" else "right")
+    """A row for each task and number of shots."""
+    rows = []
     for name, runs in result["tasks"].items():
         for number, (shots, run) in enumerate(runs.items()):
-            table.add_row(
-                "" if number else f"{TASKS[name].title}, {run['rows']} rows",
-                shots,
-                *(printable(spread(run[way])) for way in WAYS),
-                printable(f"± {run['stderr']:.3f}"),
-                f"{run['most_frequent_class']:.3f}",
-                end_section=number == len(runs) - 1,
+            rows.append(
+                (
+                    "" if number else f"{DATA_SETS[name].title}, {run['rows']} rows",
+                    shots,
+                    *(spread(run[way]) for way in WAYS),
+                    f"± {run['stderr']:.3f}",
+                    f"{run['most_frequent_class']:.3f}",
+                )
             )
-    console.print(table)
+        rows.append(None)
+    show_table(
+        f"{result['model']}: accuracy, mean ± standard deviation over draws",
+        ("task", "shots", *WAYS, "over rows", "most frequent class"),
+        rows,
+    )
 
 
 def draw(result: dict, path: Path) -> None:
@@ -288,13 +174,13 @@ def draw(result: dict, path: Path) -> None:
     from recipelib.reporting.figures import plot_shots
 
     panels = {
-        TASKS[name].title: {
+        DATA_SETS[name].title: {
             way: {int(shots): run[way] for shots, run in runs.items()} for way in WAYS
         }
         for name, runs in result["tasks"].items()
     }
     chance = {
-        TASKS[name].title: next(iter(runs.values()))["most_frequent_class"]
+        DATA_SETS[name].title: next(iter(runs.values()))["most_frequent_class"]
         for name, runs in result["tasks"].items()
     }
     rows = max(run["rows"] for runs in result["tasks"].values() for run in runs.values())
@@ -309,11 +195,4 @@ def draw(result: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the recipe that runs is ended, too
-    try:
-        main()
-    except (UserError, RunFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script(main)

@@ -93,13 +93,13 @@ def prepare(spec: dict) -> None:
 
 def train_ours(spec: dict, watch: Stopwatch) -> None:
     """Train as the recipes do."""
-    from datasets import Dataset
+    from measuring import Examples
     from peft import LoraConfig, get_peft_model
     from trl import SFTTrainer
 
-    from recipelib.adapters.bottleneck import BottleneckConfig
-    from recipelib.training.config import RecipeConfig
-    from recipelib.training.trainer import RecipeTrainer
+    from recipelib.adapters import BottleneckConfig
+    from recipelib.encoding import EncodedRows
+    from recipelib.training import RecipeConfig, RecipeTrainer
 
     class FusedLossTrainer(RecipeTrainer):
         compute_loss = SFTTrainer.compute_loss
@@ -120,13 +120,12 @@ def train_ours(spec: dict, watch: Stopwatch) -> None:
     if spec["bottleneck"]:
         adapters = BottleneckConfig(bottleneck_size=spec["bottleneck"], init_weights="identity")
         model = get_peft_model(model, adapters)
+    encoded = EncodedRows()
     lines = Path(spec["folder"], "data", "train.jsonl").read_text().splitlines()
+    for number, line in enumerate(lines):
+        encoded.add(number, **json.loads(line))
     trainer = (FusedLossTrainer if spec["fused_loss"] else RecipeTrainer)(
-        model,
-        training,
-        train_dataset=Dataset.from_list([json.loads(line) for line in lines]),
-        processing_class=make_tokenizer(),
-        optimizers=(None, None),
+        model, training, Examples(encoded, make_tokenizer())
     )
     trainer.add_callback(watch)
     trainer.train()
@@ -168,8 +167,8 @@ def train(spec: dict) -> dict:
         a GPU what was allocated, on a CPU what was in use beyond the start), the first step's loss.
     """
     # Both sides' libraries, so that on a CPU none of them counts as a run's memory.
-    import recipelib.training.trainer  # noqa: F401
-    from recipelib.runtime.memory import MemoryMeter
+    import recipelib.training  # noqa: F401
+    from recipelib.runtime import MemoryMeter
 
     watch = Stopwatch(spec["warmup"], spec["steps"])
     memory = MemoryMeter()
@@ -189,7 +188,7 @@ def train(spec: dict) -> dict:
 
 def reason(error: BaseException) -> str:
     """What failed, in one line."""
-    from recipelib.runtime.errors import UserError
+    from recipelib.runtime import UserError
 
     text = str(error)
     signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")

@@ -21,12 +21,10 @@ run. The last line is one JSON object.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -34,19 +32,28 @@ import venv
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
-
+from measuring import (
+    BUNDLED,
+    RunFailed,
+    data_files,
+    parser_of,
+    require_least,
+    run_script,
+    set_numbers,
+    sha256_of,
+    show_table,
+    threads,
+)
 from word_problems import generate_problems, read_gsm8k
 
 from recipelib.models.bundled import bundled_folder
 from recipelib.models.loading import describe_model, resolve_model
-from recipelib.runtime.console import printable
-from recipelib.runtime.errors import UserError
-from recipelib.runtime.installed import versions
+from recipelib.runtime import UserError, versions
 
 HERE = Path(__file__).resolve().parent
 REQUIREMENTS = HERE / "requirements-lm-eval.txt"
-ROWS, QUICK_ROWS, WRITTEN_ROWS, QUICK_WRITTEN_ROWS = 100, 40, 20, 6
+FULL, QUICK = {"rows": 100, "rounds": 1}, {"rows": 40, "rounds": 1}
+WRITTEN_ROWS, QUICK_WRITTEN_ROWS = 20, 6
 TOLERANCE = 1e-3
 LABELS = {
     "ABBR": " an abbreviation or acronym",
@@ -57,10 +64,6 @@ LABELS = {
     "NUM": " a number or date",
 }
 GOALS = {"few": 20.0, "classes": 40.0, "zero": 1.0, "written": 1.8}
-
-
-class ArmFailed(Exception):
-    """A side ended badly, or found something else than the other; its text is one line."""
 
 
 class Arm:
@@ -94,12 +97,12 @@ class Arm:
         """What the side says next; at first, once it has loaded the model, what that took.
 
         Raises:
-            ArmFailed: it has ended.
+            RunFailed: it has ended.
         """
         line = self.process.stdout.readline()
         if not line:
             said = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            raise ArmFailed(f"{self.side}: ended: {said[-1] if said else 'no output'}")
+            raise RunFailed(f"{self.side}: ended: {said[-1] if said else 'no output'}")
         return json.loads(line)
 
     def close(self) -> None:
@@ -113,25 +116,11 @@ def main(argv: list[str] | None = None) -> dict:
 
     Raises:
         UserError: arguments or files that will not do.
-        ArmFailed: a side failed, or the sides do not agree.
+        RunFailed: a side failed, or the sides do not agree.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model_name_or_path", help="folder or .gguf file [the bundled model]")
-    parser.add_argument("--data", type=Path, help="folder with sst2, trec and gsm8k")
-    parser.add_argument("--rounds", type=int, default=1, help="runs of each side [1]")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROWS} rows")
-    parser.add_argument("--rows", type=int, help=f"rows to score [{ROWS}]")
-    parser.add_argument("--cases", nargs="+", choices=GOALS, default=list(GOALS))
-    parser.add_argument("--batch_size", type=int, default=8, help="of the peers [8]")
-    parser.add_argument("--lm_eval_python", help="of an environment that has lm-eval")
-    args = parser.parse_args(argv)
-    rows = (QUICK_ROWS if args.quick else ROWS) if args.rows is None else args.rows
+    args = parse(argv)
     written = QUICK_WRITTEN_ROWS if args.quick else WRITTEN_ROWS
-    if min(rows, args.rounds, args.batch_size) < 1:
-        raise UserError("--rows, --rounds, --batch_size: must be 1 or more")
-    cases = make_cases(args.data, rows, written, args.cases)
+    cases = make_cases(args.data, args.rows, written, args.cases)
     if not cases:
         raise UserError("--cases classes: needs --data, the folder that holds trec")
     peer = args.lm_eval_python
@@ -152,10 +141,19 @@ def main(argv: list[str] | None = None) -> dict:
     return result
 
 
-def threads() -> str:
-    """OMP_NUM_THREADS, for every side: as it is set, else one for each core."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return os.environ.get("OMP_NUM_THREADS") or str(cores)
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; all numbers are set."""
+    parser = parser_of(__doc__, f"{QUICK['rows']} rows")
+    parser.add_argument("--data", type=Path, help="folder with sst2, trec and gsm8k")
+    parser.add_argument("--rounds", type=int, help="runs of each side [1]")
+    parser.add_argument("--rows", type=int, help=f"rows to score [{FULL['rows']}]")
+    parser.add_argument("--cases", nargs="+", choices=GOALS, default=list(GOALS))
+    parser.add_argument("--batch_size", type=int, default=8, help="of the peers [8]")
+    parser.add_argument("--lm_eval_python", help="of an environment that has lm-eval")
+    args = parser.parse_args(argv)
+    set_numbers(args, FULL, QUICK)
+    require_least(args, "batch_size", 1)
+    return args
 
 
 def lm_eval_python() -> str:
@@ -179,22 +177,19 @@ def lm_eval_python() -> str:
 def make_cases(data: Path | None, rows: int, written: int, names: list[str]) -> dict[str, dict]:
     """Prompts as text, and what is compared or written behind them, with the gold answers."""
     cases = {}
-    sentiment, questions = (data and data / name for name in ("sst2", "trec"))
     words = {0: " negative", 1: " positive"}
     if data is None:
-        sentiment = HERE.parent / "data_templates" / "examples" / "movie_reviews"
         words = {word.strip(): word for word in words.values()}
     asked = "The movie review is: {sentence}\nThe sentiment of the review is"
     for name, shots in (("few", 16), ("zero", 0)):
         if name in names:
             title = f"{'SST-2' if data else 'bundled reviews'}, {shots} shots, 2 classes"
-            files = (sentiment / "train.jsonl", sentiment / "validation.jsonl")
+            files = data_files("sst2" if data else BUNDLED, data)
             cases[name] = labels_case(title, files, rows, words, asked, shots)
     if "classes" in names and data:
         title = "TREC, 12 shots, 6 classes of several tokens"
-        files = (questions / "train.jsonl", questions / "test.jsonl")
         asked = "Question: {question}\nIt asks for:"
-        cases["classes"] = labels_case(title, files, rows, LABELS, asked, 12)
+        cases["classes"] = labels_case(title, data_files("trec", data), rows, LABELS, asked, 12)
     if "written" in names:
         if data is None:
             problems = generate_problems(written + 8)
@@ -234,7 +229,7 @@ def read_rows(path: Path, words: dict, asked: str) -> list[dict]:
 
 
 def labels_case(
-    title: str, files: tuple[Path, Path], count: int, words: dict, asked: str, shots: int
+    title: str, files: list[Path], count: int, words: dict, asked: str, shots: int
 ) -> dict:
     """Prompts for the first rows of the second file, with the same demonstrations out of the first,
     equally many of each class.
@@ -257,11 +252,6 @@ def labels_case(
         "golds": [list(words).index(row["label"]) for row in test],
         "sha256": sha256_of(*files),
     }
-
-
-def sha256_of(*files: Path) -> dict[str, str]:
-    """The sha256 of each file by its name."""
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 # The comparison ----------------------------------------------------------------------------------
@@ -331,7 +321,7 @@ def run_case(name: str, case: dict, folder: Path, arms: list[Arm], rounds: int) 
             "floor": ours["tokens"] / speed / (sum(seconds[0]) / rounds),
         }
         if not difference <= TOLERANCE or accuracies[0] != accuracies[1]:
-            raise ArmFailed(
+            raise RunFailed(
                 f"{case['title']}: log-likelihoods differ by {difference:.2g}, accuracies are "
                 f"{accuracies[0]:.3f} and {accuracies[1]:.3f}: not the same work"
             )
@@ -340,7 +330,7 @@ def run_case(name: str, case: dict, folder: Path, arms: list[Arm], rounds: int) 
         same = sum(one == other for one, other in zip(*texts, strict=True))
         result["same_texts"] = same
         if same < len(case["prompts"]) - 1:
-            raise ArmFailed(f"{case['title']}: {same} texts of {len(case['prompts'])} are the same")
+            raise RunFailed(f"{case['title']}: {same} texts of {len(case['prompts'])} are the same")
     return result
 
 
@@ -361,20 +351,9 @@ def cut(text: str, stops: list[str]) -> str:
 
 
 def print_table(result: dict) -> None:
-    """The cases, plain text outside a terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(**({} if sys.stdout.isatty() else {"width": 110, "force_terminal": False}))
-    table = Table(
-        title=printable(f"{result['model']}, float32, {result['omp_num_threads']} threads"),
-        title_justify="left",
-    )
-    headings = ("", "ours, s", "peer, s", "ratio", "goal", "peak GiB", "largest diff.", "floor")
-    for heading in headings:
-        table.add_column(heading, justify="right" if heading else "left")
-    for one in result["cases"].values():
-        table.add_row(
+    """The cases."""
+    rows = [
+        (
             f"{one['title']}; {one['peer']}",
             *(" ".join(f"{value:.1f}" for value in some) for some in one["seconds"]),
             f"{one['ratio']:.1f}",
@@ -385,15 +364,15 @@ def print_table(result: dict) -> None:
             else f"{one['same_texts']} texts same",
             f"{one['floor']:.0%}" if "floor" in one else "-",
         )
-    console.print(table)
+        for one in result["cases"].values()
+    ]
+    show_table(
+        f"{result['model']}, float32, {result['omp_num_threads']} threads",
+        ("", "ours, s", "peer, s", "ratio", "goal", "peak GiB", "largest diff.", "floor"),
+        rows,
+        width=110,
+    )
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the sides are ended, too
-    try:
-        main()
-    except (UserError, ArmFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script(main)

@@ -20,8 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "recipes"))
+from measuring import ROOT, Examples
 
 ANSWER = 50  # supervised tokens of each row
 
@@ -29,15 +28,12 @@ ANSWER = 50  # supervised tokens of each row
 def measure(args: argparse.Namespace) -> None:
     """Train in this process, and print what was estimated and measured as a line of JSON."""
     import torch
-    from datasets import Dataset
     from peft import LoraConfig, get_peft_model
 
-    from recipelib.models.loading import load_pretrained, load_tokenizer
-    from recipelib.runtime.console import say
-    from recipelib.runtime.memory import MemoryMeter
-    from recipelib.training.config import RecipeConfig
-    from recipelib.training.memory import estimate_memory
-    from recipelib.training.trainer import RecipeTrainer
+    from recipelib.encoding import EncodedRows
+    from recipelib.models import load_pretrained, load_tokenizer
+    from recipelib.runtime import MemoryMeter, say
+    from recipelib.training import RecipeConfig, RecipeTrainer
 
     training = RecipeConfig(
         output_dir=args.output_dir,
@@ -49,29 +45,27 @@ def measure(args: argparse.Namespace) -> None:
     )
     draw = torch.Generator().manual_seed(0)
     tokenizer = load_tokenizer(args.model_name_or_path)
-    rows = []
-    for _ in range(args.batch[0] * training.world_size * args.steps):
+    encoded = EncodedRows()
+    for row in range(args.batch[0] * training.world_size * args.steps):
         length = args.length - int(torch.randint(args.length // 8 + 1, (1,), generator=draw))
         ids = torch.randint(len(tokenizer), (length,), generator=draw).tolist()
         prompt = max(1, length - ANSWER)
-        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+        encoded.add(row, ids, [-100] * prompt + ids[prompt:])
 
-    memory = MemoryMeter()
+    task = Examples(encoded, tokenizer, memory=MemoryMeter())
     model = load_pretrained(args.model_name_or_path, dtype=training.model_dtype[0])
     if args.methods == ["lora"]:
         lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, lora)
-    trainer = RecipeTrainer(
-        model, training, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
-    )
-    estimated = estimate_memory(model, training, rows)
-    trainer.shard()
-    memory.restart()
+    trainer = RecipeTrainer(model, training, task)
     trainer.train()
-    mine = torch.tensor([[memory.stop(), memory.resident]])
-    measured, resident = trainer.accelerator.gather(mine).amax(0).tolist()
-    terms = {name: value for name, value in vars(estimated).items() if name != "note"}
-    found = {"estimated": estimated.total, "measured": measured, "resident": resident, **terms}
+    figures = trainer.figures()
+    found = {
+        "estimated": figures.estimated_memory_bytes,
+        "measured": figures.peak_memory_bytes,
+        "resident": figures.peak_resident_bytes,
+        **{name: value for name, value in vars(trainer.estimated).items() if name != "note"},
+    }
     say(json.dumps(found))
 
 
@@ -111,7 +105,7 @@ def run(args: argparse.Namespace, processes: int, method: str, batch: int) -> di
     return case | found
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measure all cases and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -128,7 +122,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=config, help="for several processes")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--output_dir", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.measure:
         measure(args)
         return

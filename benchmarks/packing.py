@@ -21,28 +21,33 @@ Without --data the rows are made of drawn words, as long as Self-Instruct's seed
 """
 
 import argparse
-import hashlib
 import json
 import math
-import os
 import random
-import signal
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
+from measuring import (
+    Examples,
+    RunFailed,
+    add_arm_options,
+    in_turn,
+    parser_of,
+    require_least,
+    run_arm,
+    run_script,
+    set_numbers,
+    sha256_of,
+    show_table,
+    stopwatch,
+    threads,
+)
 
-from recipelib.models.loading import describe_model
-from recipelib.runtime.console import printable
-from recipelib.runtime.errors import UserError
-from recipelib.runtime.files import write_json, write_jsonl
-from recipelib.runtime.installed import versions
+from recipelib.models import describe_model
+from recipelib.runtime import UserError, versions, write_json, write_jsonl
 
 ROWS_PER_STEP = 8
-STEPS, QUICK_STEPS, ROUNDS = 20, 6, 2
+FULL, QUICK = {"steps": 20, "rounds": 2}, {"steps": 6, "rounds": 1}
 LOSS_TOLERANCE = 1e-4  # absolute, in every step
 ARMS = ("padded", "packed")
 WORDS = (
@@ -51,10 +56,6 @@ WORDS = (
     "teacher story question answer reason example first last good new small different every day "
     "morning water music color animal paper garden winter market letter window mountain"
 )
-
-
-class ArmFailed(Exception):
-    """A run ended badly or did other work than the rest; its text is one line."""
 
 
 def generate_rows(count: int, seed: int = 0) -> list[dict]:
@@ -80,28 +81,14 @@ def generate_rows(count: int, seed: int = 0) -> list[dict]:
 
 def measure(args: argparse.Namespace) -> None:
     """Train on `args.rows`, and write what was measured to `args.result`."""
-    from datasets import Dataset
     from peft import LoraConfig, get_peft_model
-    from transformers import TrainerCallback, set_seed
+    from transformers import set_seed
 
-    from recipelib.encoding.examples import encode_rows
-    from recipelib.encoding.prompt_encoder import PromptEncoder
-    from recipelib.models.loading import load_pretrained, load_tokenizer
-    from recipelib.prompts.template import PromptTemplate
-    from recipelib.runtime.memory import MemoryMeter
-    from recipelib.training.config import RecipeConfig
-    from recipelib.training.memory import estimate_memory
-    from recipelib.training.trainer import RecipeTrainer
-
-    class Stopwatch(TrainerCallback):
-        """Takes time and tokens where the first step ends and where the last one does."""
-
-        marks = ()
-
-        def on_step_end(self, training, state, control, **kwargs):
-            if state.global_step in (1, state.max_steps):
-                mark = (time.perf_counter(), trainer.tokens_seen, trainer.slots_seen)
-                self.marks = (*self.marks, mark)
+    from recipelib.encoding import PromptEncoder, encode_rows
+    from recipelib.models import load_pretrained, load_tokenizer
+    from recipelib.prompts import PromptTemplate
+    from recipelib.runtime import MemoryMeter
+    from recipelib.training import RecipeConfig, RecipeTrainer
 
     training = RecipeConfig(
         output_dir=str(args.result.parent / "out"),
@@ -119,8 +106,7 @@ def measure(args: argparse.Namespace) -> None:
     rows = [json.loads(line) for line in args.rows.read_text(encoding="utf-8").splitlines()]
     tokenizer = load_tokenizer(args.model_name_or_path)
     encoder = PromptEncoder(PromptTemplate.load("alpaca"), tokenizer, args.max_length)
-    encoded = encode_rows(encoder, rows)
-    memory = MemoryMeter()
+    task = Examples(encode_rows(encoder, rows), tokenizer, memory=MemoryMeter())
     model = load_pretrained(args.model_name_or_path, dtype=training.model_dtype[0])
     set_seed(training.seed)
     if args.lora:
@@ -132,63 +118,22 @@ def measure(args: argparse.Namespace) -> None:
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(model, lora)
-    watch = Stopwatch()
-    trainer = RecipeTrainer(
-        model,
-        training,
-        train_dataset=Dataset.from_list(encoded.examples),
-        processing_class=tokenizer,
-        callbacks=[watch],
-    )
-    estimated = estimate_memory(model, training, encoded.examples)
-    trainer.shard()
-    memory.restart()
+    watch = stopwatch(warm_up=1)
+    watch.trainer = trainer = RecipeTrainer(model, training, task, callbacks=[watch])
     trainer.train()
-    peak = memory.stop()
-    (start, *before), (end, *after) = watch.marks
-    tokens, slots = (now - then for now, then in zip(after, before, strict=True))
-    lengths = [len(one["input_ids"]) for one in encoded.examples]
+    figures = trainer.figures()
+    lengths = [len(one["input_ids"]) for one in task.encoded.examples]
     write_json(
         args.result,
         {
-            "seconds": end - start,
-            "tokens": tokens,
-            "slots": slots,
+            **watch.measured(),
             "losses": [one["loss"] for one in trainer.state.log_history if "loss" in one],
-            "peak_memory_bytes": peak,
-            "estimated_memory_bytes": estimated.total,
+            "peak_memory_bytes": figures.peak_memory_bytes,
+            "estimated_memory_bytes": figures.estimated_memory_bytes,
             "mean_length": sum(lengths) / len(lengths),
             "longest": max(lengths),
         },
     )
-
-
-def run_arm(arm: str, args: argparse.Namespace, folder: Path) -> dict:
-    """What `measure` finds in a process of its own.
-
-    Raises:
-        ArmFailed: it ended with another code than 0.
-    """
-    result = folder / "result.json"
-    command = [sys.executable, __file__, "--measure", arm, "--result", str(result)]
-    command += ["--rows", str(folder / "rows.jsonl"), "--max_length", str(args.max_length)]
-    command += ["--steps", str(args.steps), *(["--lora"] if args.lora else [])]
-    if args.model_name_or_path:
-        command += ["--model_name_or_path", args.model_name_or_path]
-    environment = os.environ | {"OMP_NUM_THREADS": threads(), "CUDA_VISIBLE_DEVICES": ""}
-    # An error's own line stands last on stderr, be it the benchmark's or Python's.
-    done = subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
-    if done.returncode:
-        said = (done.stderr.strip() or "no output").splitlines()[-1]
-        raise ArmFailed(f"{arm}: ended with exit code {done.returncode}: {said}")
-    return json.loads(result.read_text(encoding="utf-8"))
-
-
-def threads() -> str:
-    """OMP_NUM_THREADS, for both: as it is set, else one for each core."""
-    return os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count())
 
 
 # The comparison ----------------------------------------------------------------------------------
@@ -199,24 +144,23 @@ def main(argv: list[str] | None = None) -> dict | None:
 
     Raises:
         UserError: arguments or a data file that will not do.
-        ArmFailed: a run failed, or the two did not do the same work.
+        RunFailed: a run failed, or the two did not do the same work.
     """
     args = parse(argv)
     if args.measure:
         return measure(args)
     rows = read_rows(args)
-    runs: dict[str, list[dict]] = {arm: [] for arm in ARMS}
     with tempfile.TemporaryDirectory(prefix="packing-") as folder:
         file = Path(folder, "rows.jsonl")
         write_jsonl(file, rows)
-        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-        for number in range(1, args.rounds + 1):
-            for arm in ARMS:
-                run = run_arm(arm, args, Path(folder))
-                speed = run["tokens"] / run["seconds"]
-                print(f"round {number}, {arm}: {speed:.1f} tokens/s", flush=True)
-                runs[arm].append(run)
-                check_same_work(arm, run, runs["padded"][0])
+        sha256 = sha256_of(file)[file.name]
+        runs = in_turn(
+            ARMS,
+            args.rounds,
+            lambda arm, _: run_arm(__file__, arm, args, Path(folder), rows=file),
+            lambda run: f"{run['tokens'] / run['seconds']:.1f} tokens/s",
+            check_same_work,
+        )
     result = summarize(runs) | {
         "method": "lora" if args.lora else "full",
         "rows_per_step": ROWS_PER_STEP,
@@ -235,27 +179,15 @@ def main(argv: list[str] | None = None) -> dict | None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; `steps` and `rounds` are always set."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps, one round")
+    parser = parser_of(__doc__, f"{QUICK['steps']} steps, one round")
     parser.add_argument("--data", type=Path, help="JSON lines: instruction, input, output")
     parser.add_argument("--lora", action="store_true", help="LoRA instead of all parameters")
-    parser.add_argument("--steps", type=int, help=f"that count, of {ROWS_PER_STEP} rows [{STEPS}]")
-    parser.add_argument("--rounds", type=int, help=f"runs of each [{ROUNDS}]")
     parser.add_argument("--max_length", type=int, default=1024, help="tokens of a row [1024]")
-    parser.add_argument("--model_name_or_path", help="folder, .gguf file or hub id [the bundled]")
-    parser.add_argument("--measure", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    add_arm_options(parser, ARMS, FULL)
     args = parser.parse_args(argv)
-    if args.steps is None:
-        args.steps = QUICK_STEPS if args.quick else STEPS
-    if args.rounds is None:
-        args.rounds = 1 if args.quick else ROUNDS
-    for name in ("steps", "rounds", "max_length"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be 1 or more")
+    set_numbers(args, FULL, QUICK)
+    require_least(args, "max_length", 1)
     return args
 
 
@@ -269,7 +201,7 @@ def read_rows(args: argparse.Namespace) -> list[dict]:
     if args.data is None:
         return generate_rows(needed)
     from recipelib.data.rows import load_rows
-    from recipelib.prompts.template import PromptTemplate
+    from recipelib.prompts import PromptTemplate
 
     rows = load_rows(PromptTemplate.load("alpaca"), str(args.data), "train", max_samples=needed)
     if len(rows.rows) < needed:
@@ -285,17 +217,17 @@ def check_same_work(arm: str, run: dict, first: dict) -> None:
     """A run against the first padded one.
 
     Raises:
-        ArmFailed: other tokens or steps, or another loss in any step.
+        RunFailed: other tokens or steps, or another loss in any step.
     """
     for unit, count, wanted in (
         ("tokens", run["tokens"], first["tokens"]),
         ("steps", len(run["losses"]), len(first["losses"])),
     ):
         if count != wanted:
-            raise ArmFailed(f"{arm}: {count} {unit}, but {wanted} when padded: not the same work")
+            raise RunFailed(f"{arm}: {count} {unit}, but {wanted} when padded: not the same work")
     for step, (found, wanted) in enumerate(zip(run["losses"], first["losses"], strict=True), 1):
         if not abs(found - wanted) <= LOSS_TOLERANCE:
-            raise ArmFailed(
+            raise RunFailed(
                 f"{arm}: loss {found:.6f} in step {step}, but {wanted:.6f} when padded: rows are "
                 "not kept apart"
             )
@@ -329,43 +261,29 @@ def summarize(runs: dict[str, list[dict]]) -> dict:
 
 
 def print_table(result: dict) -> None:
-    """The figures of both; plain text outside a terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(**({} if sys.stdout.isatty() else {"width": 100, "force_terminal": False}))
-    table = Table(
-        title=printable(
-            f"{result['model']}, {result['method']}, float32, {result['omp_num_threads']} threads, "
-            f"{result['steps']} steps of {ROWS_PER_STEP} rows ({result['rows_from']}, "
-            f"{result['mean_length']:.0f} tokens, at most {result['longest']})"
-        ),
-        title_justify="left",
-        caption=f"ratio {result['ratio']:.2f}; losses of all {len(result['losses'])} steps differ "
-        f"by {result['max_loss_difference']:.1e} at most",
-        caption_justify="left",
-    )
-    table.add_column()
-    for name in ("tokens/s", "seconds", "padding", "peak memory", "estimated"):
-        table.add_column(name, justify="right")
+    """The figures of both."""
+    rows = []
     for arm, one in result["arms"].items():
         memory = (one[f"{kind}_memory_bytes"] / 2**30 for kind in ("peak", "estimated"))
-        table.add_row(
-            arm,
-            f"{one['tokens_per_second']:.1f}",
-            f"{sum(one['seconds']):.1f}",
-            f"{one['padding_fraction']:.1%}",
-            *(f"{size:.2f} GiB" for size in memory),
+        rows.append(
+            (
+                arm,
+                f"{one['tokens_per_second']:.1f}",
+                f"{sum(one['seconds']):.1f}",
+                f"{one['padding_fraction']:.1%}",
+                *(f"{size:.2f} GiB" for size in memory),
+            )
         )
-    console.print(table)
+    show_table(
+        f"{result['model']}, {result['method']}, float32, {result['omp_num_threads']} threads, "
+        f"{result['steps']} steps of {ROWS_PER_STEP} rows ({result['rows_from']}, "
+        f"{result['mean_length']:.0f} tokens, at most {result['longest']})",
+        ("", "tokens/s", "seconds", "padding", "peak memory", "estimated"),
+        rows,
+        caption=f"ratio {result['ratio']:.2f}; losses of all {len(result['losses'])} steps differ "
+        f"by {result['max_loss_difference']:.1e} at most",
+    )
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the run that trains is ended, too
-    try:
-        main()
-    except (UserError, ArmFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script(main)

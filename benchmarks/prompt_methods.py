@@ -16,35 +16,34 @@ the accuracy over the number of trained parameters. The last line is one JSON ob
 """
 
 import argparse
-import hashlib
 import json
-import signal
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from statistics import mean, stdev
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
+from measuring import (
+    DATA_SETS,
+    accuracy_figure,
+    add_run_options,
+    check_run_options,
+    data_files,
+    deviation,
+    keep_settings,
+    parser_of,
+    run_recipe,
+    run_script,
+    set_numbers,
+    sha256_of,
+    show_table,
+    spread,
+)
 
-from recipelib.data.drawing import few_shot_rows
-from recipelib.data.rows import load_rows, parse_columns
-from recipelib.models.loading import describe_model
-from recipelib.prompts.template import PromptTemplate
-from recipelib.runtime.console import printable
-from recipelib.runtime.errors import UserError
-from recipelib.runtime.files import write_json, write_jsonl
-from recipelib.runtime.installed import versions
+from recipelib.data import few_shot_rows, parse_columns
+from recipelib.data.rows import load_rows
+from recipelib.models import describe_model
+from recipelib.prompts import PromptTemplate
+from recipelib.runtime import printable, versions, write_jsonl
 
-ROOT = Path(__file__).resolve().parents[1]
-BUNDLED = "movie_reviews"
-# Files, and what the recipes are told of their columns.
-TASKS = {
-    "sst2": ("SST-2", ("train.jsonl", "validation.jsonl"), ()),
-    "trec": ("TREC", ("train.jsonl", "test.jsonl"), ("text=question", "label=label")),
-    "rte": ("RTE", ("train.jsonl", "validation.jsonl"), ()),
-    BUNDLED: ("bundled reviews", ("train.jsonl", "validation.jsonl"), ()),
-}
 METHODS = {
     "soft_prompt": "soft prompt",
     "p_tuning": "P-tuning",
@@ -63,10 +62,6 @@ FULL = {"per_class": 16, "draws": 5, "steps": 40, "train_rows": 800, "rows": 200
 QUICK = {"per_class": 4, "draws": 2, "steps": 10, "train_rows": 16, "rows": 20}
 # What a run depends on, and so does what is kept of it.
 SETTINGS = {"none": (), "few": ("per_class", "draws", "steps"), "many": ("train_rows",)}
-
-
-class RunFailed(Exception):
-    """A run of a recipe ended badly; its text is one line."""
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -110,11 +105,8 @@ def main(argv: list[str] | None = None) -> dict:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; all numbers are set."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, help="folder with sst2, trec and rte")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, help="[all that --data holds]")
+    parser = parser_of(__doc__, "few rows of everything")
+    add_run_options(parser, [*DATA_SETS])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     parser.add_argument("--regimes", nargs="+", choices=("few", "many"), default=["few", "many"])
     parser.add_argument("--per_class", type=int, help="rows of each class [16]")
@@ -122,37 +114,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="of a draw [40]")
     parser.add_argument("--train_rows", type=int, help="where rows are many [800]")
     parser.add_argument("--rows", type=int, help="of each task that are scored [200]")
-    parser.add_argument("--quick", action="store_true", help="few rows of everything")
-    parser.add_argument("--model_name_or_path", help="folder, .gguf file or hub id [the bundled]")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="folder for what the runs leave")
-    parser.add_argument("--figure", type=Path, help="PNG to draw [in --keep, else none]")
     args = parser.parse_args(argv)
-    if args.tasks is None:
-        args.tasks = [name for name in TASKS if (name == BUNDLED) == (args.data is None)]
-    if args.data is None and (others := [name for name in args.tasks if name != BUNDLED]):
-        raise UserError(f"--tasks {others[0]}: needs --data, the folder that holds {others[0]}")
-    for name, value in (QUICK if args.quick else FULL).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be 1 or more")
+    check_run_options(args, [*DATA_SETS])
+    set_numbers(args, FULL, QUICK)
     return args
-
-
-def data_folder(task: str, data: Path | None) -> Path:
-    """Where a task's files are.
-
-    Raises:
-        UserError: one is missing.
-    """
-    folder = ROOT / "data_templates" / "examples" / BUNDLED if task == BUNDLED else data / task
-    for file in TASKS[task][1]:
-        if not (folder / file).is_file():
-            raise UserError(
-                f"{folder / file}: no such file; python benchmarks/prepare_data.py {task} "
-                f"--output {folder}"
-            )
-    return folder
 
 
 # One run -----------------------------------------------------------------------------------------
@@ -164,27 +129,22 @@ def make_run(task: str, method: str, regime: str, args: argparse.Namespace, keep
     Raises:
         UserError: what is there was run with other settings.
     """
-    folder, source = keep / f"{task}-{method}-{regime}", data_folder(task, args.data)
+    folder, files = keep / f"{task}-{method}-{regime}", data_files(task, args.data)
     settings = {
         "rows": args.rows,
         "model": args.model_name_or_path,
-        "sha256": {
-            file: hashlib.sha256((source / file).read_bytes()).hexdigest()
-            for file in TASKS[task][1]
-        },
+        "sha256": sha256_of(*files),
+        **{name: getattr(args, name) for name in SETTINGS[regime]},
     }
-    settings |= {name: getattr(args, name) for name in SETTINGS[regime]}
-    file = folder / "settings.json"
-    if file.exists() and json.loads(file.read_text(encoding="utf-8")) != settings:
-        raise UserError(
-            f"--keep {keep}: {folder.name} was run with other settings (see its settings.json); "
-            "pass another folder"
-        )
-    write_json(file, settings)
-    options = {"template": task, "dataset": source, "max_eval_samples": args.rows}
-    options |= {"use_cpu": True, "save_strategy": "no"}
-    if args.model_name_or_path:
-        options["model_name_or_path"] = args.model_name_or_path
+    keep_settings(folder / "settings.json", settings)
+    options = {
+        "template": task,
+        "dataset": files[0].parent,
+        "columns": DATA_SETS[task].columns or None,
+        "max_eval_samples": args.rows,
+        "model_name_or_path": args.model_name_or_path,
+        "save_strategy": "no",
+    }
     if regime == "many":
         options |= {"max_train_samples": args.train_rows, "num_train_epochs": 1}
     if regime == "few":
@@ -193,19 +153,18 @@ def make_run(task: str, method: str, regime: str, args: argparse.Namespace, keep
         # The rows of each draw as prompt_tuning.py takes them, in files of their own.
         runs = []
         for number in range(args.draws):
-            rows = drawn_rows(task, source, args.per_class, number, folder / f"rows_{number}")
-            runs.append(
-                run_recipe("lora_sft", options | {"dataset": rows}, folder / f"draw_{number}", task)
-            )
+            rows = drawn_rows(task, files, args.per_class, number, folder / f"rows_{number}")
+            own = options | {"dataset": rows}
+            runs.append(run_recipe("lora_sft", own, folder / f"draw_{number}"))
         scores = [run["score"] for run in runs]
     elif method == "lora":
-        runs = [run_recipe("lora_sft", options, folder, task)]
+        runs = [run_recipe("lora_sft", options, folder)]
         scores = [runs[0]["score"]]
     else:
         recipe, own = RECIPES[method]
         if regime == "few":
             options |= {"per_class": args.per_class, "draws": args.draws}
-        runs = [run_recipe(recipe, options | own, folder, task)]
+        runs = [run_recipe(recipe, options | own, folder)]
         scores = runs[0].get("draws", [runs[0]["score"]])
     return {
         "scores": scores,
@@ -216,54 +175,19 @@ def make_run(task: str, method: str, regime: str, args: argparse.Namespace, keep
     }
 
 
-def drawn_rows(task: str, source: Path, per_class: int, draw: int, folder: Path) -> Path:
+def drawn_rows(task: str, files: list[Path], per_class: int, draw: int, folder: Path) -> Path:
     """A folder with the rows of one draw to train on, and the evaluation rows."""
-    _, (train, evaluation), columns = TASKS[task]
-    template = PromptTemplate.load(task, columns=parse_columns(columns))
-    rows = load_rows(template, str(source / train), "train").rows
+    train, evaluation = files
+    template = PromptTemplate.load(task, columns=parse_columns(DATA_SETS[task].columns))
+    rows = load_rows(template, str(train), "train").rows
     folder.mkdir(parents=True, exist_ok=True)
     drawn, _ = few_shot_rows(template, rows, per_class, 42 + draw)  # 42: the trainer's own seed
-    write_jsonl(folder / train, drawn)
-    (folder / evaluation).write_bytes((source / evaluation).read_bytes())
+    write_jsonl(folder / train.name, drawn)
+    (folder / evaluation.name).write_bytes(evaluation.read_bytes())
     return folder
 
 
-def run_recipe(recipe: str, options: dict, folder: Path, task: str) -> dict:
-    """The metrics of a run in `folder`, made in a process of its own unless they are there.
-
-    Raises:
-        RunFailed: the recipe failed.
-    """
-    metrics = folder / "metrics.json"
-    if not metrics.exists():
-        words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-        words += ["--columns", *TASKS[task][2]] if TASKS[task][2] else []
-        folder.mkdir(parents=True, exist_ok=True)
-        log = folder / "log.txt"
-        script = str(ROOT / "recipes" / f"{recipe}.py")
-        with log.open("ab") as file:
-            done = subprocess.run(
-                [sys.executable, script, *words, "--output_dir", str(folder)],
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-            )
-        if done.returncode:
-            said = [one for one in log.read_text(errors="replace").splitlines() if one.strip()]
-            raise RunFailed(
-                f"{folder.name}: ended with exit code {done.returncode}: "
-                f"{said[-1] if said else 'no output'} (--keep DIR keeps the log)"
-            )
-    return json.loads(metrics.read_text(encoding="utf-8"))
-
-
 # What they came to -------------------------------------------------------------------------------
-
-
-def spread(values: list[float]) -> str:
-    """The mean of several draws ± their standard deviation; a single one as it is."""
-    shown = f"{mean(values):.3f}"
-    return f"{shown} ± {stdev(values):.3f}" if len(values) > 1 else shown
 
 
 def columns_of(result: dict) -> dict[str, str]:
@@ -275,91 +199,63 @@ def columns_of(result: dict) -> dict[str, str]:
 
 
 def print_table(result: dict) -> None:
-    """A row for each task and method; plain text outside a terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(**({} if sys.stdout.isatty() else {"width": 100, "force_terminal": False}))
-    table = Table(
-        title=printable(f"Accuracy on {result['rows']} rows, {result['model']}"),
-        title_justify="left",
-    )
-    table.add_column("task")
-    table.add_column("method")
-    for name in ("trained parameters", *columns_of(result).values()):
-        table.add_column(name, justify="right")
+    """A row for each task and method."""
+    rows = []
     for task, runs in result["tasks"].items():
         zero = runs["zero"]
         calibrated = zero["calibrated"]
         also = "" if calibrated is None else f", calibrated {calibrated:.3f}"
-        table.add_row(TASKS[task][0], f"untouched {spread(zero['scores'])}{also}", "0", "", "")
+        untouched = f"untouched {spread(zero['scores'])}{also}"
+        rows.append((DATA_SETS[task].title, untouched, "0", "", ""))
         for method, title in METHODS.items():
             found = {regime: runs.get(f"{method}-{regime}") for regime in columns_of(result)}
             if any(found.values()):
                 count = next(run for run in found.values() if run)["trainable_parameters"]
                 cells = [spread(run["scores"]) if run else "" for run in found.values()]
-                table.add_row("", title, f"{count:,}", *cells)
-    console.print(table)
+                rows.append(("", title, f"{count:,}", *cells))
+    show_table(
+        f"Accuracy on {result['rows']} rows, {result['model']}",
+        ("task", "method", "trained parameters", *columns_of(result).values()),
+        rows,
+        names=2,
+    )
 
 
 def draw(result: dict, path: Path) -> None:
     """The accuracy over the number of trained parameters, a panel for each task."""
-    import matplotlib
+    titles = [DATA_SETS[task].title for task in result["tasks"]]
+    with accuracy_figure(path, titles, legend=3, sharey=True) as panels:
+        for panel, runs in zip(panels, result["tasks"].values(), strict=True):
+            draw_task(panel, runs, columns_of(result))
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    count = len(result["tasks"])
-    figure, panels = plt.subplots(1, count, figsize=(4.6 * count, 3.8), squeeze=False, sharey=True)
+def draw_task(panel, runs: dict[str, dict], regimes: dict[str, str]) -> None:
+    """Each method a point for few rows and one for many, the untouched model a line."""
+    zero = mean(runs["zero"]["scores"])
+    panel.axhline(zero, color="#777777", linestyle="--", linewidth=1, label="untouched model")
     # Side by side where a method stands, so that neither hides the other.
     styles = {"few": ("o", "#1f6f8b", 0.87), "many": ("s", "#c8553d", 1.15)}
-    for panel, (task, runs) in zip(panels[0], result["tasks"].items(), strict=True):
-        zero = mean(runs["zero"]["scores"])
-        panel.axhline(zero, color="#777777", linestyle="--", linewidth=1, label="untouched model")
-        sizes = {}
-        for regime, title in columns_of(result).items():
-            marker, color, aside = styles[regime]
-            shown = {
-                method: runs[f"{method}-{regime}"]
-                for method in METHODS
-                if f"{method}-{regime}" in runs
-            }
-            sizes |= {method: run["trainable_parameters"] for method, run in shown.items()}
-            panel.errorbar(
-                [run["trainable_parameters"] * aside for run in shown.values()],
-                [mean(run["scores"]) for run in shown.values()],
-                yerr=[
-                    stdev(run["scores"]) if len(run["scores"]) > 1 else 0 for run in shown.values()
-                ],
-                fmt=marker,
-                color=color,
-                capsize=3,
-                label=title,
-            )
-        panel.set_xscale("log")
-        panel.margins(x=0.15)
-        panel.minorticks_off()
-        counts = [f"{one / 1e6:.3g} M" if one >= 1e6 else f"{one:,}" for one in sizes.values()]
-        names = [f"{SHORT[one]}\n{count}" for one, count in zip(sizes, counts, strict=True)]
-        panel.set_xticks(list(sizes.values()), names, fontsize=8)
-        panel.set_title(TASKS[task][0], loc="left")
-        panel.set_xlabel("trained parameters")
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(axis="y", color="#e5e5e5")
-    panels[0][0].set_ylabel("accuracy")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper right", ncols=3, frameon=False, fontsize=8)
-    figure.tight_layout(rect=(0, 0, 1, 0.93))
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    sizes = {}
+    for regime, title in regimes.items():
+        marker, color, aside = styles[regime]
+        shown = {
+            method: runs[f"{method}-{regime}"] for method in METHODS if f"{method}-{regime}" in runs
+        }
+        sizes |= {method: run["trainable_parameters"] for method, run in shown.items()}
+        panel.errorbar(
+            [run["trainable_parameters"] * aside for run in shown.values()],
+            [mean(run["scores"]) for run in shown.values()],
+            yerr=[deviation(run["scores"]) for run in shown.values()],
+            fmt=marker,
+            color=color,
+            capsize=3,
+            label=title,
+        )
+    panel.minorticks_off()
+    counts = [f"{one / 1e6:.3g} M" if one >= 1e6 else f"{one:,}" for one in sizes.values()]
+    names = [f"{SHORT[one]}\n{count}" for one, count in zip(sizes, counts, strict=True)]
+    panel.set_xticks(list(sizes.values()), names, fontsize=8)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the run that trains is ended, too
-    try:
-        main()
-    except (UserError, RunFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script(main)

@@ -24,12 +24,10 @@ part of the time on every side. The last line is one JSON object.
 
 import argparse
 import ast
-import hashlib
 import importlib.util
 import json
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -37,19 +35,28 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
-
+from measuring import (
+    ROOT,
+    RunFailed,
+    cores,
+    failure,
+    in_turn,
+    parser_of,
+    run_script,
+    set_numbers,
+    sha256_of,
+    show_table,
+    threads,
+    words,
+)
 from word_problems import generate_problems, read_gsm8k
 
 from recipelib.models.loading import describe_model, resolve_model
-from recipelib.runtime.console import printable
-from recipelib.runtime.errors import UserError
-from recipelib.runtime.files import write_jsonl
-from recipelib.runtime.installed import versions
+from recipelib.runtime import UserError, versions, write_jsonl
 
-ROOT = Path(__file__).resolve().parents[1]
 ROWS, ROWS_PER_STEP = 400, 8
-STEPS, QUICK_STEPS, WARM_UP_STEPS = ROWS // ROWS_PER_STEP, 3, 2
+FULL, QUICK = {"steps": ROWS // ROWS_PER_STEP, "rounds": 1}, {"steps": 3, "rounds": 1}
+WARM_UP_STEPS = 2
 LOSS_TOLERANCE = 1e-4  # of step 1, absolute
 
 OURS, TRL, TRL_STORED = "ours", "trl", "trl without activation checkpointing"
@@ -105,10 +112,6 @@ TRL_OPTIONS = {
 }
 
 
-class ArmFailed(Exception):
-    """A script ended badly or did other work than the rest; its text is one line."""
-
-
 class Run(NamedTuple):
     """What a script did: tokens without padding, the loss of every step, the process's peak."""
 
@@ -124,7 +127,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     Raises:
         UserError: arguments, a data file or a model that will not do.
-        ArmFailed: a script failed, or they did not do the same work.
+        RunFailed: a script failed, or they did not do the same work.
     """
     args = parse(argv)
     if args.keep is None:
@@ -143,21 +146,13 @@ def main(argv: list[str] | None = None) -> dict:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; `steps` is always set."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model_name_or_path", help="folder, .gguf file or hub id [the bundled]")
+    parser = parser_of(__doc__, f"{QUICK['steps']} steps, no warm-up")
     parser.add_argument("--dataset", type=Path, help="GSM8K's train.jsonl [generated problems]")
-    parser.add_argument("--rounds", type=int, default=1, help="runs of every arm [1]")
-    parser.add_argument("--steps", type=int, help=f"of {ROWS_PER_STEP} rows each [{STEPS}: all]")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps, no warm-up")
+    parser.add_argument("--rounds", type=int, help="runs of every arm [1]")
+    parser.add_argument("--steps", type=int, help=f"of {ROWS_PER_STEP} rows each [50: all]")
     parser.add_argument("--keep", type=Path, help="new folder for the rows, logs and adapters")
     args = parser.parse_args(argv)
-    if args.steps is None:
-        args.steps = QUICK_STEPS if args.quick else STEPS
-    for name in ("rounds", "steps"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be 1 or more")
+    set_numbers(args, FULL, QUICK)
     return args
 
 
@@ -175,24 +170,22 @@ def compare(args: argparse.Namespace, folder: Path) -> dict:
         for arm in (OURS, TRL):
             print(f"warm-up, {arm}: {WARM_UP_STEPS} steps", flush=True)
             run_arm(arm, folder, model, WARM_UP_STEPS, f"warm-up_{arm}")
-    runs: dict[str, list[Run]] = {arm: [] for arm in ARMS}
-    for number in range(1, args.rounds + 1):
-        for arm in ARMS:
-            name = arm if args.rounds == 1 else f"{arm}, round {number}"
-            print(f"{name}: {args.steps} steps", flush=True)
-            run = run_arm(arm, folder, model, args.steps, f"{arm}_{number}".replace(" ", "_"))
-            speed = run.tokens / run.seconds
-            print(f"{name}: {run.seconds:.1f} s, {speed:.1f} tokens/s", flush=True)
-            runs[arm].append(run)
-            check_same_work(arm, run, runs[OURS][0])
-
+    runs = in_turn(
+        ARMS,
+        args.rounds,
+        lambda arm, number: run_arm(
+            arm, folder, model, args.steps, f"{arm}_{number}".replace(" ", "_")
+        ),
+        lambda run: f"{run.seconds:.1f} s, {run.tokens / run.seconds:.1f} tokens/s",
+        check_same_work,
+    )
     result = summarize(runs) | {
         "steps": args.steps,
         "rounds": args.rounds,
         "warm_up": not args.quick,
         "rows": ROWS,
         "rows_from": args.dataset.name if args.dataset else "generated",
-        "rows_sha256": hashlib.sha256(train_file.read_bytes()).hexdigest(),
+        "rows_sha256": sha256_of(train_file)[train_file.name],
         "model": describe_model(args.model_name_or_path),
         "omp_num_threads": threads(),
         "cpu_count": cores(),
@@ -227,7 +220,7 @@ def run_arm(arm: str, folder: Path, model: str, steps: int, name: str) -> Run:
     """Run a script in a process of its own and read what it leaves in `folder/name`.
 
     Raises:
-        ArmFailed: it ended with another code than 0.
+        RunFailed: it ended with another code than 0.
     """
     output, log = folder / name, folder / f"{name}.log"
     options = {
@@ -243,8 +236,7 @@ def run_arm(arm: str, folder: Path, model: str, steps: int, name: str) -> Run:
     else:
         script = trl_script()
         options |= {"dataset_name": rows, **TRL_OPTIONS, **TRL_CHANGES[arm]}
-    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    peak = run_process([sys.executable, str(script), *words], log, folder / "cache", arm)
+    peak = run_process([sys.executable, str(script), *words(options)], log, folder / "cache", arm)
 
     if arm == OURS:
         state = json.loads((output / "trainer_state.json").read_text())
@@ -276,22 +268,9 @@ def run_process(command: list[str], log: Path, cache: Path, arm: str) -> int:
             raise
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode != 0:
-        said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        raise ArmFailed(
-            f"{arm}: ended with exit code {child.returncode}: {said[-1] if said else 'no output'} "
-            "(--keep DIR keeps the whole log)"
-        )
+        output = log.read_text(errors="replace")
+        raise failure(arm, child.returncode, output, " (--keep DIR keeps the whole log)")
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def threads() -> str:
-    """OMP_NUM_THREADS, for every arm: as it is set, else one for each core."""
-    return os.environ.get("OMP_NUM_THREADS") or str(cores())
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 # The comparison ----------------------------------------------------------------------------------
@@ -301,16 +280,16 @@ def check_same_work(arm: str, run: Run, first: Run) -> None:
     """A run against our first one.
 
     Raises:
-        ArmFailed: other tokens or steps, or another loss in step 1, in which B is still zero.
+        RunFailed: other tokens or steps, or another loss in step 1, in which B is still zero.
     """
     for unit, count, wanted in (
         ("tokens", run.tokens, first.tokens),
         ("logged losses", len(run.losses), len(first.losses)),
     ):
         if count != wanted:
-            raise ArmFailed(f"{arm}: {count} {unit}, but {wanted} with {OURS}: not the same work")
+            raise RunFailed(f"{arm}: {count} {unit}, but {wanted} with {OURS}: not the same work")
     if not abs(run.losses[0] - first.losses[0]) <= LOSS_TOLERANCE:
-        raise ArmFailed(
+        raise RunFailed(
             f"{arm}: loss {run.losses[0]:.6f} in step 1, but {first.losses[0]:.6f} with {OURS}: "
             "not the same work"
         )
@@ -345,58 +324,43 @@ def summarize(runs: dict[str, list[Run]]) -> dict:
 
 
 def print_tables(result: dict, losses: dict[str, list[float]]) -> None:
-    """The figures of every arm, then the loss of every step; plain text outside a terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(**({} if sys.stdout.isatty() else {"width": 100, "force_terminal": False}))
-    figures = Table(
-        title=printable(
-            f"{result['model']}, float32, {result['omp_num_threads']} threads, {result['steps']} "
-            f"steps of {ROWS_PER_STEP} rows ({result['rows_from']})"
-        ),
-        title_justify="left",
+    """The figures of every arm, then the loss of every step."""
+    rows = []
+    for arm, one in result["arms"].items():
+        padding = one["padding_fraction"]
+        rows.append(
+            (
+                arm,
+                f"{one['tokens_per_second']:.1f}",
+                " ".join(f"{seconds:.1f}" for seconds in one["seconds"]),
+                "-" if padding is None else f"{padding:.1%}",
+                f"{one['peak_memory_bytes'] / 2**30:.2f} GiB",
+                f"{one['mean_loss']:.4f}",
+            )
+        )
+    show_table(
+        f"{result['model']}, float32, {result['omp_num_threads']} threads, {result['steps']} "
+        f"steps of {ROWS_PER_STEP} rows ({result['rows_from']})",
+        ("", "tokens/s", "seconds", "padding", "peak memory", "mean loss"),
+        rows,
         caption=f"ratio {result['ratio']:.2f}: ours over {result['faster_trl']}; "
         f"{result['ratio_without_dropout']:.2f}: without dropout"
         + ("" if result["warm_up"] else "; no warm-up, the first step is part of the time"),
-        caption_justify="left",
     )
-    for heading in ("", "tokens/s", "seconds", "padding", "peak memory", "mean loss"):
-        figures.add_column(heading, justify="right" if heading else "left")
-    for arm, one in result["arms"].items():
-        padding = one["padding_fraction"]
-        figures.add_row(
-            arm,
-            f"{one['tokens_per_second']:.1f}",
-            " ".join(f"{seconds:.1f}" for seconds in one["seconds"]),
-            "-" if padding is None else f"{padding:.1%}",
-            f"{one['peak_memory_bytes'] / 2**30:.2f} GiB",
-            f"{one['mean_loss']:.4f}",
-        )
-    console.print(figures)
-
-    curves = Table(
-        title="loss of every step",
-        title_justify="left",
-        caption="B starts at zero everywhere, so step 1 agrees; later the random starts of A "
-        "differ: ours is Gaussian, TRL's uniform after Kaiming",
-        caption_justify="left",
-    )
-    for heading in ("step", *losses, "ours - last"):
-        curves.add_column(heading, justify="right")
+    rows = []
     for step, values in enumerate(zip(*losses.values(), strict=True), 1):
         by_arm = dict(zip(losses, values, strict=True))
         difference = by_arm[OURS] - by_arm[TRL_BARE]
-        curves.add_row(str(step), *(f"{loss:.5f}" for loss in values), f"{difference:+.5f}")
-    console.print(curves)
+        rows.append((str(step), *(f"{loss:.5f}" for loss in values), f"{difference:+.5f}"))
+    show_table(
+        "loss of every step",
+        ("step", *losses, "ours - last"),
+        rows,
+        names=0,
+        caption="B starts at zero everywhere, so step 1 agrees; later the random starts of A "
+        "differ: ours is Gaussian, TRL's uniform after Kaiming",
+    )
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the script that runs is ended, too
-    try:
-        main()
-    except (UserError, ArmFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script(main)

@@ -1,5 +1,5 @@
-"""What prompt tuning gains by reading only the places that answer: our trainer beside a plain loop
-of PEFT and transformers' Trainer, which computes the logits of all places, on the CPU in float32.
+"""What prompt tuning gains by reading the cloze's mask only: our trainer beside a plain loop of
+PEFT and transformers' Trainer, which computes the logits of all places, on the CPU in float32.
 
     python benchmarks/soft_prompt_speed.py                    # about ten minutes on two cores
     python benchmarks/soft_prompt_speed.py --quick            # fewer steps, one round
@@ -16,30 +16,32 @@ training takes beyond what the process held before it loaded the model.
 
 import argparse
 import json
-import os
-import signal
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
+from measuring import (
+    Examples,
+    RunFailed,
+    add_arm_options,
+    in_turn,
+    parser_of,
+    require_least,
+    run_arm,
+    run_script,
+    set_numbers,
+    show_table,
+    stopwatch,
+    threads,
+)
 
-from recipelib.models.loading import describe_model
-from recipelib.runtime.console import printable
-from recipelib.runtime.errors import UserError
-from recipelib.runtime.files import write_json
-from recipelib.runtime.installed import versions
+from recipelib.models import describe_model
+from recipelib.runtime import versions, write_json
 
 ROWS_PER_STEP, VIRTUAL_TOKENS = 8, 16
-STEPS, QUICK_STEPS, ROUNDS, WARM_UP = 30, 12, 3, 2
+FULL, QUICK = {"steps": 30, "rounds": 3}, {"steps": 12, "rounds": 1}
+WARM_UP = 2
 LOSS_TOLERANCE = 1e-4
 ARMS = ("plain", "ours")
-
-
-class ArmFailed(Exception):
-    """A run ended badly or did other work than the other; its text is one line."""
 
 
 # One run, in a process of its own ----------------------------------------------------------------
@@ -50,28 +52,17 @@ def measure(args: argparse.Namespace) -> None:
     import torch
     from datasets import Dataset
     from peft import PromptTuningConfig, get_peft_model
-    from transformers import Trainer, TrainerCallback, set_seed
+    from transformers import Trainer, set_seed
 
-    from recipelib.adapters.soft_prompts import compute_prompt_once
-    from recipelib.data.rows import load_rows, parse_columns
-    from recipelib.encoding.asking import asker_of
-    from recipelib.encoding.cloze_rows import encode_cloze_rows
-    from recipelib.encoding.prompt_encoder import PromptEncoder
-    from recipelib.inference.cloze_scoring import score_examples
-    from recipelib.models.loading import load_pretrained, load_tokenizer
-    from recipelib.prompts.template import PromptTemplate
-    from recipelib.runtime.memory import MemoryMeter
-    from recipelib.training.cloze_trainer import ClozeTrainer
-    from recipelib.training.config import RecipeConfig
-
-    class Stopwatch(TrainerCallback):
-        """Takes the time where the warm-up ends and where the last step does."""
-
-        marks = ()
-
-        def on_step_end(self, training, state, control, **kwargs):
-            if state.global_step in (WARM_UP, state.max_steps):
-                self.marks = (*self.marks, time.perf_counter())
+    from recipelib.adapters import compute_prompt_once
+    from recipelib.data import parse_columns
+    from recipelib.data.rows import load_rows
+    from recipelib.encoding import PromptEncoder, asker_of, encode_cloze_rows
+    from recipelib.inference import score_examples
+    from recipelib.models import load_pretrained, load_tokenizer
+    from recipelib.prompts import PromptTemplate
+    from recipelib.runtime import MemoryMeter
+    from recipelib.training import ClozeTrainer, RecipeConfig
 
     training = RecipeConfig(
         output_dir=str(args.result.parent / "out"),
@@ -90,7 +81,7 @@ def measure(args: argparse.Namespace) -> None:
     rows = load_rows(template, args.dataset, "train", max_samples=min(needed, args.rows)).rows
     tokenizer = load_tokenizer(args.model_name_or_path)
     asker = asker_of(PromptEncoder(template, tokenizer, 512), False, False)
-    blanks = encode_cloze_rows(asker, rows)
+    cloze = encode_cloze_rows(asker, rows)
     memory = MemoryMeter()
     model = load_pretrained(args.model_name_or_path, dtype=torch.float32)
     set_seed(training.seed)
@@ -101,20 +92,14 @@ def measure(args: argparse.Namespace) -> None:
         model.prompt_encoder["default"].embedding.weight.copy_(
             model.get_input_embeddings().weight[ids]
         )
-    watch = Stopwatch()
+    watch = stopwatch(WARM_UP)
     if args.measure == "ours":
         compute_prompt_once(model)
-        trainer = ClozeTrainer(
-            model,
-            training,
-            blanks.encoded.examples,
-            "logsumexp",
-            processing_class=tokenizer,
-            callbacks=[watch],
-        )
+        task = Examples(cloze.encoded, tokenizer, facts={"combine": "logsumexp"})
+        trainer = ClozeTrainer(model, training, task, callbacks=[watch])
     else:
         rows = [
-            asker.encoder.training_example(one.questions[0])[:2] for one in blanks.asked
+            asker.encoder.training_example(one.questions[0])[:2] for one in cloze.asked
         ]  # prompt and first label word with its end marker, which is left out below
         rows = [{"input_ids": ids[:-1], "labels": labels[:-1]} for ids, labels in rows]
         trainer = Trainer(
@@ -124,7 +109,7 @@ def measure(args: argparse.Namespace) -> None:
             data_collator=pad_right,
             callbacks=[watch],
         )
-    first = [blanks.encoded.examples[index] for index in range(ROWS_PER_STEP)]
+    first = [cloze.encoded.examples[index] for index in range(ROWS_PER_STEP)]
     if args.measure == "ours":
         places = [one["word_labels"].index(one["labels"]) for one in first]
         words = score_examples(model, first)
@@ -137,12 +122,11 @@ def measure(args: argparse.Namespace) -> None:
     memory.restart()
     trainer.train()
     peak = memory.stop()
-    start, end = watch.marks
-    lengths = [len(one["input_ids"]) for one in blanks.encoded.examples]
+    lengths = [len(one["input_ids"]) for one in cloze.encoded.examples]
     write_json(
         args.result,
         {
-            "seconds": end - start,
+            **watch.measured(),
             "first_loss": loss / ROWS_PER_STEP,
             "peak_memory_bytes": peak,
             "rows": len(lengths),
@@ -166,34 +150,6 @@ def pad_right(rows: list[dict]) -> dict:
     }
 
 
-def run_arm(arm: str, args: argparse.Namespace, folder: Path) -> dict:
-    """What `measure` finds in a process of its own.
-
-    Raises:
-        ArmFailed: it ended with another code than 0.
-    """
-    result = folder / "result.json"
-    command = [sys.executable, __file__, "--measure", arm, "--result", str(result)]
-    command += ["--template", args.template, "--steps", str(args.steps), "--rows", str(args.rows)]
-    command += ["--columns", *args.columns] if args.columns else []
-    for name in ("dataset", "model_name_or_path"):
-        if getattr(args, name):
-            command += [f"--{name}", getattr(args, name)]
-    environment = os.environ | {"OMP_NUM_THREADS": threads(), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
-    if done.returncode:
-        said = (done.stderr.strip() or "no output").splitlines()[-1]
-        raise ArmFailed(f"{arm}: ended with exit code {done.returncode}: {said}")
-    return json.loads(result.read_text(encoding="utf-8"))
-
-
-def threads() -> str:
-    """OMP_NUM_THREADS, for both: as it is set, else one for each core."""
-    return os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count())
-
-
 # The comparison ----------------------------------------------------------------------------------
 
 
@@ -202,21 +158,19 @@ def main(argv: list[str] | None = None) -> dict | None:
 
     Raises:
         UserError: arguments that will not do.
-        ArmFailed: a run failed, or the two did not do the same work.
+        RunFailed: a run failed, or the two did not do the same work.
     """
     args = parse(argv)
     if args.measure:
         return measure(args)
-    runs: dict[str, list[dict]] = {arm: [] for arm in ARMS}
-    with tempfile.TemporaryDirectory(prefix="prompt-tuning-") as folder:
-        for number in range(1, args.rounds + 1):
-            for arm in ARMS:
-                run = run_arm(arm, args, Path(folder))
-                print(
-                    f"round {number}, {arm}: {args.steps / run['seconds']:.2f} steps/s", flush=True
-                )
-                runs[arm].append(run)
-                check_same_work(arm, run, runs["plain"][0])
+    with tempfile.TemporaryDirectory(prefix="soft-prompt-speed-") as folder:
+        runs = in_turn(
+            ARMS,
+            args.rounds,
+            lambda arm, _: run_arm(__file__, arm, args, Path(folder)),
+            lambda run: f"{args.steps / run['seconds']:.2f} steps/s",
+            check_same_work,
+        )
     result = summarize(runs, args.steps) | {
         "rows_per_step": ROWS_PER_STEP,
         "virtual_tokens": VIRTUAL_TOKENS,
@@ -234,27 +188,15 @@ def main(argv: list[str] | None = None) -> dict | None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; `steps` and `rounds` are always set."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps, one round")
+    parser = parser_of(__doc__, f"{QUICK['steps']} steps, one round")
     parser.add_argument("--template", default="movie_reviews", help="the task [movie_reviews]")
     parser.add_argument("--dataset", help="its rows [the template's]")
     parser.add_argument("--columns", nargs="+", default=[], help="variable=column, as in a recipe")
-    parser.add_argument("--steps", type=int, help=f"that count, of {ROWS_PER_STEP} rows [{STEPS}]")
-    parser.add_argument("--rounds", type=int, help=f"runs of each [{ROUNDS}]")
     parser.add_argument("--rows", type=int, default=400, help="most rows that are used [400]")
-    parser.add_argument("--model_name_or_path", help="folder, .gguf file or hub id [the bundled]")
-    parser.add_argument("--measure", choices=ARMS, help=argparse.SUPPRESS)
-    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    add_arm_options(parser, ARMS, FULL)
     args = parser.parse_args(argv)
-    if args.steps is None:
-        args.steps = QUICK_STEPS if args.quick else STEPS
-    if args.rounds is None:
-        args.rounds = 1 if args.quick else ROUNDS
-    for name, least in (("steps", 1), ("rounds", 1), ("rows", ROWS_PER_STEP)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} {getattr(args, name)}: must be {least} or more")
+    set_numbers(args, FULL, QUICK)
+    require_least(args, "rows", ROWS_PER_STEP)
     return args
 
 
@@ -262,13 +204,13 @@ def check_same_work(arm: str, run: dict, first: dict) -> None:
     """A run against the first one of the plain loop.
 
     Raises:
-        ArmFailed: other rows, or another loss of the same words before training.
+        RunFailed: other rows, or another loss of the same words before training.
     """
     if run["rows"] != first["rows"]:
-        raise ArmFailed(f"{arm}: {run['rows']} rows, but {first['rows']} in the plain loop")
+        raise RunFailed(f"{arm}: {run['rows']} rows, but {first['rows']} in the plain loop")
     found, wanted = run["first_loss"], first["first_loss"]
     if not abs(found - wanted) <= LOSS_TOLERANCE:
-        raise ArmFailed(
+        raise RunFailed(
             f"{arm}: loss {found:.6f} of the first rows' words, but {wanted:.6f} in the plain loop"
         )
 
@@ -295,41 +237,26 @@ def summarize(runs: dict[str, list[dict]], steps: int) -> dict:
 
 
 def print_table(result: dict) -> None:
-    """The figures of both; plain text outside a terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(**({} if sys.stdout.isatty() else {"width": 100, "force_terminal": False}))
-    table = Table(
-        title=printable(
-            f"{result['model']}, {result['virtual_tokens']} virtual tokens, float32, "
-            f"{result['omp_num_threads']} threads, {result['steps']} steps of {ROWS_PER_STEP} rows "
-            f"of {result['template']} ({result['mean_length']:.0f} tokens)"
-        ),
-        title_justify="left",
+    """The figures of both."""
+    titles = {"plain": "PEFT and Trainer", "ours": "prompt_tuning.py"}
+    show_table(
+        f"{result['model']}, {result['virtual_tokens']} virtual tokens, float32, "
+        f"{result['omp_num_threads']} threads, {result['steps']} steps of {ROWS_PER_STEP} rows "
+        f"of {result['template']} ({result['mean_length']:.0f} tokens)",
+        ("", "steps/s", "seconds", "peak memory"),
+        [
+            (
+                titles[arm],
+                f"{one['steps_per_second']:.2f}",
+                f"{sum(one['seconds']):.1f}",
+                f"{one['peak_memory_bytes'] / 2**30:.2f} GiB",
+            )
+            for arm, one in result["arms"].items()
+        ],
         caption=f"ratio {result['ratio']:.2f}, memory {result['memory_ratio']:.2f}; loss of the "
         f"first rows' words differs by {result['loss_difference']:.1e}",
-        caption_justify="left",
     )
-    table.add_column()
-    for name in ("steps/s", "seconds", "peak memory"):
-        table.add_column(name, justify="right")
-    for arm, one in result["arms"].items():
-        table.add_row(
-            {"plain": "PEFT and Trainer", "ours": "prompt_tuning.py"}[arm],
-            f"{one['steps_per_second']:.2f}",
-            f"{sum(one['seconds']):.1f}",
-            f"{one['peak_memory_bytes'] / 2**30:.2f} GiB",
-        )
-    console.print(table)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the run that trains is ended, too
-    try:
-        main()
-    except (UserError, ArmFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script(main)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from recipelib.runtime.errors import UserError
+from recipelib.runtime import UserError
 
 
 class Event(NamedTuple):

@@ -39,28 +39,32 @@ def _as_in_a_new_process():
 
 
 def pytest_xdist_make_scheduler(config, log):
-    """A file's tests stay together, for they share fixtures; those of tests/fsdp all share one
-    folder of runs.
+    """A file's tests stay together, for they share fixtures; so do a folder's below tests/fsdp,
+    which share launches.
     """
     from xdist.scheduler import LoadFileScheduling
 
     class Files(LoadFileScheduling):
         def _split_scope(self, nodeid):
-            return "tests/fsdp" if "tests/fsdp/" in nodeid else super()._split_scope(nodeid)
+            file = super()._split_scope(nodeid)
+            return file.rpartition("/")[0] if "tests/fsdp/" in file else file
 
     return Files(config, log)
 
 
-# The files that take longest, so that no worker is left alone with one of them.
-FIRST = ["test_prompt_tuning.py", "test_icl_eval.py", "test_sft_throughput.py", "test_memory.py"]
+# What takes longest, so that no worker is left alone with one of them: the launched runs, then
+# files.
+FIRST = ["recipes", "lora", "launches", "sharded"]
+FIRST += ["test_prompt_tuning.py", "test_recipe_matrix.py", "test_icl_eval.py"]
 
 
 def pytest_collection_modifyitems(items):
-    """The launched runs come first, and then the files that take long."""
+    """What takes long comes first."""
     places = {name: place for place, name in enumerate(FIRST)}
-    items.sort(
-        key=lambda item: (
-            item.path.parent.name != "fsdp",
-            places.get(item.path.name, len(FIRST)),
-        )
-    )
+
+    def place(item) -> int:
+        launched = item.path.parent.parent.name == "fsdp"
+        name = item.path.parent.name if launched else item.path.name
+        return places.get(name, len(FIRST))
+
+    items.sort(key=place)

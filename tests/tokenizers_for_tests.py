@@ -160,13 +160,27 @@ def _xlmr() -> PreTrainedTokenizerFast:
 
 
 def _bert() -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece()
+    """WordPiece of the lines' characters, words and endings; a trained one would be another in
+    every process.
+    """
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    words = sorted(
+        {
+            word
+            for line in LINES
+            for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(line))
+        }
+    )
+    characters = sorted({character for word in words for character in word})
+    endings = sorted({f"##{word[-2:]}" for word in words if len(word) > 2})
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
-    backend.train_from_iterator(LINES * 3, trainer)
+    pieces = [*special, *characters, *(f"##{one}" for one in characters), *words, *endings]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.normalizer, backend.pre_tokenizer = normalizer, pre_tokenizer
+    backend.decoder = decoders.WordPiece()
+    backend.add_special_tokens(special)
     _around(backend, "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", "[CLS]", "[SEP]")
     tokenizer = _wrap(
         backend,

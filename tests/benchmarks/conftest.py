@@ -1,60 +1,57 @@
-"""What the tests of several benchmarks share."""
+"""What the tests of benchmarks share: each is run whole, at its smallest, in this process."""
 
 import gc
 import importlib
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tiny_llama import save_tiny_llama
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # its scripts import each other
+
+import measuring
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    """A tiny model."""
+    return save_tiny_llama(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
-def arms_here(monkeypatch):
-    """Makes a benchmark run its arms in this process and not in processes of their own, in which
-    importing the libraries takes longer than the arms; their command lines stay as they are. The
-    memory that an arm reports then depends on what this process freed meanwhile.
+def here(monkeypatch) -> None:
+    """What a benchmark starts in processes of their own, recipes or its own arms, runs in this one,
+    where the libraries are imported; the command lines stay as they are.
     """
 
-    def install(module) -> None:
-        def run(command, **options):
-            assert command[:2] == [sys.executable, module.__file__]
-            gc.collect()  # else what earlier tests left is freed while the arm's memory grows
-            module.main(command[2:])
-            return subprocess.CompletedProcess(command, 0, "", "")
+    def run(command, **options):
+        from recipelib.cli import parse_arguments
 
-        monkeypatch.setattr(
-            module, "subprocess", SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL)
-        )
+        script = importlib.import_module(Path(command[1]).stem)
+        gc.collect()  # else what earlier tests left is freed while the arm's memory grows
+        if Path(command[1]).parent.name == "recipes":
+            kind = script.main.__annotations__["args"]
+            script.main(*parse_arguments(kind, "", script.DEFAULTS, command[2:]))
+        else:
+            script.main(command[2:])
+        return subprocess.CompletedProcess(command, 0, "", "")
 
-    return install
+    fake = SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL)
+    monkeypatch.setattr(measuring, "subprocess", fake)
 
 
 @pytest.fixture
-def recipes_here(monkeypatch):
-    """Makes a benchmark run its recipes in this process, with more words on their command lines
-    if need be; gives the folders that runs were made in.
-    """
-    made = []
+def start(here, model_folder, capsys) -> Callable[..., tuple[dict, str]]:
+    """Runs a benchmark on the tiny model; gives what its last line holds, and what it printed."""
 
-    def install(module, *more: str) -> list[Path]:
-        def run(command, **options):
-            from recipelib.cli import parse_arguments
+    def run(benchmark, *words: object) -> tuple[dict, str]:
+        benchmark.main([*map(str, words), "--model_name_or_path", str(model_folder)])
+        shown = capsys.readouterr().out
+        return json.loads(shown.splitlines()[-1]), shown
 
-            recipe = importlib.import_module(Path(command[1]).stem)
-            kind = next(
-                one
-                for name, one in vars(recipe).items()
-                if name.endswith("Arguments") and one.__module__ == recipe.__name__
-            )
-            recipe.main(*parse_arguments(kind, "", recipe.DEFAULTS, [*command[2:], *more]))
-            made.append(Path(command[command.index("--output_dir") + 1]))
-            return subprocess.CompletedProcess(command, 0)
-
-        monkeypatch.setattr(
-            module, "subprocess", SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL)
-        )
-        return made
-
-    return install
+    return run

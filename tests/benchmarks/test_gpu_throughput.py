@@ -1,12 +1,13 @@
-"""The GPU benchmark, on a model so small that a CPU trains it, and the formula behind its MFU."""
+"""The benchmark of training on a GPU, tried on a CPU, and the operations that it counts."""
 
 import io
 import json
-import sys
-import time
 from contextlib import redirect_stdout
-from pathlib import Path
 
+import datasets
+import flops
+import gpu_arm
+import gpu_throughput
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -14,204 +15,46 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from recipelib.adapters.bottleneck import BottleneckConfig
-from recipelib.runtime.errors import UserError
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))  # its scripts import each other
-
-import flops  # noqa: E402
-import gpu_arm  # noqa: E402
-import gpu_throughput  # noqa: E402
 
 TINY = flops.SHAPES["tiny"]
-BOTH = gpu_throughput.BOTH
 
 
-def spec_and_result(spec: dict, folder: Path) -> tuple[str, str]:
-    (folder / "spec.json").write_text(json.dumps(spec))
-    return str(folder / "spec.json"), str(folder / "result.json")
-
-
-def trainings_here(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Trainings in this process, which saves the seconds that another one needs to start."""
-    import datasets
-
+def test_both_sides_train_the_same_tokens_from_the_same_loss(monkeypatch, tmp_path, capsys):
     def run_arm(spec: dict, deadline: float) -> dict:
+        files = tmp_path / "spec.json", tmp_path / "result.json"
+        files[0].write_text(json.dumps(spec))
         with redirect_stdout(io.StringIO()):  # it goes into a file of the arm's own
-            gpu_arm.main(*spec_and_result(spec, folder))
-        return json.loads((folder / "result.json").read_text())
+            gpu_arm.main(*map(str, files))
+        return json.loads(files[1].read_text())
 
-    patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "cache"))
-    patch.setattr(gpu_throughput, "run_arm", run_arm)
-
-
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory) -> tuple[list[str], dict]:
-    """The table's lines and the JSON of the last one, with an attention that cannot be had."""
-    words = ["--tiny", "--quick", "--steps", "2", "--peak_tflops", "0.5"]
-    words += ["--attn_implementation", "sdpa", "no_such_attention"]
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as shown:
-        trainings_here(patch, tmp_path_factory.mktemp("arms"))
-        gpu_throughput.main(words)
-    lines = shown.getvalue().splitlines()
-    return lines[:-1], json.loads(lines[-1])
-
-
-def trained_tokens() -> int:
-    """Without padding, in two steps of eight rows after the five of the warm-up."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(gpu_throughput, "run_arm", run_arm)
+    words = ["--tiny", "--rounds", "1", "--steps", "2", "--peak_tflops", "0.5"]
+    words += ["--methods", "lora", "adapter", "--attn_implementation", "sdpa"]
+    gpu_throughput.main(words)
+    *table, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    assert next(iter(result)) == "ratio"
+    rows = result["rows"]
+    assert [(row["method"], row["side"], row["status"]) for row in rows] == [
+        ("lora", "ours", "ok"),
+        ("lora", "trl", "ok"),
+        ("adapter", "ours", "ok"),
+    ]
     data = gpu_throughput.make_rows(512, gpu_throughput.TINY_LENGTHS, 7 * 8)
-    return sum(len(row["input_ids"]) for row in data[5 * 8 :])
-
-
-def test_both_sides_train_the_same_tokens_from_the_same_loss(measured):
-    ours, theirs = measured[1]["rows"][:2]
-    assert (ours["side"], theirs["side"]) == BOTH
-    for row in (ours, theirs):
-        assert row["status"] == "ok"
-        assert row["tokens"] == trained_tokens()
-        assert row["peak_memory_bytes"] > 0
-    assert ours["first_loss"] == pytest.approx(theirs["first_loss"], abs=1e-5)
-
-
-def test_the_figures_follow_from_one_another(measured):
-    rows = measured[1]["rows"][:2]
+    tokens = sum(len(row["input_ids"]) for row in data[5 * 8 :])  # after five steps of warm-up
     for row in rows:
-        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
+        assert row["tokens"] == tokens
+        assert row["first_loss"] == pytest.approx(rows[0]["first_loss"], abs=1e-5)
         used = row["tokens_per_second"] * row["flops_per_token"]
         assert row["mfu"] == pytest.approx(used / 0.5e12)
-    assert next(iter(measured[1])) == "ratio"
-    quotient = rows[0]["tokens_per_second"] / rows[1]["tokens_per_second"]
-    assert measured[1]["ratio"] == pytest.approx(quotient)
-
-
-def test_what_cannot_be_trained_is_a_row_that_says_why(measured):
-    failed = measured[1]["rows"][2:]
-    assert [row["side"] for row in failed] == list(BOTH)
-    for row in failed:
-        assert row["attention"] == "no_such_attention"
-        assert 'attn_implementation="no_such_attention"' in row["status"]
-        assert "tokens_per_second" not in row
-
-
-def test_the_table_has_a_line_for_each_row(measured):
-    table, rows = measured[0], measured[1]["rows"]
-    assert table[0].startswith("| model | method |")
+    ours, theirs = (row["tokens_per_second"] for row in rows[:2])
+    assert result["ratio"] == pytest.approx(ours / theirs)
     assert len(table) == 2 + len(rows)
-    assert f"| tiny | lora | sdpa | base | ours | {rows[0]['tokens_per_second']:,.0f} |" in table[2]
-    assert {line.replace("\\|", "").count("|") for line in table} == {table[0].count("|")}
-    assert "is not supported" in table[4]
+    assert f"| tiny | lora | sdpa | base | ours | {ours:,.0f} |" in table[2]
 
 
-@pytest.fixture
-def train_here(monkeypatch, tmp_path):
-    """Gives a function that measures in this process."""
-    trainings_here(monkeypatch, tmp_path)
-
-    def measure(*arguments: str) -> dict:
-        options = ["--tiny", "--steps", "2", "--rounds", "1", *arguments]
-        rows = gpu_throughput.measure("tiny", gpu_throughput.parse(options), str(tmp_path))
-        return {(row["variant"], row["side"]): row for row in rows}
-
-    return measure
-
-
-@pytest.mark.slow
-def test_every_variant_is_a_row_that_trains_what_it_should(train_here):
-    flags = ["--packing", "--fused_loss", "--activation_checkpointing"]
-    rows = train_here("--methods", "lora", *flags)
-    assert list(rows) == [
-        ("base", "ours"),
-        ("base", "trl"),
-        ("packing", "trl"),
-        ("grouped", "ours"),
-        ("grouped", "trl"),
-        ("fused_loss", "ours"),
-        ("liger", "ours"),
-        ("liger", "trl"),
-        ("activation_checkpointing", "ours"),
-        ("activation_checkpointing", "trl"),
-    ]
-    for side in BOTH:
-        assert "liger" in rows.pop(("liger", side))["status"]  # needs a GPU, so not installed here
-    assert {row["status"] for row in rows.values()} == {"ok"}
-    base = rows["base", "ours"]
-    for same in (("fused_loss", "ours"), *(("activation_checkpointing", s) for s in BOTH)):
-        assert rows[same]["tokens"] == base["tokens"]
-        assert rows[same]["first_loss"] == pytest.approx(base["first_loss"], abs=1e-5)
-    ours, theirs = (rows["grouped", side] for side in BOTH)
-    assert ours["tokens"] == theirs["tokens"]
-    assert ours["first_loss"] == pytest.approx(theirs["first_loss"], abs=1e-5)
-    assert rows["packing", "trl"]["tokens"] == pytest.approx(base["tokens"], rel=0.25)
-
-
-def test_full_tuning_is_equal_on_both_sides_too(train_here):
-    rows = train_here("--methods", "full").values()
-    assert [row["tokens"] for row in rows] == [trained_tokens()] * 2
-    ours, theirs = (row["first_loss"] for row in rows)
-    assert ours == pytest.approx(theirs, abs=1e-5)
-
-
-def test_adapters_of_lora_s_size_are_a_row_of_ours(train_here, measured):
-    rows = train_here("--methods", "adapter", "--packing")
-    assert list(rows) == [("base", "ours"), ("grouped", "ours")]
-    lora, row = measured[1]["rows"][0], rows["base", "ours"]
-    assert row["tokens"] == lora["tokens"]
-    assert row["first_loss"] == pytest.approx(lora["first_loss"], abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("error", "line"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."), "out of memory"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: ..."), "out of memory"),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when ..."), "out of memory"),
-        (MemoryError(), "out of memory"),
-        (UserError("--packing: leave it out"), "--packing: leave it out"),
-        (ImportError("not installed\nsee there"), "ImportError: not installed"),
-    ],
-)
-def test_a_failure_becomes_one_line(error, line):
-    assert gpu_arm.reason(error) == line
-
-
-def test_a_training_that_breaks_off_is_a_row_too(monkeypatch, tmp_path):
-    script = tmp_path / "gpu_arm.py"
-    monkeypatch.setattr(gpu_throughput, "__file__", str(tmp_path / "gpu_throughput.py"))
-    spec = {"folder": str(tmp_path)}
-    for code, status in [
-        ("import os; os.kill(os.getpid(), 9)", "killed by the system, out of memory"),
-        ("print('a flag is wrong'); raise SystemExit(2)", "a flag is wrong"),
-        ("raise SystemExit(3)", "ended with exit code 3"),
-    ]:
-        script.write_text(code)
-        assert gpu_throughput.run_arm(spec) == {"status": status}
-
-
-def test_quick_starts_nothing_that_would_end_too_late(tmp_path):
-    spec = {"folder": str(tmp_path)}
-    late = gpu_throughput.run_arm(spec, time.monotonic())
-    assert late == {"status": "left out: the time of --quick is over"}
-
-
-def test_a_round_that_failed_is_not_averaged_away():
-    good = {"status": "ok", "tokens": 10, "seconds": 2.0, "peak_memory_bytes": 5}
-    good |= {"first_loss": 6.0, "device": "NVIDIA A100-SXM4-80GB", "bf16": True}
-    both = gpu_throughput.combine([good, good | {"seconds": 3.0}], 7.8e9, None)
-    assert both["tokens_per_second"] == 4.0
-    assert both["mfu"] == pytest.approx(4 * 7.8e9 / 312e12)
-    failed = gpu_throughput.combine([good, {"status": "out of memory"}], 7.8e9, None)
-    assert failed == {"status": "out of memory"}
-
-
-def test_without_a_gpu_only_the_tiny_model_is_tried(capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit) as ended:
-        gpu_throughput.main(["--quick"])
-    assert ended.value.code == 2
-    assert capsys.readouterr().err == "no GPU here; pass --tiny to try the benchmark on a CPU\n"
-
-
-# The formula
+# The formula ----------------------------------------------------------------------------------
 
 
 def test_the_flops_of_an_8b_model_are_those_computed_by_hand():

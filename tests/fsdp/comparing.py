@@ -1,11 +1,21 @@
-"""When two runs are equal: in the losses of their steps, and in what they learned."""
+"""When two runs are equal: in the losses of their steps, in what they learned, in where they
+stopped.
+"""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
-from run_files import losses
+import with_options
+from peft import PeftModel
+from run_files import losses, read_json
 from safetensors.torch import load_file
+from tiny_models import MODELS, TOKENIZER
+from transformers import AutoModelForCausalLM
+
+from recipelib.encoding.prompt_encoder import PromptEncoder
+from recipelib.evaluation.evaluation import evaluate_task
 
 ADAPTER, MODEL = "adapter_model.safetensors", "model.safetensors"
 
@@ -27,3 +37,24 @@ def assert_equal_updates(run: Path, other: Path, start: Path, file: str = ADAPTE
     update = (wanted - before).norm()
     assert update > 0.1  # something was learned
     assert (found - wanted).norm() <= 1e-3 * update
+
+
+def assert_stopped_alike(folder: Path, other: Path, kind: str) -> None:
+    """Of `with_options.py`: training stopped as early, and went back to equal weights, which are
+    those that were saved.
+    """
+    found, expected = (read_json(one / f"{kind}-stopped.json") for one in (folder, other))
+    for name in ("steps", "best", "trainable"):
+        assert found[name] == expected[name], name
+    assert 0 < found["best"] == found["steps"] - 4 < 50
+    assert found["evaluated"] == pytest.approx(expected["evaluated"], abs=1e-3)
+    best = min(found["evaluated"])
+    encoder = PromptEncoder(with_options.TEMPLATE, TOKENIZER, 100)
+    saved = folder / f"run-{kind}-stopped"
+    if kind == "full":
+        model = AutoModelForCausalLM.from_pretrained(saved)
+    else:
+        model = PeftModel.from_pretrained(copy.deepcopy(MODELS["llama"]), saved)
+    score = evaluate_task(model, encoder, with_options.OTHER_ROWS).score
+    assert found["after"] == pytest.approx(score, abs=1e-5)
+    assert abs(found["after"] - best) < abs(found["evaluated"][-1] - best)

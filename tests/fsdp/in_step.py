@@ -31,6 +31,15 @@ WINDOW = {
 }
 
 
+HOW, KINDS = ("plain", "uneven", "little_memory"), ("llama", "mistral")
+
+
+def runs(folder: Path) -> dict[str, list[str]]:
+    """What is to be launched; results go to `folder`."""
+    folder.mkdir()
+    return {f"{how}_{kind}": [__file__, str(folder), how, kind] for how in HOW for kind in KINDS}
+
+
 class Training:
     """What `place_model` wants of a `RecipeConfig`."""
 

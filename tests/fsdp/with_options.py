@@ -8,12 +8,13 @@ import copy
 import json
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny_models import MODELS, TOKENIZER
+from tiny_task import examples_task
 from torch.distributed.tensor import DTensor
 
 from recipelib.encoding.examples import encode_rows
@@ -48,6 +49,11 @@ OPTIONS = {
 RATES = {"full": 5e-3, "lora": 5e-2}
 
 
+def runs(folder: Path, ways: Iterable[str] = OPTIONS) -> dict[str, list[str]]:
+    """What is to be launched for some of the ways to train; results go to `folder`."""
+    return {f"{kind}-{how}": [__file__, str(folder), kind, how] for how in ways for kind in RATES}
+
+
 class WatchedWriter(SampleWriter):
     """Counts the parameters that an answer has left whole."""
 
@@ -78,18 +84,10 @@ def main(folder: Path, kind: str, how: str, rows_per_process: int = 4) -> dict:
         model = get_peft_model(model, config)
     writer = WatchedWriter(encoder, OTHER_ROWS[:3], 3, max_new_tokens=4)
     callbacks = [writer, stop_early(training, 2)] if how == "stopped" else [writer]
-    train, other = (
-        Dataset.from_list(encode_rows(encoder, rows).examples) for rows in (ROWS, OTHER_ROWS)
-    )
-    trainer = RecipeTrainer(
-        model,
-        training,
-        train_dataset=train,
-        eval_dataset=other,
-        processing_class=copy.deepcopy(TOKENIZER),
-        callbacks=callbacks,
-    )
-    model = trainer.shard()
+    train, held_out = (encode_rows(encoder, rows).examples for rows in (ROWS, OTHER_ROWS))
+    task = examples_task(train, TOKENIZER, held_out)
+    trainer = RecipeTrainer(model, training, task, callbacks=callbacks)
+    model = trainer.model
     before = evaluate_task(model, encoder, OTHER_ROWS).score
     trainer.train()
     found = {
@@ -114,6 +112,19 @@ def main(folder: Path, kind: str, how: str, rows_per_process: int = 4) -> dict:
         found["samples"] = [json.loads(line) for line in lines]
         (folder / f"{kind}-{how}.json").write_text(json.dumps(found))
     return found
+
+
+def here(folder: Path, ways: Iterable[str] = OPTIONS, kinds: Iterable[str] = RATES) -> Path:
+    """The same in this process, with as many rows in each step; gives `folder`."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for how in ways:
+            for kind in kinds:
+                main(folder, kind, how, rows_per_process=8)
+    finally:
+        torch.set_num_threads(threads)
+    return folder
 
 
 if __name__ == "__main__":

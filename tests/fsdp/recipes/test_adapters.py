@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comparing import ADAPTER, assert_equal_losses, assert_equal_updates
-from launching import adapter_runs, records
+from launching import records
 from peft import PeftModel
 from run_files import read_json
 from safetensors.torch import load_file
@@ -14,15 +14,10 @@ from recipelib.adapters.bottleneck import layer_number
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=adapter_runs())
-def runs(request, root, two, alone):
+@pytest.fixture(scope="module", params=["adapter", "adapter_top"])
+def runs(request, both, untrained):
     """A run over two processes, the same in one, and one in which nothing is learned."""
-    assert two.failed == [], two.errors
-    options = adapter_runs()[request.param]
-    single = alone(f"single_{request.param}", recipe="adapter", **options)
-    still = {**options, "learning_rate": 0.0, "max_steps": 1, "drop_adapters_below": None}
-    start = alone(f"start_{request.param}", recipe="adapter", **still)
-    return root / f"two_{request.param}", single, start
+    return *both(request.param), untrained(request.param)
 
 
 def test_adapters_train_score_and_save_as_in_one_process(runs, root):

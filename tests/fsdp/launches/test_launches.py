@@ -2,7 +2,7 @@
 
 import pytest
 from comparing import assert_equal_losses, assert_equal_updates
-from launching import CONFIGS, RECIPE, finish, free_port, start
+from launching import assert_sharded_over_two
 from run_files import read_json
 
 pytestmark = pytest.mark.slow
@@ -16,33 +16,13 @@ def test_data_parallel_training_is_rehearsed_over_gloo(root, data_parallel, sing
     assert read_json(root / "ddp" / "metrics.json")["world_size"] == 2
 
 
-def test_two_machines_shard_one_model(root, arguments, single, initial):
-    options = ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
-    options += ["--main_process_port", str(free_port())]
-    runs = {"machines": [RECIPE, *arguments("machines")]}
-    file = root / "runs" / "machines.json"
-    started = [
-        start(CONFIGS / "multi_node.yaml", file, runs, *options, "--machine_rank", str(rank))
-        for rank in (0, 1)
-    ]
-    first, second = [finish(process) for process in started]
-    assert first.failed == second.failed == [], first.errors + second.errors
-    assert "(50.0%) in each of 2 processes" in first.said["machines"]
+def test_two_machines_shard_one_model(root, machines, single, initial):
+    first, second = machines
     assert second.said == {}  # one process of all speaks
+    for said in first.said.values():
+        assert_sharded_over_two(said)
     assert_equal_losses(root / "machines", single)
     assert_equal_updates(root / "machines", single, initial)
-
-
-@pytest.fixture(scope="module")
-def small(root, arguments):
-    """One process under each of the configs that need no second or end at once."""
-    started = {}
-    for config in ("one_gpu", "fsdp2_offload", "fsdp1"):
-        options = {"gradient_accumulation_steps": 4} if config == "one_gpu" else {}
-        runs = {config: [RECIPE, *arguments(config, **options)]}
-        file, processes = root / "runs" / f"{config}.json", ("--num_processes", "1")
-        started[config] = start(CONFIGS / f"{config}.yaml", file, runs, *processes)
-    return {config: finish(process) for config, process in started.items()}
 
 
 def test_one_process_trains_under_the_config_for_one_gpu(root, small, single):

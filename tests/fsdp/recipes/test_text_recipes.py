@@ -6,30 +6,23 @@ import json
 
 import pytest
 from comparing import MODEL, assert_equal_losses, assert_equal_updates
-from launching import records, ten_steps
+from launching import assert_sharded_over_two, records
 from run_files import read_json
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def both(root, two, alone):
-    """Each recipe's run over two processes, and in one."""
-    assert two.failed == [], two.errors
-    found = {}
-    for name in ("cot", "instruction"):
-        single = alone(f"single_{name}", recipe=name, **ten_steps(root)[name])
-        found[name] = (root / f"two_{name}", single)
-    return found
+def test_every_recipe_says_that_each_of_two_processes_holds_half(two):
+    for name, said in two.said.items():
+        assert "no GPU: a rehearsal, FSDP2 over 2 gloo processes" in said, name
+        assert_sharded_over_two(said)
 
 
-def test_chain_of_thought_is_tuned_and_scored_as_in_one_process(both, alone, root):
-    two, single = both["cot"]
+def test_chain_of_thought_is_tuned_and_scored_as_in_one_process(both, untrained):
+    two, single = both("cot")
     assert_equal_losses(two, single, 10)
-    options = ten_steps(root)["cot"] | {"learning_rate": 0, "max_steps": 1}
-    start = alone("initial_cot", recipe="cot", **options)
-    assert_equal_updates(two, single, start)
+    assert_equal_updates(two, single, untrained("cot"))
     said = [[one["generated"] for one in records(folder)] for folder in (two, single)]
     assert said[0] == said[1]
     metrics = [read_json(folder / "metrics.json") for folder in (two, single)]
@@ -38,7 +31,7 @@ def test_chain_of_thought_is_tuned_and_scored_as_in_one_process(both, alone, roo
 
 
 def test_instructions_are_tuned_and_scored_as_in_one_process(both, root):
-    two, single = both["instruction"]
+    two, single = both("instruction")
     assert_equal_losses(two, single, 10)
     assert_equal_updates(two, single, root / "model", MODEL)
     assert AutoModelForCausalLM.from_pretrained(two)

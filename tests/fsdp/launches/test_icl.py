@@ -3,29 +3,33 @@
 import icl_eval
 import in_step
 import pytest
-from launching import ICL, icl_options, records
+from launching import records
 from run_files import read_json
 
-from recipelib.cli import parse_arguments
+from recipelib.cli import arguments
 
 pytestmark = pytest.mark.slow
 
 
+KINDS = ["labels", "nearest", "written"]
+
+
 @pytest.fixture(scope="module")
-def alone(root):
-    for kind in ICL:
-        argv = [*icl_options(root, kind, f"alone_{kind}"), "--use_cpu", "true"]
-        icl_eval.main(*parse_arguments(icl_eval.IclArguments, "", icl_eval.DEFAULTS, argv))
-    (root / "in_step_alone").mkdir()
-    for kind in ("llama", "mistral"):
-        in_step.main(root / "in_step_alone", "plain", kind)
+def alone(root, evaluation):
+    """The same in one process."""
+    for kind in KINDS:
+        given = evaluation(kind, f"alone_{kind}")
+        icl_eval.main(*arguments(icl_eval, **given, use_cpu=True))
+    folder = root / "in_step_alone"
+    folder.mkdir()
+    for kind in in_step.KINDS:
+        in_step.main(folder, "plain", kind)
     return root
 
 
-@pytest.mark.parametrize("prefix", ["two_icl", "ddp_icl"])
-@pytest.mark.parametrize("kind", ICL)
-def test_two_processes_predict_what_one_does(root, two, data_parallel, alone, prefix, kind):
-    assert two.failed == [], two.errors
+@pytest.mark.parametrize("prefix", ["machines", "ddp"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_predict_what_one_does(root, machines, data_parallel, alone, prefix, kind):
     found, expected = records(root / f"{prefix}_{kind}"), records(root / f"alone_{kind}")
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
@@ -44,17 +48,11 @@ def test_two_processes_predict_what_one_does(root, two, data_parallel, alone, pr
     assert metrics["eval_rows"] == 7
 
 
-def test_the_model_is_sharded(two):
-    for kind in ICL:
-        said = two.said[f"two_icl_{kind}"]
-        assert "sharded by FSDP2" in said
-        assert "in each of 2 processes" in said
-
-
-@pytest.mark.parametrize("how", ["plain", "uneven", "little_memory"])
-@pytest.mark.parametrize("kind", ["llama", "mistral"])
-def test_uneven_rows_stops_and_retries_hang_nothing_and_change_nothing(root, two, alone, how, kind):
-    assert two.failed == [], two.errors
+@pytest.mark.parametrize("how", in_step.HOW)
+@pytest.mark.parametrize("kind", in_step.KINDS)
+def test_uneven_rows_stops_and_retries_hang_nothing_and_change_nothing(
+    root, machines, alone, how, kind
+):
     expected = read_json(root / "in_step_alone" / f"{kind}-plain-0.json")
     for rank in range(2):
         found = read_json(root / "in_step" / f"{kind}-{how}-{rank}.json")

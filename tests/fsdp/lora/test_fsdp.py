@@ -2,42 +2,26 @@
 `accelerate launch`, on CPUs.
 """
 
-import re
-
+import merge
 import pytest
 import torch
-from comparing import ADAPTER, MODEL, assert_equal_losses, assert_equal_updates
-from launching import records
+from comparing import MODEL, assert_equal_losses, assert_equal_updates
+from launching import assert_sharded_over_two, records
 from peft import PeftModel
 from run_files import losses, read_json
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from recipelib.cli import RecipeArguments, parse_arguments
-from recipelib.data.rows import load_splits
-from recipelib.encoding.prompt_encoder import PromptEncoder
 from recipelib.evaluation.evaluation import evaluate_task
-from recipelib.prompts.template import PromptTemplate
+from recipelib.task.task import load_task
 
 pytestmark = pytest.mark.slow
-
-SHARDED = re.compile(r"sharded by FSDP2: ([\d,]+) of ([\d,]+) parameters \((.*)%\) in each of (\d)")
-
-
-def assert_sharded_over_two(said: str) -> None:
-    lines = SHARDED.findall(said)  # prompt_tuning.py shards the untouched model, then its own
-    assert lines
-    for line in lines:
-        held, total = (int(one.replace(",", "")) for one in line[:2])
-        assert held / total <= 0.55
-        assert float(line[2]) == pytest.approx(100 * held / total, abs=0.1)
-        assert line[3] == "2"
 
 
 # Training ----------------------------------------------------------------------------------------
 
 
 def test_a_line_says_that_each_of_two_processes_holds_half(two):
-    assert two.failed == [], two.errors
     for name, said in two.said.items():
         assert "no GPU: a rehearsal, FSDP2 over 2 gloo processes" in said, name
         assert_sharded_over_two(said)
@@ -106,20 +90,24 @@ def test_all_parameters_tuned_are_those_of_one_process_and_saved_once(root, two,
     ids=["by likelihood", "by generating", "by loss"],
 )
 def test_an_adapter_scores_as_in_one_process_each_of_an_odd_number_of_rows_once(
-    root, two, arguments, name, template, data, budget
+    root, two, options, name, template, data, budget
 ):
-    template = str(root / template) if template.endswith(".yaml") else template
-    argv = arguments(name, template=template, dataset=root / data)
-    args, training = parse_arguments(RecipeArguments, "", {}, argv)
-    tokenizer = AutoTokenizer.from_pretrained(root / name)
-    encoder = PromptEncoder(PromptTemplate.load(template), tokenizer, training.max_length)
-    rows = load_splits(encoder.template, args, training.seed)[1].rows
+    template = root / template if template.endswith(".yaml") else template
+    given = options(
+        name,
+        model_name_or_path=root / name,  # the tokenizer that it saved
+        template=template,
+        dataset=root / data,
+        max_new_tokens=6,
+        eval_batch_tokens=budget,
+    )
+    task = load_task(*parse_arguments(RecipeArguments, "", {}, [], given))
     model = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(root / "model"), root / name
     )
     batches = []
     model.register_forward_pre_hook(lambda *_: batches.append(1))
-    expected = evaluate_task(model, encoder, rows, max_new_tokens=6, batch_tokens=budget)
+    expected = evaluate_task(model, task.encoder, task.evaluation.rows, **task.budget)
     assert len(batches) > 2
     found = records(root / name)
     assert [one["row"] for one in found] == list(range(7))
@@ -145,11 +133,13 @@ def logits(model) -> torch.Tensor:
 
 
 def test_pissa_and_the_merged_model_are_those_of_one_process(root, two, alone):
-    options = {"pissa": "true", "merge": "true", "r": 4}
+    options = {"pissa": True, "r": 4}
     single = alone("single_pissa", **options)
     start = alone("initial_pissa", **options, learning_rate=0, max_steps=1)
     assert_equal_losses(root / "two_pissa", single)
     assert_equal_updates(root / "two_pissa", single, start)
+    for folder in (root / "two_pissa", single):
+        merge.main([str(folder)])
     assert_equal_updates(root / "two_pissa" / "merged", single / "merged", root / "model", MODEL)
     config, other = (read_json(one / "adapter_config.json") for one in (root / "two_pissa", single))
     assert config["r"] == other["r"] == 8
@@ -157,15 +147,3 @@ def test_pissa_and_the_merged_model_are_those_of_one_process(root, two, alone):
     adapted = logits(PeftModel.from_pretrained(base, root / "two_pissa"))
     merged = logits(AutoModelForCausalLM.from_pretrained(root / "two_pissa" / "merged"))
     assert (merged - adapted).abs().max() < 1e-4
-
-
-def test_the_last_save_is_whole_also_where_checkpoints_are_sharded(
-    root, sharded, two, single, initial, single_full
-):
-    assert sharded.failed == [], sharded.errors
-    assert not (root / "sharded" / "checkpoint-20" / ADAPTER).exists()
-    assert_equal_updates(root / "sharded", single, initial)
-    assert_equal_updates(root / "sharded", root / "two", initial)
-    for one, other in zip(records(root / "sharded"), records(root / "two"), strict=True):
-        assert one["log_likelihoods"] == pytest.approx(other["log_likelihoods"], abs=1e-4)
-    assert_equal_updates(root / "sharded_full", single_full, root / "model", MODEL)

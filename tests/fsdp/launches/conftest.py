@@ -1,0 +1,85 @@
+"""Launches under the other configs, and evaluation in them."""
+
+from collections.abc import Callable
+
+import icl_eval
+import in_step
+import lora_sft
+import pytest
+from launching import CONFIGS, Launched, command, finish, free_port, start
+
+# What icl_eval.py is told beside what all of its runs have.
+EVALUATIONS = {
+    "labels": {},
+    "nearest": {"sampler": "nearest", "nearest_by": "embedding", "draws": 1},
+    "written": {
+        "template": "gsm8k",
+        "dataset": "sums",
+        "shots": 1,
+        "max_new_tokens": 6,
+        "samples": 2,
+        "max_length": 256,
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def evaluation(root) -> Callable[[str, str], dict]:
+    """Gives what icl_eval.py is told for an evaluation of a kind, and where to leave it."""
+
+    def make(kind: str, name: str) -> dict:
+        shared = {"max_length": 128, "shots": 2, "draws": 2, "eval_batch_tokens": 150}
+        given = {"dataset": "reviews", **shared, **EVALUATIONS[kind]}
+        given["dataset"] = root / given["dataset"]
+        return given | {"model_name_or_path": root / "model", "output_dir": root / name}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def evaluations(evaluation) -> Callable[[str], dict[str, list[str]]]:
+    """Gives an evaluation of every kind, to be launched."""
+
+    def make(prefix: str) -> dict[str, list[str]]:
+        names = {kind: f"{prefix}_{kind}" for kind in EVALUATIONS}
+        return {name: command(icl_eval, evaluation(kind, name)) for kind, name in names.items()}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def data_parallel(options, launch, evaluations) -> Launched:
+    """Two processes under ddp.yaml."""
+    runs = {"ddp": command(lora_sft, options("ddp")), **evaluations("ddp")}
+    launched = launch(CONFIGS / "ddp.yaml", 2, runs)
+    assert launched.failed == [], launched.errors
+    return launched
+
+
+@pytest.fixture(scope="session")
+def machines(root, options, evaluations) -> tuple[Launched, Launched]:
+    """Two machines with a process each, which share a model under FSDP2."""
+    words = ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
+    words += ["--main_process_port", str(free_port())]
+    runs = {"machines": command(lora_sft, options("machines")), **evaluations("machines")}
+    runs |= in_step.runs(root / "in_step")
+    file = root / "runs" / "machines.json"
+    started = [
+        start(CONFIGS / "multi_node.yaml", file, runs, *words, "--machine_rank", str(rank))
+        for rank in (0, 1)
+    ]
+    first, second = [finish(process) for process in started]
+    assert first.failed == second.failed == [], first.errors + second.errors
+    return first, second
+
+
+@pytest.fixture(scope="session")
+def small(root, options) -> dict[str, Launched]:
+    """One process under each of the configs that need no second or end at once."""
+    started = {}
+    for config in ("one_gpu", "fsdp2_offload", "fsdp1"):
+        changes = {"gradient_accumulation_steps": 4} if config == "one_gpu" else {}
+        runs = {config: command(lora_sft, options(config, **changes))}
+        file, processes = root / "runs" / f"{config}.json", ("--num_processes", "1")
+        started[config] = start(CONFIGS / f"{config}.yaml", file, runs, *processes)
+    return {config: finish(process) for config, process in started.items()}
