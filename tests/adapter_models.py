@@ -78,7 +78,17 @@ KINDS = {
 INPUTS = ("output", "residual", "input")
 # Gemma 2 and 3 norm what a sublayer puts out, so that there is no h + x to read.
 NORMED = ("gemma2", "gemma3_text")
-PAIRS = [(kind, one) for kind in KINDS for one in INPUTS if kind not in NORMED or one != "residual"]
+# Wired as bert, t5 or llama are: tried with one input.
+ALIKE = (
+    *("roberta", "xlm-roberta", "camembert", "electra", "mt5"),
+    *("mistral", "qwen2", "qwen3", "gemma", "phi3", "smollm3"),
+)
+PAIRS = [
+    (kind, given)
+    for kind in KINDS
+    for given in (INPUTS[:1] if kind in ALIKE else INPUTS)
+    if kind not in NORMED or given != "residual"
+]
 
 
 def build(kind: str, cls=None, **more):

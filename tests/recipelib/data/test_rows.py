@@ -1,3 +1,5 @@
+"""Rows of a run: their splits, draws and columns, and rows that stand in two of them."""
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -1,3 +1,5 @@
+"""Rows come from where the user says, and are the same wherever they come from."""
+
 import hashlib
 import re
 from types import SimpleNamespace

@@ -1,3 +1,5 @@
+"""Text files are read row by row, and a bad row is named by its line."""
+
 import hashlib
 import re
 

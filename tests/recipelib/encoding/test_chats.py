@@ -60,7 +60,7 @@ def harmless(messages):
 
 @pytest.mark.parametrize("name", NAMES)
 @given(data=st.data())
-@settings(max_examples=25)
+@settings(max_examples=15)
 def test_no_text_in_a_chat_becomes_a_control_token(name, data):
     tokenizer, encoder = tokenizer_for(name), encoder_for(name)
     messages = drawn(data, hostile_text(tokenizer))
@@ -84,7 +84,7 @@ def test_a_chat_is_what_the_tokenizer_makes_of_it(name, data):
 
 @pytest.mark.parametrize("template", TRL_TEMPLATES)
 @given(data=st.data())
-@settings(max_examples=6)
+@settings(max_examples=3)
 def test_no_text_becomes_a_control_token_in_any_chat_template(template, data):
     tokenizer, encoder = chat_tokenizer(template), chat_encoder(template)
     messages = drawn(data, hostile_text(tokenizer))
@@ -98,7 +98,7 @@ def test_no_text_becomes_a_control_token_in_any_chat_template(template, data):
 
 @pytest.mark.parametrize("template", TRL_TEMPLATES)
 @given(data=st.data())
-@settings(max_examples=6)
+@settings(max_examples=3)
 def test_every_chat_template_keeps_the_instruction_and_the_question(template, data):
     tokenizer, encoder = chat_tokenizer(template), chat_encoder(template)
     texts = hostile_text(tokenizer).filter(visible)
@@ -142,7 +142,7 @@ def own_ids(tokenizer, text):
 
 @pytest.mark.parametrize("template", TRL_TEMPLATES)
 @given(data=st.data())
-@settings(max_examples=4)
+@settings(max_examples=3)
 def test_a_chat_is_trained_as_its_template_renders_it(template, data):
     tokenizer, encoder = chat_tokenizer(template), chat_encoder(template)
     messages = drawn(data, plain_text(min_words=1))

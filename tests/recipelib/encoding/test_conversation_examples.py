@@ -63,7 +63,7 @@ def assistant_places(messages):
 
 @pytest.mark.parametrize("chat_template", TRL_TEMPLATES)
 @given(data=st.data())
-@settings(max_examples=4)
+@settings(max_examples=3)
 def test_exactly_the_assistants_turns_and_their_end_markers_are_supervised(chat_template, data):
     encoder = limited(chat_encoder(chat_template), ROOMY)
     tokenizer, text = chat_tokenizer(chat_template), encoder.text
@@ -84,7 +84,7 @@ def test_exactly_the_assistants_turns_and_their_end_markers_are_supervised(chat_
 
 @pytest.mark.parametrize("chat_template", TAKES_CALLS)
 @given(data=st.data())
-@settings(max_examples=4)
+@settings(max_examples=2)
 def test_calls_of_tools_are_supervised_as_the_tokenizer_itself_renders_them(chat_template, data):
     encoder = limited(chat_encoder(chat_template), ROOMY)
     tokenizer, tools = chat_tokenizer(chat_template), data.draw(st.sampled_from([(), (TOOL,)]))
@@ -162,7 +162,7 @@ def test_a_call_is_supervised_letter_by_letter_whatever_its_arguments_hold(data)
 
 @pytest.mark.parametrize("chat_template", TAKES_CALLS)
 @given(data=st.data())
-@settings(max_examples=4)
+@settings(max_examples=2)
 def test_nothing_in_calls_and_descriptions_becomes_a_control_token(chat_template, data):
     tokenizer, encoder = chat_tokenizer(chat_template), limited(chat_encoder(chat_template), ROOMY)
     texts = hostile_text(tokenizer).filter(lambda text: bool(re.search(r"\w", text)))
@@ -274,7 +274,7 @@ def test_deepseeks_template_is_given_arguments_as_text_and_one_call_as_it_can_wr
 
 @pytest.mark.parametrize("chat_template", TRL_TEMPLATES)
 @given(contents=st.lists(plain_text(min_words=3), min_size=4, max_size=4))
-@settings(max_examples=3)
+@settings(max_examples=2)
 def test_every_answer_is_trained_in_one_example_unless_the_template_rewrites(
     chat_template, contents
 ):

@@ -49,6 +49,7 @@ def test_a_control_token_in_a_templates_own_text_is_refused(where):
 
 @pytest.mark.parametrize("name", NAMES)
 @given(data=st.data())
+@settings(max_examples=12)
 def test_exactly_the_answer_and_its_end_are_supervised(name, data):
     form, rendering = data.draw(FORMS), data.draw(RENDERINGS)
     tokenizer = tokenizer_for(name)
@@ -72,7 +73,7 @@ def test_exactly_the_answer_and_its_end_are_supervised(name, data):
 
 @pytest.mark.parametrize("name", NAMES)
 @given(data=st.data())
-@settings(max_examples=25)
+@settings(max_examples=12)
 def test_a_harmless_example_is_what_the_tokenizer_makes_of_it(name, data):
     form = data.draw(FORMS)
     tokenizer, texts = tokenizer_for(name), plain_text(min_words=1)
@@ -93,6 +94,7 @@ def test_a_harmless_example_is_what_the_tokenizer_makes_of_it(name, data):
 
 @pytest.mark.parametrize("name", NAMES)
 @given(data=st.data())
+@settings(max_examples=12)
 def test_no_row_brings_markup(name, data):
     form, rendering = data.draw(FORMS), data.draw(RENDERINGS)
     tokenizer = tokenizer_for(name)
@@ -124,7 +126,7 @@ CANDIDATES = st.lists(
 
 @pytest.mark.parametrize("name", NAMES)
 @given(texts=CANDIDATES, rendering=RENDERINGS)
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_candidates_all_end_with_the_end_marker_where_one_begins_another(name, texts, rendering):
     verbalizer = {str(number): [text] for number, text in enumerate(texts)}
     encoder = encoder_for("class", name, rendering)

@@ -68,6 +68,7 @@ def long(texts):
 
 @pytest.mark.parametrize("name", NAMES)
 @given(data=st.data())
+@settings(max_examples=12)
 def test_an_example_fits_or_is_refused_and_only_shortens_what_it_may(name, data):
     form, rendering = data.draw(FORMS), data.draw(RENDERINGS)
     texts = hostile_text(tokenizer_for(name))
@@ -133,7 +134,7 @@ def test_a_shortened_prompt_is_the_one_that_is_scored_and_does_not_tell_the_clas
 
 @pytest.mark.parametrize("name", MASKED)
 @given(data=st.data(), masks=st.integers(1, 3))
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_a_cloze_fits_with_all_its_masks_or_is_refused(name, data, masks):
     form = data.draw(st.sampled_from(["class", "pair"]))
     texts, mask = hostile_text(tokenizer_for(name)), tokenizer_for(name).mask_token_id
@@ -161,7 +162,7 @@ def test_a_cloze_fits_with_all_its_masks_or_is_refused(name, data, masks):
 
 @pytest.mark.parametrize("name", MASKED)
 @given(data=st.data(), masks=st.integers(1, 3))
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_of_a_cloze_whole_demonstrations_go_first_and_none_brings_a_mask(name, data, masks):
     form = data.draw(st.sampled_from(["class", "pair"]))
     texts, mask = hostile_text(tokenizer_for(name)), tokenizer_for(name).mask_token_id
@@ -198,7 +199,7 @@ def test_of_a_cloze_whole_demonstrations_go_first_and_none_brings_a_mask(name, d
 
 @pytest.mark.parametrize("name", NAMES)
 @given(data=st.data())
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_a_sentence_pair_fits_with_its_frame_or_is_refused(name, data):
     form = data.draw(st.sampled_from(["pair", "each"]))
     texts = hostile_text(tokenizer_for(name))
@@ -349,7 +350,7 @@ def test_an_answer_longer_than_the_budget_is_refused():
 
 @pytest.mark.parametrize("name", NAMES)
 @given(data=st.data())
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_scoring_cuts_the_side_that_the_template_names_or_leaves_the_row_out(name, data):
     texts = hostile_text(tokenizer_for(name))
     encoder = limited(encoder_for(data.draw(st.sampled_from(["span", "entities"])), name), ROOMY)

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from encoding_cases import LABELS, template
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from tiny_bert import tiny_bert
@@ -124,6 +124,7 @@ def test_a_causal_model_fills_a_blank_anywhere_by_the_likelihood_of_the_whole_te
     order=st.permutations(range(9)),
     budget=st.sampled_from([1, 60, 4096]),
 )
+@settings(max_examples=15)
 def test_a_rows_scores_depend_neither_on_its_batch_nor_on_padding(masked, prompt, order, budget):
     model, ask = prompted(masked, prompt), asker(masked)
     shift = 3 if prompt in ("soft", "p_tuning", "soft, once") else 0

@@ -24,11 +24,15 @@ def write(model, prompts, **options):
     return generate(model, TOKENIZER, prompts, end_ids=range(20, 26), **options)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
 @pytest.mark.parametrize(
-    "prompts",
-    [PROMPTS, [SHARED + one for one in PROMPTS], [SHARED]],
-    ids=["apart", "shared", "single"],
+    ("name", "prompts"),
+    [
+        ("llama", PROMPTS),
+        ("gpt2", [SHARED + prompt for prompt in PROMPTS]),
+        ("qwen3", [SHARED + prompt for prompt in PROMPTS]),
+        ("llama", [SHARED]),
+    ],
+    ids=["apart", "gpt2, shared", "qwen3, shared", "single"],
 )
 def test_long_answers_of_which_many_end_early_equal_those_of_one_line(name, prompts, monkeypatch):
     model = MODELS[name]

@@ -70,7 +70,7 @@ def drawn_requests(draw):
     batch_tokens=st.sampled_from([1, 20, 60, 10**6]),
     common=st.sampled_from([0, 1, 30]),
 )
-@settings(max_examples=25)
+@settings(max_examples=12)
 def test_likelihoods_equal_a_loop_over_whole_texts_in_the_order_of_the_requests(
     name, requests, batch_tokens, common
 ):

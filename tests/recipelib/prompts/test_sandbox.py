@@ -1,8 +1,11 @@
+"""A template reads data and nothing else, and grows no text without end."""
+
 import json
 
 import pytest
 from template_fields import ASK, PAIR, SPAN, first, make, one_line
 
+from recipelib.prompts import sandbox
 from recipelib.prompts.template import PromptTemplate
 from recipelib.runtime.errors import UserError
 
@@ -167,10 +170,17 @@ TEN = "'aaaaaaaaaa'"
         "{% set x = ['x'] %}" + "{% set x = [x, x] + [x, x] %}" * 20,
     ],
 )
-def test_no_chain_of_small_steps_grows_a_huge_text(source):
+def test_no_chain_of_small_steps_grows_a_huge_text(source, monkeypatch):
+    monkeypatch.setattr(sandbox, "_LONGEST", 100_000)  # to get there sooner
     with pytest.raises(UserError) as error:
         make(ASK, prompt=source).questions({"text": "a" * 10_000, "gold": "g"})
     assert one_line(error).startswith("task.yaml: prompt: ")
+
+
+def test_ten_million_elements_are_the_most():
+    source = "{% set x = ['x'] %}" + "{% set x = [x, x, x, x] %}" * 20
+    with pytest.raises(UserError, match="a value of over 10,000,000 characters or elements"):
+        make(ASK, prompt=source).questions({"text": "a", "gold": "g"})
 
 
 def test_a_yaml_alias_bomb_is_refused_before_it_grows(tmp_path):

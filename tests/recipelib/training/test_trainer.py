@@ -18,6 +18,8 @@ from recipelib.encoding.examples import encode_rows
 from recipelib.encoding.prompt_encoder import PromptEncoder
 from recipelib.evaluation.evaluation import evaluate_task
 from recipelib.prompts.template import PromptTemplate
+from recipelib.runtime.errors import UserError
+from recipelib.runtime.memory import MemoryMeter
 from recipelib.training.config import RecipeConfig
 from recipelib.training.trainer import RecipeTrainer
 
@@ -329,3 +331,118 @@ def test_activations_are_recomputed_when_asked_and_change_nothing(lora, tmp_path
     assert sum(difference.norm() > 0 for difference in change.values()) >= 4
     for name, difference in change.items():
         torch.testing.assert_close(changed[name], difference, atol=5e-6, rtol=1e-5)
+
+
+# Rates of their own ------------------------------------------------------------------------------
+
+
+def lora_llama():
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    return get_peft_model(tiny_llama(VOCABULARY), config)
+
+
+@pytest.mark.parametrize(
+    ("optim", "kind"), [("adamw_torch", torch.optim.AdamW), ("sgd", torch.optim.SGD)]
+)
+def test_parameters_of_a_name_have_a_rate_of_their_own_in_the_optimizer_that_was_asked_for(
+    optim, kind, tmp_path
+):
+    options = {"optim": optim, "learning_rate": 1e-3, "weight_decay": 0.1}
+    trainer = trainer_for(tmp_path, lora_llama(), rates={"lora_B": 0.016}, **options)
+    names = {weight: name for name, weight in trainer.model.named_parameters()}
+    assert type(trainer.optimizer) is kind
+    rates = {}
+    for group in trainer.optimizer.param_groups:
+        assert group["weight_decay"] == 0.1
+        rates |= {names[weight]: group["lr"] for weight in group["params"]}
+    trained = {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    assert rates == {name: 0.016 if "lora_B" in name else 1e-3 for name in trained}
+    assert any("lora_A" in name for name in trained)
+
+
+def test_the_schedule_moves_each_rate_and_biases_and_norms_do_not_decay(tmp_path):
+    model = tiny_gpt2()
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    trainer = trainer_for(
+        tmp_path, model, rates={"mlp": 0.0}, weight_decay=0.1, lr_scheduler_type="linear"
+    )
+    decays = {
+        name: group["weight_decay"]
+        for group in trainer.optimizer.param_groups
+        for name, weight in model.named_parameters()
+        if any(weight is one for one in group["params"])
+    }
+    assert decays.keys() == before.keys()
+    for name, decay in decays.items():
+        assert decay == (0.0 if name.endswith("bias") or ".ln_" in name else 0.1), name
+    trainer.train()
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, before[name]) == ("mlp" in name), name
+
+
+def test_an_optimizer_that_groups_parameters_itself_is_refused(tmp_path, monkeypatch):
+    def grouped(args, model):
+        return torch.optim.AdamW, {"optimizer_dict": {}}
+
+    monkeypatch.setattr(RecipeTrainer, "get_optimizer_cls_and_kwargs", staticmethod(grouped))
+    with pytest.raises(UserError, match=r"--optim \w+: groups parameters itself; try adamw_torch"):
+        trainer_for(tmp_path, lora_llama(), rates={"lora_B": 0.016})
+
+
+# What it knows of its task -----------------------------------------------------------------------
+
+
+def test_a_run_goes_on_from_the_tasks_checkpoint_and_only_from_its_own(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 2}
+    whole = trainer_for(tmp_path, lora_llama(), **options)
+    whole.train()
+    task = examples_task(ROWS, TOKENIZER, checkpoint=str(tmp_path / "checkpoint-3"))
+    again = RecipeTrainer(lora_llama(), whole.args, task)
+    again.train()
+    losses = [
+        [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        for trainer in (whole, again)
+    ]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6)
+    assert again.tokens_seen < whole.tokens_seen
+    other = get_peft_model(tiny_llama(VOCABULARY), LoraConfig(r=8, target_modules=["q_proj"]))
+    with pytest.raises(UserError, match="its adapter has r 4, and this run's 8"):
+        RecipeTrainer(other, whole.args, task)
+
+
+def test_evaluation_rows_are_prepared_only_where_the_loss_is_followed(tmp_path):
+    class Asked(type(examples_task(ROWS, TOKENIZER))):
+        def held_out(self):
+            raise AssertionError("nobody follows the loss")
+
+    task = Asked(**vars(examples_task(ROWS, TOKENIZER)))
+    config = RecipeConfig(output_dir=str(tmp_path), use_cpu=True)
+    assert RecipeTrainer(tiny_llama(VOCABULARY), config, task).eval_dataset is None
+    followed = RecipeConfig(output_dir=str(tmp_path), use_cpu=True, eval_strategy="epoch")
+    with pytest.raises(AssertionError, match="nobody follows the loss"):
+        RecipeTrainer(tiny_llama(VOCABULARY), followed, task)
+
+
+def test_where_memory_is_measured_the_plan_is_shown_and_figures_hold_all_of_it(tmp_path, capsys):
+    measured, trained = [], []
+    for memory in (None, MemoryMeter()):
+        task = examples_task(ROWS, TOKENIZER)
+        task.memory = memory
+        config = {"per_device_train_batch_size": 16, "num_train_epochs": 2, "use_cpu": True}
+        training = RecipeConfig(output_dir=str(tmp_path), save_strategy="no", **config)
+        trainer = RecipeTrainer(tiny_llama(VOCABULARY), training, task)
+        assert "Before training" not in capsys.readouterr().out
+        trainer.train()
+        measured.append(trainer.figures())
+        trained.append("Before training" in capsys.readouterr().out)
+        tokens = 2 * sum(len(row["input_ids"]) for row in ROWS)
+        assert (measured[-1].steps, measured[-1].tokens) == (2, tokens)
+        assert measured[-1].slots == 2 * 16 * max(len(row["input_ids"]) for row in ROWS)
+        assert measured[-1].seconds > 0
+        assert (measured[-1].world_size, measured[-1].distributed_type) == (1, "NO")
+    assert trained == [False, True]
+    without, with_meter = measured
+    assert (without.peak_memory_bytes, without.estimated_memory_bytes) == (0, 0)
+    assert with_meter.estimated_memory_bytes == trainer.estimated.total > 0
+    assert with_meter.peak_memory_bytes >= 0
