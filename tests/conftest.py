@@ -50,15 +50,9 @@ def pytest_xdist_make_scheduler(config, log):
     return Files(config, log)
 
 
-# What takes longest, so that no worker is left alone with one of them: the launched runs, then
-# files.
-FIRST = ["recipes", "lora", "launches", "sharded"]
-FIRST += [
-    "test_prompt_tuning.py",
-    "test_adapter_sft.py",
-    "test_sft_throughput.py",
-    "test_memory.py",
-]
+# What takes longest, so that no worker is left alone with it: folders of launches, then files.
+FIRST = ["lora", "recipes", "launches", "sharded"]
+FIRST += ["test_prompt_tuning.py", "test_adapter_sft.py", "test_memory.py"]
 
 
 def pytest_collection_modifyitems(items):
