@@ -52,9 +52,8 @@ def pytest_xdist_make_scheduler(config, log):
     return Files(config, log)
 
 
-# What takes longest, so that no worker is left alone with one of them: the launched runs, then
-# files.
-FIRST = ["recipes", "lora", "launches", "sharded"]
+# What takes longest, so that no worker is left alone with it: folders of launches, then files.
+FIRST = ["lora", "recipes", "launches", "sharded"]
 FIRST += ["test_prompt_tuning.py", "test_recipe_matrix.py", "test_icl_eval.py"]
 
 

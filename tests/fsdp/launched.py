@@ -28,7 +28,6 @@ if __name__ == "__main__":
     cli.end_process_group = lambda: None  # the runs share one
     for name, (script, *options) in json.loads(Path(sys.argv[1]).read_text()).items():
         say(f"{MARK}{name}")
-        import os, time; _c = time.process_time()  #TIMING
         sys.argv = [script, *options]
         try:
             runpy.run_path(script, run_name="__main__")
@@ -37,7 +36,6 @@ if __name__ == "__main__":
         # What a process of its own would not have: accelerate's memory of the run before.
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        open(os.environ.get("FSDP_TIMES", "/dev/null"), "a").write(f"{sys.argv[1] if 0 else name} {time.process_time()-_c:.2f} total {time.process_time():.2f}\n")  #TIMING
         # Else the libraries' objects are gone through after each training, half a second each.
         gc.collect()
         gc.freeze()
