@@ -128,8 +128,8 @@ def _completion(row: Mapping[str, Any]) -> _Guess | None:
 
 
 def classes_from_rows(args: Any, seed: int) -> PromptTemplate:
-    """The template of `args`. If it has a `label` but no `verbalizer`, each class in the training
-    rows gets its own name as its label word.
+    """The template of `args`. If it has a `label` but no `verbalizer`, each class in the rows gets
+    its own name as its label word.
 
     Raises:
         UserError: rows that cannot be read, or too many different labels.
@@ -148,8 +148,9 @@ def classes_from_rows(args: Any, seed: int) -> PromptTemplate:
         "columns": {**(fields.get("columns") or {}), **columns},
     }
     template = PromptTemplate(free, path)
-    train, _ = load_splits(template, args, seed)
-    classes = sorted({class_name(row[template.column(label)]) for row in train.rows})
+    train, evaluation = load_splits(template, args, seed)
+    rows = [*train.rows, *evaluation.rows]  # a class may be in the held-out rows only
+    classes = sorted({class_name(row[template.column(label)]) for row in rows})
     if len(classes) > _MOST_CLASSES:
         raise UserError(
             f"{path}: label: {label} has {len(classes)} values; name a column of classes"
