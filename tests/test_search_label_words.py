@@ -79,9 +79,8 @@ def test_a_trained_run_is_not_written_over(run, tmp_path):
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["metrics.json"]
 
 
-def test_what_was_only_searched_answers_nothing(run, tmp_path):
-    run()
-    with pytest.raises(UserError, match="holds no trained result; train one first"):
+def test_a_search_answers_no_rows(run, tmp_path):
+    with pytest.raises(UserError, match="--predict: a search answers no rows; leave it out"):
         run(predict=tmp_path / "rows" / "train.jsonl")
 
 

@@ -20,7 +20,8 @@ def preview(task: Task, count: int) -> None:
     if isinstance(task, ClozeTask):
         _preview_cloze(task, count)
         return
-    names, parts, start = [one.name for one in task.templates], task.encoded.parts, 0
+    names = [template.name for template in task.templates]
+    parts, start = task.encoded.parts or [len(task.encoded.examples)], 0
     for place, size in enumerate(parts):
         named = f"{names[place]}, " if len(names) == len(parts) > 1 else ""
         examples = task.encoded.examples[start : start + min(count, size)]

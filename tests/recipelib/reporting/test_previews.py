@@ -125,7 +125,7 @@ def encoded_rows(*parts: list[tuple[list[int], bool]]) -> EncodedRows:
 
 
 def task_of(encoded: EncodedRows, tokenizer) -> SimpleNamespace:
-    return SimpleNamespace(encoded=encoded, tokenizer=tokenizer)
+    return SimpleNamespace(encoded=encoded, tokenizer=tokenizer, templates=[])
 
 
 def body(out: str) -> str:
