@@ -187,7 +187,7 @@ def test_the_best_pass_by_the_validation_rows_is_kept(run, monkeypatch):
     def watch(self, args, state, control, **kwargs):
         self.score = lambda: ([0.2, 0.9, 0.5][len(self.scores)],)
         original(self, args, state, control, **kwargs)
-        weights.append([part.detach().clone() for part in self._parts()])
+        weights.append([part.detach().clone() for part in self._trained()])
 
     monkeypatch.setattr(KeepBest, "on_epoch_end", watch)
     folder = run(per_class=3, max_steps=-1, num_train_epochs=3)
