@@ -450,4 +450,5 @@ def test_long_text_and_markup_are_only_text_and_pyplot_is_left_alone(name, draw)
 
 
 def test_a_figure_needs_no_subtitle(draw):
-    draw(*PLOTS["confusion"], subtitle="")
+    figure = draw(*PLOTS["confusion"], title="Reviews", subtitle="")
+    assert [text.get_text() for text in figure.texts if text.get_text()] == ["Reviews"]
