@@ -125,7 +125,7 @@ def make_run(name: str, settings: dict, data: Path | None, keep: Path) -> dict:
         "dataset": data_files(name, data)[0].parent,
         "columns": DATA_SETS[name].columns or None,
         "shots": settings["shots"],
-        "draws": settings["draws"],
+        "draws": settings["draws"] if settings["shots"] else None,
         "max_eval_samples": settings["rows"],
         "model_name_or_path": settings["model"],
         "resume": True,

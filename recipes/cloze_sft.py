@@ -29,7 +29,9 @@ DEFAULTS = {
     "per_device_train_batch_size": 8,
     "train_sampling_strategy": "batch_rebalance",
 }
-PROMPT_RATE = 0.03  # embeddings in front of a model want steps that would ruin its own weights
+# Whatever --learning_rate is: embeddings in front of a model, or of labels, want steps that would
+# ruin its own weights.
+RATES = {"prompt_encoder": 0.03, "soft_verbalizer": 1e-3}
 
 
 @dataclass
@@ -38,13 +40,17 @@ class ClozeSftArguments(ClozeArguments):
 
     soft_prompt: bool = option(False, "Train a soft prompt in front of the text together with it.")
     virtual_tokens: int = option(
-        16, "Length of the soft prompt: 8 to 100; longer is slower.", least=1
+        16,
+        "its length: 8 to 100; longer is slower.",
+        least=1,
+        needs="--soft_prompt true",
     )
     init: str = option(
         "template",
-        "Where a soft prompt starts: at the template's own text, the label words, words drawn from "
-        "the vocabulary, or random numbers.",
+        "where it starts: at the template's own text, the label words, words drawn from the "
+        "vocabulary, or random numbers.",
         choices=["template", "words", "vocabulary", "random"],
+        needs="--soft_prompt true",
     )
     score_only: bool = option(False, "Score the untouched model and stop; train nothing.")
 
@@ -108,8 +114,7 @@ def train(task, args: ClozeSftArguments, training, base) -> dict:
         model.base_model.requires_grad_(True)  # PEFT froze it
     if args.soft_verbalizer:
         SoftVerbalizer.at_words(model, task.words).into(model)
-    rates = {"soft_verbalizer": 1e-3, "prompt_encoder": PROMPT_RATE}
-    trainer = ClozeTrainer(model, training, task, rates=rates)
+    trainer = ClozeTrainer(model, training, task, rates=RATES)
     best = keep_best(trainer, task)
     trainer.train()
     tuned = task.score(trainer.model, "tuned model")

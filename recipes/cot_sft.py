@@ -50,10 +50,10 @@ class CotArguments(RecipeArguments):
         choices=["rationale_answer", "answer_only", "answer_rationale", "mixed"],
     )  # fmt: skip
     rationale_instruction: str = option(
-        "Solve the task step by step.", "With --target mixed: what asks for rationale and answer."
+        "Solve the task step by step.", "asks for rationale and answer.", needs="--target mixed"
     )
     answer_instruction: str = option(
-        "Give only the answer.", "With --target mixed: what asks for the bare answer."
+        "Give only the answer.", "asks for the bare answer.", needs="--target mixed"
     )
     max_new_tokens: int | None = option(
         None, "Longest text when scored; by default 5/4 of the longest trained one.", least=1
@@ -61,10 +61,10 @@ class CotArguments(RecipeArguments):
     samples: int = option(
         1, "Also score by self-consistency over so many samples (Wang et al. 2023).", least=1
     )
-    temperature: float = option(0.7, "Of these samples; above 0.")
+    temperature: float = option(0.7, "their temperature, above 0.", needs="--samples 2 or more")
     full: bool = option(False, "Train all parameters instead of LoRA; lower --learning_rate.")
-    r: int = option(16, "LoRA: rank of the update.", least=1)
-    alpha: int = option(32, "LoRA: the update is scaled by alpha / r.", least=1)
+    r: int = option(16, "LoRA's rank.", least=1, needs="--full false")
+    alpha: int = option(32, "LoRA is scaled by alpha / r.", least=1, needs="--full false")
 
     def __post_init__(self):
         super().__post_init__()

@@ -52,7 +52,9 @@ class IclArguments(RecipeArguments):
         "chain of thought.",
         choices=["template", "none", "trigger"],
     )
-    trigger: str = option("Let's think step by step.", "What --reasoning trigger begins with.")
+    trigger: str = option(
+        "Let's think step by step.", "what it begins with.", needs="--reasoning trigger"
+    )
     samples: int = option(
         1, "Self-consistency: sample so many answers, the majority counts.", least=1
     )

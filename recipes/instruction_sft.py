@@ -63,8 +63,8 @@ class InstructionArguments(RecipeArguments):
         choices=["text", "chat"],
     )  # fmt: skip
     lora: bool = option(False, "Train a LoRA adapter instead; raise --learning_rate.")
-    r: int = option(16, "LoRA: rank of the update.", least=1)
-    alpha: int = option(32, "LoRA: the update is scaled by alpha / r.", least=1)
+    r: int = option(16, "rank of the update.", least=1, needs="--lora true")
+    alpha: int = option(32, "it is scaled by alpha / r.", least=1, needs="--lora true")
     early_stopping_patience: int | None = option(
         None, "Stop after so many evaluations without a lower loss, and keep the best.", least=1
     )

@@ -31,6 +31,7 @@ DEFAULTS = {
 # Embeddings in front of a frozen model want steps that would ruin the model's own weights. Three
 # times a prefix's was better on TREC (0.89 after 0.85) and below the untouched model on SST-2.
 RATES = {"soft_prompt": 0.03, "p_tuning": 3e-4, "prefix": 0.01}
+LABEL_RATE = 1e-3  # of --soft_verbalizer, whatever --learning_rate is
 
 
 @dataclass
@@ -45,12 +46,16 @@ class PromptArguments(ClozeArguments):
     virtual_tokens: int = option(16, "Length of the prompt: 8 to 100; longer is slower.", least=1)
     init: str = option(
         "template",
-        "Where a soft prompt or prefix starts: at the template's own text, the label words, words "
-        "drawn from the vocabulary, or random numbers.",
+        "where it starts: at the template's own text, the label words, words drawn from the "
+        "vocabulary, or random numbers.",
         choices=["template", "words", "vocabulary", "random"],
+        needs="--tune soft_prompt or prefix",
     )
     prompt_encoder: str = option(
-        "mlp", "The network of p_tuning: mlp, or lstm as in the paper.", choices=["mlp", "lstm"]
+        "mlp",
+        "the network: mlp, or lstm as in the paper.",
+        choices=["mlp", "lstm"],
+        needs="--tune p_tuning",
     )
 
 
@@ -95,7 +100,7 @@ def train(task, args: PromptArguments, training, base) -> dict:
     if args.soft_verbalizer:
         SoftVerbalizer.at_words(model, task.words).into(model)
     compute_prompt_once(model)
-    trainer = ClozeTrainer(model, training, task, rates={"soft_verbalizer": 1e-3})
+    trainer = ClozeTrainer(model, training, task, rates={"soft_verbalizer": LABEL_RATE})
     best = keep_best(trainer, task)
     trainer.train()
     tuned = task.score(trainer.model, "tuned model")

@@ -473,7 +473,7 @@ CASES = {
         "draws": started(3, score("draws")),
         "score": started("calibrated", score("score")),
         "reasoning": shown("none", template="word_problems", dataset="<sums>"),
-        "trigger": started("So.", score("trigger"), reasoning="trigger"),
+        "trigger": started("So.", score("trigger"), reasoning="trigger", shots=0),
         "samples": started(3, score("samples"), template="word_problems", dataset="<sums>"),
         "temperature": started(
             0.5, score("temperature"), template="word_problems", dataset="<sums>"
@@ -527,6 +527,32 @@ def test_every_option_changes_something_or_one_line_refuses_it(recipe, option, w
             {"placement": "ffn", "target_modules": ["o_proj"]},
             "--placement: --target_modules names the places; leave one of them out",
         ),
+        *(
+            (recipe, options, f"--{[*options][-1]}: changes nothing without {needs}")
+            for recipe, options, needs in (
+                ("cot_sft", {"full": True, "r": 2}, "--full false"),
+                ("cot_sft", {"full": True, "alpha": 2}, "--full false"),
+                ("cot_sft", {"answer_instruction": "Say."}, "--target mixed"),
+                ("cot_sft", {"rationale_instruction": "Think."}, "--target mixed"),
+                ("cot_sft", {"temperature": 0.5}, "--samples 2 or more"),
+                ("instruction_sft", {"r": 2}, "--lora true"),
+                ("instruction_sft", {"alpha": 2}, "--lora true"),
+                ("prompt_tuning", {"prompt_encoder": "lstm"}, "--tune p_tuning"),
+                ("prompt_tuning", {"tune": "p_tuning", "init": "words"}, "--tune soft_prompt or"),
+                ("cloze_sft", {"virtual_tokens": 2}, "--soft_prompt true"),
+                ("cloze_sft", {"init": "words"}, "--soft_prompt true"),
+                ("icl_eval", {"trigger": "So."}, "--reasoning trigger"),
+                ("icl_eval", {"nearest_by": "embedding"}, "--sampler nearest"),
+                ("lora_sft", {"chat_template_kwargs": '{"mood": "glad"}'}, "--rendering chat"),
+            )
+        ),
+        ("icl_eval", {"shots": 0, "draws": 2}, "--draws: changes nothing without demonstrations"),
+        ("icl_eval", {"shots": 0, "sampler": "first"}, "--sampler: changes nothing without dem"),
+        (
+            "icl_eval",
+            {"shots": 2, "reasoning": "trigger"},
+            "--shots 2: --reasoning trigger has none",
+        ),
         ("icl_eval", {"samples": 3}, "--samples 3: movie_reviews is answered by the likeliest"),
         ("icl_eval", {"temperature": 0.5}, "--temperature 0.5: movie_reviews is answered by the"),
         *(
@@ -565,37 +591,30 @@ def test_at_a_ratio_of_zero_the_b_of_lora_stands_still(watch):
     assert {rate for name, rate in rates.items() if "lora_B" in name} == {0.0}
 
 
-FIXED = "the rates of label embeddings (1e-3) and of cloze_sft.py's prompt (0.03) are fixed"
-
-
 @pytest.mark.parametrize(
-    ("recipe", "options"),
+    ("recipe", "options", "fixed"),
     [
-        *((recipe, {}) for recipe in TRAINING),
-        ("lora_sft", {"loraplus_ratio": 4.0}),
-        ("prompt_tuning", {"tune": "prefix"}),
-        ("instruction_sft", {"lora": True}),
-        ("cot_sft", {"full": True}),
-        *(
-            pytest.param(
-                recipe,
-                options,
-                marks=pytest.mark.xfail(strict=True, raises=AssertionError, reason=FIXED),
-            )
-            for recipe, options in (
-                ("prompt_tuning", {"soft_verbalizer": True}),
-                ("cloze_sft", {"soft_verbalizer": True}),
-                ("cloze_sft", {"soft_prompt": True}),
-            )
-        ),
+        *((recipe, {}, {}) for recipe in TRAINING),
+        ("lora_sft", {"loraplus_ratio": 4.0}, {}),
+        ("prompt_tuning", {"tune": "prefix"}, {}),
+        ("instruction_sft", {"lora": True}, {}),
+        ("cot_sft", {"full": True}, {}),
+        ("prompt_tuning", {"soft_verbalizer": True}, {"soft_verbalizer": 1e-3}),
+        ("cloze_sft", {"soft_verbalizer": True}, {"soft_verbalizer": 1e-3}),
+        ("cloze_sft", {"soft_prompt": True}, {"prompt_encoder": 0.03}),
     ],
 )
-def test_the_learning_rate_reaches_all_that_is_trained(recipe, options, watch):
+def test_the_learning_rate_reaches_all_whose_rate_no_recipe_fixes(recipe, options, fixed, watch):
     first, second = (
         watch.once(start, recipe, {**options, **rate})["rates"]
         for rate in ({}, {"learning_rate": 0.02})
     )
     assert first.keys() == second.keys()
+    for word, rate in fixed.items():
+        own = [name for name in first if word in name]
+        assert own
+        assert {first.pop(name) for name in own} == {second.pop(name) for name in own} == {rate}
+    assert first
     assert all(second[name] == pytest.approx(2 * rate) for name, rate in first.items())
 
 

@@ -23,16 +23,26 @@ USAGE = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]"
 
 
 def option(
-    default: Any, help: str, *, least: float | None = None, below: float | None = None, **more: Any
+    default: Any,
+    help: str,
+    *,
+    least: float | None = None,
+    below: float | None = None,
+    needs: str | None = None,
+    **more: Any,
 ) -> Any:
     """A dataclass field with its help text; a list becomes a default factory.
 
     Args:
         least, below: a number must be at least `least`, and less than `below`; None passes.
+        needs: the option, and its values, without which this one has no effect and is refused:
+            "--lora true", "--tune soft_prompt or prefix", "--samples 2 or more".
         more: metadata for the parser, such as `choices`.
     """
+    help = f"With {needs}: {help}" if needs else help
     # argparse would take a % in the help for a format.
-    metadata = {"help": help.replace("%", "%%"), "least": least, "below": below, **more}
+    limits = {"least": least, "below": below, "needs": needs}
+    metadata = {"help": help.replace("%", "%%"), **limits, **more}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -105,6 +115,9 @@ class RecipeArguments:
                 raise UserError(f"--{name} {value}: must be {least} or more")
             if below is not None and not value < below:
                 raise UserError(f"--{name} {value}: must be below {below}")
+            needs = argument.metadata.get("needs")
+            if needs and value != argument.default and not self._has(needs):
+                raise UserError(f"--{name}: changes nothing without {needs}; leave it out")
         if not isinstance(self.chat_template_kwargs, str):
             return
         cure = "write it as '{\"key\": value}'"
@@ -114,6 +127,14 @@ class RecipeArguments:
             raise UserError(f"--chat_template_kwargs: no JSON ({error}); {cure}") from None
         if not isinstance(self.chat_template_kwargs, dict):
             raise UserError(f"--chat_template_kwargs: JSON, but no object; {cure}")
+
+    def _has(self, needs: str) -> bool:
+        """Whether an option has one of the values that another one needs, see `option`."""
+        name, *words = needs.removeprefix("--").split()
+        value = getattr(self, name)
+        if type(value) is int:
+            return value >= int(words[0])
+        return str(value).lower() in words
 
 
 @dataclass
@@ -295,7 +316,7 @@ def parse_arguments(
     from recipelib.training import RecipeConfig
 
     class Parser(TrlParser):
-        def add_argument(self, *names: str, least=None, below=None, **options):
+        def add_argument(self, *names: str, least=None, below=None, needs=None, **options):
             return super().add_argument(*names, **options)  # the dataclass checks the limits
 
         def error(self, message: str):

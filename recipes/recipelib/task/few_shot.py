@@ -55,7 +55,15 @@ def load_few_shot_task(args, training) -> FewShotTask:
         template = template.without_rationale()
     shots = template.demonstrations["k"] if args.shots is None else args.shots
     if args.reasoning == "trigger":
+        if args.shots:
+            raise UserError(f"--shots {args.shots}: --reasoning trigger has none; leave it out")
         shots = 0
+    sampler = args.sampler or template.demonstrations["sampler"]
+    if not shots and (args.sampler or args.draws > 1):
+        name = "sampler" if args.sampler else "draws"
+        raise UserError(f"--{name}: changes nothing without demonstrations; pass --shots")
+    if args.nearest_by != "bm25" and not (shots and sampler == "nearest"):
+        raise UserError("--nearest_by: changes nothing without --sampler nearest; leave it out")
     pool, asked = load_asked(
         template, args, training.seed, shots=shots, progress=progress("checking")
     )
@@ -115,7 +123,7 @@ def load_few_shot_task(args, training) -> FewShotTask:
         asker=asker_of(encoder, masked, cloze=False),
         masked=masked,
         shots=shots,
-        sampler=args.sampler or template.demonstrations["sampler"],
+        sampler=sampler,
         writes=writes,
         adapter=adapter,
     )

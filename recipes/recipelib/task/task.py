@@ -169,6 +169,8 @@ def make_encoder(
     Args:
         plain_chat: whether a tokenizer without a chat template is given a plain one.
         room: from a tokenizer the most tokens that a text may have, if not `max_length`.
+    Raises:
+        UserError: arguments for a chat template that is not used.
     """
     tokenizer = load_tokenizer(
         args.model_name_or_path,
@@ -177,13 +179,18 @@ def make_encoder(
     )
     if plain_chat and args.rendering == "chat" and ensure_chat_template(tokenizer):
         say("the tokenizer has no chat template: a plain one is used, and saved with the model")
-    return PromptEncoder(
+    encoder = PromptEncoder(
         template,
         tokenizer,
         room(tokenizer) if room else training.max_length,
         args.rendering,
         args.chat_template_kwargs,
     )
+    if args.chat_template_kwargs and not encoder.chat:
+        raise UserError(
+            "--chat_template_kwargs: changes nothing without --rendering chat; leave it out"
+        )
+    return encoder
 
 
 def begin(task: Task, args, training) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from recipelib.models import count_parameters, describe_quantization
 from recipelib.runtime import print_table
 from recipelib.training.batches import expected_padding
 from recipelib.training.memory import MemoryEstimate
 
 
-def show_plan(model, training, task, estimated: MemoryEstimate) -> None:
+def show_plan(model, training, task, estimated: MemoryEstimate, rates: Mapping[str, float]) -> None:
     """Print what is trained, on what, and how much of it.
 
     Args:
         training: the trainer's arguments.
         task: its `encoded` examples, `sources` and `model_name` are shown.
         estimated: the memory that each process will need.
+        rates: learning rates of their own, by a word in the parameters' names.
     """
     dtype, why = training.model_dtype
     frozen = describe_quantization(model)
@@ -26,6 +29,7 @@ def show_plan(model, training, task, estimated: MemoryEstimate) -> None:
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * world
     lengths = [len(example["input_ids"]) for example in task.encoded.examples]
     padding = expected_padding(lengths, training)
+    own = [f", {word} {rate:g}" for word, rate in rates.items()]
     left_out = f", {counts.left_out} left out: too long" if counts.left_out else ""
     print_table(
         "Before training",
@@ -40,7 +44,8 @@ def show_plan(model, training, task, estimated: MemoryEstimate) -> None:
             f"{padding:.0%} padding",
             "batch": f"{batch} = {training.per_device_train_batch_size} per device x "
             f"{training.gradient_accumulation_steps} accumulated x {world} (processes)",
-            "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type.value}",
+            "learning rate": f"{training.learning_rate:g}{''.join(own)}, "
+            f"{training.lr_scheduler_type.value}",
             "memory per process": estimated,
             "output": training.output_dir,
         },

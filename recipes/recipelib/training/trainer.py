@@ -144,7 +144,7 @@ class RecipeTrainer(SFTTrainer):
             processing_class=task.tokenizer,
             **options,
         )
-        self.task = task
+        self.task, self.rates = task, rates or {}
         if uses_fsdp() and not self.is_fsdp_enabled:
             raise UserError(FSDP_OFF)
         if getattr(self.model, "is_loaded_in_4bit", False):
@@ -227,7 +227,7 @@ class RecipeTrainer(SFTTrainer):
         """
         checkpoint, memory = resume_from_checkpoint or self.task.checkpoint, self.task.memory
         if memory:
-            show_plan(self.model, self.args, self.task, self.estimated)
+            show_plan(self.model, self.args, self.task, self.estimated, self.rates)
             memory.restart()
         clear_way(self.args.output_dir, checkpoint)
         reshard(self.model)
