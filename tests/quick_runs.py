@@ -1,25 +1,15 @@
-"""Every recipe run in this process on a tiny model and a few rows, as the command line would, but
-without what takes long and has tests of its own: the estimate of the memory and the figures.
-"""
+"""Every recipe run in this process on a tiny model and a few rows, as the command line would."""
 
 import importlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import pytest
 from tiny_bert import save_tiny_bert
 from tiny_llama import save_tiny_llama
 
 from recipelib.cli import arguments
-from recipelib.reporting import few_shot
-from recipelib.reporting import run as reporting_run
-from recipelib.training.cloze_trainer import ClozeTrainer
-from recipelib.training.memory import MemoryEstimate
-from recipelib.training.trainer import RecipeTrainer
 
 TRAINING = [
     *("lora_sft", "adapter_sft", "prompt_tuning", "cloze_sft", "instruction_sft", "cot_sft")
@@ -116,20 +106,3 @@ def run(recipe: str, place: Place, folder: Path, **given: Any) -> Path:
     """Run a recipe; gives the folder that it wrote to."""
     module_of(recipe).main(*parsed(recipe, place, output_dir=str(folder), **given))
     return folder
-
-
-@contextmanager
-def without_slow_parts() -> Iterator[None]:
-    """Meanwhile no memory is estimated, and figures are files without a picture."""
-
-    def draw(*args: Any, title: str, **options: Any) -> None:
-        path = next(arg for arg in args if isinstance(arg, Path))
-        path.write_text(title)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for trainer in (RecipeTrainer, ClozeTrainer):
-            patch.setattr(trainer, "_estimate", lambda self: MemoryEstimate(0, 0, 0, 0, 0))
-        patch.setattr(reporting_run, "plot_loss", draw)
-        for name in ("plot_confusion", "plot_reliability"):
-            patch.setattr(few_shot, name, draw)
-        yield

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -75,26 +75,35 @@ def sums(tmp_path_factory) -> Path:
     return write_rows(tmp_path_factory.mktemp("sums"), train=SUMS[:8], test=SUMS[8:])
 
 
+@contextmanager
+def without_slow_parts() -> Iterator[None]:
+    """Meanwhile no memory is estimated and no figure drawn, which have tests of their own and take
+    longer than all the rest of a tiny run.
+    """
+    from recipelib.training import cloze_trainer, trainer
+    from recipelib.training.memory import MemoryEstimate
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", lambda self, file, **_: file.touch())
+        for module in (trainer, cloze_trainer):
+            patch.setattr(module, "estimate_memory", lambda *_: MemoryEstimate(0, 0, 0, 0, 0))
+        yield
+
+
 def run_recipe(recipe: ModuleType, *, whole: bool = False, **options: Any) -> Path:
     """Run a recipe as its command line would, --predict included.
 
     Args:
-        whole: also estimate memory and draw figures, which takes longer than all the rest.
+        whole: see `without_slow_parts`.
         options: of the command line, by their names.
     Returns:
         The folder of the run.
     """
     from recipelib.cli import arguments
     from recipelib.reporting import answer_file
-    from recipelib.training import cloze_trainer, trainer
-    from recipelib.training.memory import MemoryEstimate
 
     args, training = arguments(recipe, **options)
-    with pytest.MonkeyPatch.context() as patch:
-        if not whole:
-            patch.setattr("matplotlib.figure.Figure.savefig", lambda self, file, **_: file.touch())
-            for module in (trainer, cloze_trainer):
-                patch.setattr(module, "estimate_memory", lambda *_: MemoryEstimate(0, 0, 0, 0, 0))
+    with nullcontext() if whole else without_slow_parts():
         if args.predict and recipe.__name__ != "icl_eval":
             answer_file(args, training)
         else:

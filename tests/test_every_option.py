@@ -29,9 +29,9 @@ from quick_runs import (
     module_of,
     parsed,
     run,
-    without_slow_parts,
     write_rows,
 )
+from recipe_runs import without_slow_parts
 from transformers import AutoTokenizer
 
 from recipelib.adapters import BottleneckConfig, adapter_layers

@@ -13,8 +13,8 @@ from quick_runs import (
     module_of,
     options_of,
     run,
-    without_slow_parts,
 )
+from recipe_runs import without_slow_parts
 from run_files import losses, read_jsonl
 
 from recipelib import cli

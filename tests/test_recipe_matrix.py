@@ -17,9 +17,9 @@ from quick_runs import (
     make_place,
     parsed,
     run,
-    without_slow_parts,
     write_rows,
 )
+from recipe_runs import without_slow_parts
 from run_files import losses, read_json, read_jsonl
 from safetensors.torch import load_file
 from tiny_llama import save_tiny_llama

@@ -3,7 +3,7 @@ has launches of its own, and tests that need no others.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -11,14 +11,15 @@ import full_tuning
 import lora_sft
 import pytest
 import torch
-from launching import Launched, finish, start
+from launching import ForkServer, Launched, words_of
+from recipe_runs import without_slow_parts
 from tiny_bert import save_tiny_bert
 from tiny_llama import save_tiny_llama
 from transformers import AutoModelForCausalLM
 
 from recipelib.cli import arguments
 
-# 40 rows of many lengths: five steps of 8 rows each.
+# 40 rows of many lengths: five steps of 8 rows are an epoch.
 REVIEWS = [
     {"sentence": f"{'so ' * (number % 7)}{word} film, number {number}", "label": label}
     for number in range(20)
@@ -70,7 +71,7 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def options(root) -> Callable[..., dict]:
-    """Gives what a run is told: its folder's name, and what differs from 20 steps of 8 rows that
+    """Gives what a run is told: its folder's name, and what differs from 8 steps of 8 rows that
     two processes share.
     """
 
@@ -80,7 +81,7 @@ def options(root) -> Callable[..., dict]:
             "dataset": root / "reviews",
             "output_dir": root / name,
             "max_length": 128,
-            "max_steps": 20,
+            "max_steps": 8,
             "per_device_train_batch_size": 2,
             "gradient_accumulation_steps": 2,
             "train_sampling_strategy": "random",
@@ -107,7 +108,8 @@ def alone(root, options) -> Callable[..., Path]:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # on so small a model a second one only waits
         try:
-            recipe.main(*arguments(recipe, **options(name, **changes)))
+            with without_slow_parts():
+                recipe.main(*arguments(recipe, **options(name, **changes)))
         finally:
             torch.set_num_threads(threads)
         return root / name
@@ -134,11 +136,13 @@ def single_full(alone) -> Path:
 
 
 @pytest.fixture(scope="session")
-def launch(root) -> Callable[..., Launched]:
+def launch(root) -> Iterator[Callable[..., Launched]]:
     """Launches runs under a config, one after another in the same processes, and waits."""
+    server = ForkServer()
 
     def run(config: Path, processes: int, runs: dict[str, list[str]]) -> Launched:
         file = root / "runs" / f"{next(iter(runs))}_and_{len(runs) - 1}_more.json"
-        return finish(start(config, file, runs, "--num_processes", str(processes)))
+        return server.launch(words_of(config, file, runs, "--num_processes", str(processes)))
 
-    return run
+    yield run
+    server.close()

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -19,8 +21,8 @@ from recipelib.prompts.values import as_list
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "accelerate_configs"
-# Of a run that leaves checkpoints 10, 15 and 20.
-SAVING = {"save_strategy": "steps", "save_steps": 5, "save_total_limit": 3}
+# Of a run that leaves checkpoints 4, 6 and 8.
+SAVING = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 3}
 SHARDED = re.compile(r"sharded by FSDP2: ([\d,]+) of ([\d,]+) parameters \((.*)%\) in each of (\d)")
 TIMEOUT = 400  # seconds; a run that hangs has lost a process
 
@@ -71,8 +73,8 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def start(config: Path, file: Path, runs: dict[str, list[str]], *options: str) -> subprocess.Popen:
-    """Launch scripts with arguments, one after another.
+def words_of(config: Path, file: Path, runs: dict[str, list[str]], *options: str) -> list[str]:
+    """What follows `accelerate launch`, to run scripts with arguments, one after another.
 
     Args:
         config: the accelerate config.
@@ -81,19 +83,32 @@ def start(config: Path, file: Path, runs: dict[str, list[str]], *options: str) -
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(runs))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     if "--main_process_port" not in options:
-        command += ["--main_process_port", str(free_port())]
+        options = (*options, "--main_process_port", str(free_port()))
+    script = Path(__file__).with_name("launched.py")
+    return ["--config_file", str(config), *options, str(script), str(file)]
+
+
+def environment() -> dict[str, str]:
+    """What launches see."""
     paths = [str(ROOT / "recipes"), str(Path(__file__).parent), str(ROOT / "tests")]
-    environment = {
+    return {
+        **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
         "CUDA_VISIBLE_DEVICES": "",  # a rehearsal, also where there are GPUs
         "OMP_NUM_THREADS": "1",  # the threads of two processes would wait for the same cores
     }
+
+
+def start(config: Path, file: Path, runs: dict[str, list[str]], *options: str) -> subprocess.Popen:
+    """Launch scripts, see `words_of`."""
     return subprocess.Popen(
-        [*command, *options, str(Path(__file__).with_name("launched.py")), str(file)],
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch"),
+            *words_of(config, file, runs, *options),
+        ],
         cwd=ROOT,
-        env={**os.environ, **environment},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -107,10 +122,50 @@ def finish(process: subprocess.Popen) -> Launched:
     except subprocess.TimeoutExpired:
         process.terminate()  # the launcher ends the processes that it started
         out, errors = process.communicate()
-        raise AssertionError(f"a launch hung:\n{out[-3000:]}\n{errors[-3000:]}") from None
+        raise AssertionError(_hung(out, errors)) from None
+    return _launched(process.returncode, out, errors)
+
+
+def _hung(out: str, errors: str) -> str:
+    return f"a launch hung:\n{out[-3000:]}\n{errors[-3000:]}"
+
+
+def _launched(code: int, out: str, errors: str) -> Launched:
     parts = out.split(MARK)[1:]
     said = {part.split("\n", 1)[0]: part.split("\n", 1)[1] for part in parts}
-    return Launched(process.returncode, said, errors)
+    return Launched(code, said, errors)
+
+
+class ForkServer:
+    """Launches from a process that has imported the libraries (`fork_server.py`)."""
+
+    def __init__(self):
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
+            cwd=ROOT,
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def launch(self, words: list[str]) -> Launched:
+        """Launch, see `words_of`, and wait."""
+        files = [f"{words[-1]}.{name}" for name in ("out", "errors")]
+        self._process.stdin.write(json.dumps([words, *files]) + "\n")
+        self._process.stdin.flush()
+        ended, _, _ = select.select([self._process.stdout], [], [], TIMEOUT)
+        if not ended:
+            self.close()
+        out, errors = (Path(file).read_text() for file in files)
+        assert ended, _hung(out, errors)
+        return _launched(int(self._process.stdout.readline()), out, errors)
+
+    def close(self) -> None:
+        """End the server and whatever it has started."""
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.communicate()
 
 
 def records(folder: Path) -> list[dict]:

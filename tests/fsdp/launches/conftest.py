@@ -48,10 +48,11 @@ def evaluations(evaluation) -> Callable[[str], dict[str, list[str]]]:
 
 
 @pytest.fixture(scope="session")
-def data_parallel(options, launch, evaluations) -> Launched:
+def data_parallel(root, options, evaluations) -> Launched:
     """Two processes under ddp.yaml."""
     runs = {"ddp": command(lora_sft, options("ddp")), **evaluations("ddp")}
-    launched = launch(CONFIGS / "ddp.yaml", 2, runs)
+    file, processes = root / "runs" / "ddp.json", ("--num_processes", "2")
+    launched = finish(start(CONFIGS / "ddp.yaml", file, runs, *processes))
     assert launched.failed == [], launched.errors
     return launched
 

@@ -15,11 +15,11 @@ def two(root, options, launch) -> Launched:
     sums = {"dataset": root / "sums", "max_steps": 2}
     lora = {
         # Scored, evaluated and saved on the way: each finds the model as the other left it.
-        "two": {**SAVING, "eval_strategy": "steps", "eval_steps": 5},
-        "two_resumed": {"resume_from_checkpoint": root / "two" / "checkpoint-10"},
+        "two": {**SAVING, "eval_strategy": "steps", "eval_steps": 2},
+        "two_resumed": {"resume_from_checkpoint": root / "two" / "checkpoint-4"},
         "two_rebalanced": {"train_sampling_strategy": "batch_rebalance"},
         "two_pissa": {"pissa": True, "r": 4},
-        "two_recomputed": {"activation_checkpointing": True, "max_steps": 6},
+        "two_recomputed": {"activation_checkpointing": True, "max_steps": 4},
         "two_written": {
             **sums,
             "template": "gsm8k",
@@ -41,7 +41,7 @@ def one(root, options, launch, two) -> Launched:
     """One process, going on where two stopped."""
     changes = {
         "gradient_accumulation_steps": 4,
-        "resume_from_checkpoint": root / "two" / "checkpoint-10",
+        "resume_from_checkpoint": root / "two" / "checkpoint-4",
         **SAVING,
     }
     runs = {"two_then_one": command(lora_sft, options("two_then_one", **changes))}
@@ -62,10 +62,10 @@ def recomputing(root, options, launch, one) -> Launched:
         # the other choice that the file offers, on the way
         .replace("fsdp_reshard_after_forward: true", "fsdp_reshard_after_forward: false")
     )
-    grown = {"resume_from_checkpoint": root / "two_then_one" / "checkpoint-15"}
+    grown = {"resume_from_checkpoint": root / "two_then_one" / "checkpoint-6"}
     recipes: dict[str, tuple[ModuleType, dict]] = {
-        "recomputing": (full_tuning, {"max_steps": 6}),
-        "recomputing_lora": (lora_sft, {"max_steps": 6}),
+        "recomputing": (full_tuning, {"max_steps": 4}),
+        "recomputing_lora": (lora_sft, {"max_steps": 4}),
         "one_then_two": (lora_sft, grown),
         "two_owners": (lora_sft, {"activation_checkpointing": True}),
     }

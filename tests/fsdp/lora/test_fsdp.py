@@ -47,13 +47,13 @@ def test_recomputing_activations_changes_nothing(
     root, two, recomputing, single, initial, single_full
 ):
     assert recomputing.failed == ["two_owners"], recomputing.errors
-    assert_equal_losses(root / "two_recomputed", single, 6)
-    assert_equal_losses(root / "recomputing_lora", single, 6)
+    assert_equal_losses(root / "two_recomputed", single, 4)
+    assert_equal_losses(root / "recomputing_lora", single, 4)
     assert_equal_updates(root / "recomputing_lora", root / "two_recomputed", initial)
-    assert_equal_losses(root / "recomputing", single_full, 6)
-    # Six steps of two micro-batches, each layer computed twice; scored before and after; and four
+    assert_equal_losses(root / "recomputing", single_full, 4)
+    # Four steps of two micro-batches, each layer computed twice; scored before and after; and four
     # passes to see that the model can share tokens.
-    assert "first layer computed 30 times" in recomputing.said["recomputing"]
+    assert "first layer computed 22 times" in recomputing.said["recomputing"]
 
 
 def test_activation_checkpointing_with_two_owners_is_refused_by_a_line_that_says_which_to_drop(
@@ -72,9 +72,9 @@ def test_all_parameters_tuned_are_those_of_one_process_and_saved_once(root, two,
     assert_equal_losses(root / "two_full", single_full)
     # The names too: a tied head is the embedding, not a second copy.
     assert_equal_updates(root / "two_full", single_full, root / "model", MODEL)
-    # 20 steps of two micro-batches, nothing twice; scored before and after; and four passes to see
+    # 8 steps of two micro-batches, nothing twice; scored before and after; and four passes to see
     # that the model can share tokens.
-    assert "first layer computed 46 times" in two.said["two_full"]
+    assert "first layer computed 22 times" in two.said["two_full"]
 
 
 # Scoring -----------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def _text_runs(root: Path) -> Runs:
         "target": "mixed",
         "samples": 2,
         "max_new_tokens": 6,
-        "max_steps": 10,
+        "max_steps": 6,
     }
     instruction = {
         "dataset": None,
@@ -43,17 +43,17 @@ def _text_runs(root: Path) -> Runs:
         "max_train_samples": 80,
         "max_new_tokens": 6,
         "max_length": 160,
-        "max_steps": 10,
+        "max_steps": 6,
         "learning_rate": 1e-3,
         "packing": True,
-        "sample_steps": 5,
+        "sample_steps": 3,
     }
     return {"cot": (cot_sft, cot), "instruction": (instruction_sft, instruction)}
 
 
 def _adapter_runs() -> Runs:
     """All that adapters train, and those that read the residual, with activations recomputed."""
-    shared = {"max_steps": 10, "bottleneck_size": 8}
+    shared = {"max_steps": 6, "bottleneck_size": 8}
     everything = {"scaling": "learned", "train_norms": True, "drop_adapters_below": 1}
     top = {"adapter_input": "residual", "top_layers": 1, "activation_checkpointing": True}
     return {
@@ -64,17 +64,17 @@ def _adapter_runs() -> Runs:
 
 def _prompt_runs(root: Path) -> Runs:
     """Every kind of weights that is trained through label words."""
-    shared = {"max_steps": 10, "max_length": 100, "learning_rate": None}
+    shared = {"max_steps": 6, "max_length": 100, "learning_rate": None}
     soft = {**shared, "virtual_tokens": 5}
     masked = {"model_name_or_path": root / "masked"}
     network = {**soft, **masked, "tune": "p_tuning", "learning_rate": 1e-3}
-    resumed = {"resume_from_checkpoint": root / "two_masked_p_tuning" / "checkpoint-5"}
+    resumed = {"resume_from_checkpoint": root / "two_masked_p_tuning" / "checkpoint-3"}
     whole = {**shared, "learning_rate": 1e-3}
     few = {"per_class": 4, "draws": 2, "max_steps": -1, "num_train_epochs": 3}
     return {
         "soft_prompt": (prompt_tuning, {**soft, "soft_verbalizer": True}),
         "prompt_model": (cloze_sft, whole),
-        "masked_p_tuning": (prompt_tuning, {**network, "save_strategy": "steps", "save_steps": 5}),
+        "masked_p_tuning": (prompt_tuning, {**network, "save_strategy": "steps", "save_steps": 3}),
         "masked_both": (
             cloze_sft,
             {**whole, **masked, "soft_prompt": True, "virtual_tokens": 5, "combine": "mean"},
@@ -91,7 +91,7 @@ def _packed_runs(root: Path) -> Runs:
         return {}
     wide = save_tiny_llama(root / "wide", hidden_size=64)
     packed = {"model_name_or_path": wide, "load_in_4bit": True}
-    resumed = {"resume_from_checkpoint": root / "two_packed" / "checkpoint-10"}
+    resumed = {"resume_from_checkpoint": root / "two_packed" / "checkpoint-4"}
     return {
         "packed": (lora_sft, {**packed, **SAVING}),
         "packed_resumed": (lora_sft, {**packed, **resumed}),

@@ -26,7 +26,7 @@ FILES = {
 def test_what_is_trained_and_scored_equals_one_process(both, untrained, name):
     two, single = both(name)
     start = untrained(name)
-    assert_equal_losses(two, single, 10)
+    assert_equal_losses(two, single, 6)
     found, wanted, before = (
         {
             f"{file}: {key}": one

@@ -10,7 +10,7 @@ from launching import CONFIGS, SAVING, Launched, command
 @pytest.fixture(scope="session")
 def sharded(root, options, launch) -> Launched:
     """Two processes under fsdp2_sharded.yaml."""
-    resumed = {"resume_from_checkpoint": root / "sharded" / "checkpoint-10"}
+    resumed = {"resume_from_checkpoint": root / "sharded" / "checkpoint-4"}
     runs = {
         "sharded": command(lora_sft, options("sharded", **SAVING)),
         "sharded_resumed": command(lora_sft, options("sharded_resumed", **resumed)),
@@ -27,7 +27,7 @@ def one(root, options, launch, sharded) -> Launched:
     """One process, going on where two stopped."""
     changes = {
         "gradient_accumulation_steps": 4,
-        "resume_from_checkpoint": root / "sharded" / "checkpoint-10",
+        "resume_from_checkpoint": root / "sharded" / "checkpoint-4",
         **SAVING,
     }
     runs = {"sharded_then_one": command(lora_sft, options("sharded_then_one", **changes))}

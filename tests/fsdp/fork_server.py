@@ -1,0 +1,83 @@
+"""Launches recipes from a process that has imported the libraries: importing them takes longer than
+what a launch runs. `accelerate launch` reads its config and sets the environment; where it would
+start torchrun, the processes are forked.
+
+Each line of stdin is [accelerate launch's words, a file for stdout, a file for stderr]; the answer
+is a line with the exit code.
+"""
+
+import gc
+import json
+import os
+import runpy
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+
+import launched  # noqa: F401 (what the processes import)
+import torch.distributed.run
+from accelerate.commands.launch import launch_command, launch_command_parser
+
+from recipelib import adapters, models, reporting, task, training  # noqa: F401
+
+
+def fork(run: Callable[[], None]) -> int:
+    """Run a function in a process of its own, and return its id."""
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        run()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def code_of(status: int) -> int:
+    """A process's exit code, from what `os.wait` says of it."""
+    return os.waitstatus_to_exitcode(status)
+
+
+def launch(words: list[str], out: str, errors: str) -> None:
+    """`accelerate launch` with these words."""
+    for stream, file in ((sys.stdout, out), (sys.stderr, errors)):
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, stream.fileno())
+    torch.distributed.run.run = start_processes
+    launch_command(launch_command_parser().parse_args(words))
+
+
+def start_processes(arguments) -> None:
+    """What torchrun does on one machine: start the processes, and end all if one fails."""
+    count = int(arguments.nproc_per_node)
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(arguments.master_port)}
+    shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0"}
+
+    def run(rank: int) -> None:
+        os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
+        sys.argv = [arguments.training_script, *arguments.training_script_args]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+    started = {fork(lambda rank=rank: run(rank)) for rank in range(count)}
+    while started:
+        process, status = os.wait()
+        started.discard(process)
+        if code := code_of(status):
+            for other in started:
+                os.kill(other, signal.SIGKILL)
+            sys.exit(code)
+
+
+if __name__ == "__main__":
+    gc.collect()
+    gc.freeze()  # what the processes share is not gone through in each
+    for line in sys.stdin:
+        process = fork(lambda line=line: launch(*json.loads(line)))
+        print(code_of(os.waitpid(process, 0)[1]), flush=True)
