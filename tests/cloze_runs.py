@@ -16,7 +16,8 @@ from recipelib.prompts.template import PromptTemplate
 
 KINDS = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
 # Few tokens, so that the tiny models' positions suffice.
-QUICK = {"max_steps": 4, "virtual_tokens": 5, "max_length": 100}
+QUICK = {"max_steps": 4, "max_length": 100}
+PROMPT = {**QUICK, "virtual_tokens": 5}
 
 
 def flat(records: list[dict]) -> list[float]:

@@ -8,7 +8,7 @@ import cloze_sft
 import prompt_tuning
 import pytest
 import torch
-from cloze_runs import KINDS, QUICK, flat, scores, shown_code
+from cloze_runs import KINDS, PROMPT, QUICK, flat, scores, shown_code
 from peft import PeftModel
 from recipe_runs import changed, watched_training
 from run_files import losses, read_json, read_jsonl
@@ -46,7 +46,7 @@ TUNED = [
 def trained(request, start, causal_model, masked_model, tmp_path_factory) -> Trained:
     kind, prompt, soft = request.param
     base = masked_model if kind == "masked" else causal_model
-    options = {**QUICK, "learning_rate": 0.05, "whole": kind == "masked"}
+    options = {**(PROMPT if prompt else QUICK), "learning_rate": 0.05, "whole": kind == "masked"}
     with watched_training() as seen:
         folder = start(
             cloze_sft,
@@ -193,7 +193,7 @@ def test_only_what_was_trained_is_gone_on_with(run, runs, masked_model):
     for name, value in (("soft_prompt", True), ("soft_verbalizer", True)):
         with pytest.raises(UserError, match=rf"was trained with --{name} False, and this run has"):
             run(**{name: value}, resume_from_checkpoint="last")
-    prompts = runs(prompt_tuning, **QUICK, model_name_or_path=masked_model)
+    prompts = runs(prompt_tuning, **PROMPT, model_name_or_path=masked_model)
     with pytest.raises(UserError, match="checkpoint-4: is of another recipe"):
         prompts(resume_from_checkpoint="last")
     assert (folder / "metrics.json").exists()
@@ -203,7 +203,7 @@ def test_a_soft_prompt_after_a_tuned_model_in_the_same_folder_stands_before_the_
     run, runs, masked_model
 ):
     run(soft_prompt=True, max_steps=1)
-    folder = runs(prompt_tuning, **{**QUICK, "max_steps": 1})(model_name_or_path=masked_model)
+    folder = runs(prompt_tuning, **{**PROMPT, "max_steps": 1})(model_name_or_path=masked_model)
     config = read_json(folder / "adapter_config.json")
     assert config["base_model_name_or_path"] == str(masked_model)
     assert not (folder / "base_model").exists()

@@ -23,16 +23,17 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 ROOT = Path(__file__).resolve().parents[1]
 IDS = torch.tensor([[5, 17, 42, 99, 7, 3, 64, 12]])
-CLOZE = {"virtual_tokens": 5, "max_length": 100}
+CLOZE = {"max_length": 100}
+PROMPT = {**CLOZE, "virtual_tokens": 5}
 RUNS = {
     "lora": (lora_sft, {}),
     "adapter": (adapter_sft, {"bottleneck_size": 8, "learning_rate": 0.01}),
     "cot_full": (cot_sft, {"full": True, "template": "gsm8k", "max_new_tokens": 4}),
     "instruction": (instruction_sft, {"max_eval_samples": 2}),
-    "prefix": (prompt_tuning, {**CLOZE, "tune": "prefix"}),
-    "p_tuning": (prompt_tuning, {**CLOZE, "tune": "p_tuning"}),
+    "prefix": (prompt_tuning, {**PROMPT, "tune": "prefix"}),
+    "p_tuning": (prompt_tuning, {**PROMPT, "tune": "p_tuning"}),
     "cloze": (cloze_sft, CLOZE),
-    "cloze_and_prompt": (cloze_sft, {**CLOZE, "soft_prompt": True}),
+    "cloze_and_prompt": (cloze_sft, {**PROMPT, "soft_prompt": True}),
 }
 # The libraries are imported once, and each script runs in a process that knows nothing else.
 FORKS = """

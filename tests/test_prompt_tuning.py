@@ -7,7 +7,7 @@ from typing import NamedTuple
 import prompt_tuning
 import pytest
 import torch
-from cloze_runs import KINDS, QUICK, flat, scores, shown_code
+from cloze_runs import KINDS, PROMPT, flat, scores, shown_code
 from peft import PeftModel
 from recipe_runs import changed, watched_training
 from run_files import losses, read_json, read_jsonl
@@ -29,7 +29,7 @@ from recipelib.training.memory import MemoryEstimate
 @pytest.fixture
 def run(runs):
     """Runs the recipe on the tiny causal model; gives the output folder."""
-    return runs(prompt_tuning, **QUICK)
+    return runs(prompt_tuning, **PROMPT)
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ PROMPTS = [
 def trained(request, start, causal_model, masked_model, tmp_path_factory) -> Trained:
     kind, tune, soft = request.param
     base = masked_model if kind == "masked" else causal_model
-    options = {**QUICK, "model_name_or_path": base, "learning_rate": 0.05, "whole": True}
+    options = {**PROMPT, "model_name_or_path": base, "learning_rate": 0.05, "whole": True}
     with watched_training() as seen:
         folder = start(
             prompt_tuning,

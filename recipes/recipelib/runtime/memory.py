@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
+import weakref
 
 
 def gib(size: float) -> str:
@@ -31,7 +32,8 @@ class MemoryMeter:
     environment variable MALLOC_MMAP_THRESHOLD_=1000000 there are no holes, at the price of speed.)
     A free block that was never written was not resident either, so this figure can be too small.
     The heap's own count of what is in use, plus the mapped file pages, is therefore sampled too,
-    and the larger of the two peaks is reported.
+    and the larger of the two peaks is reported. The thread ends with `stop`, or when nothing refers
+    to the meter any more.
     """
 
     def __init__(self) -> None:
@@ -47,7 +49,8 @@ class MemoryMeter:
         self._start = self._now()
         self.restart()
         self._stopped = threading.Event()
-        threading.Thread(target=self._watch, name="memory meter", daemon=True).start()
+        watched = (weakref.ref(self), self._stopped)
+        threading.Thread(target=_watch, args=watched, name="memory meter", daemon=True).start()
 
     def restart(self) -> None:
         """Forget the peak so far; peaks still count from the level at which the meter was made."""
@@ -67,15 +70,6 @@ class MemoryMeter:
     def _sample(self) -> None:
         self._peak = [*map(max, self._peak, self._now())]
 
-    def _watch(self) -> None:
-        pause = 0.05
-        while not self._stopped.wait(pause):
-            start = time.thread_time()
-            self._sample()
-            # glibc walks through all holes, which takes some milliseconds: sampling gets a
-            # hundredth of the time.
-            pause = max(0.05, 100 * (time.thread_time() - start))
-
     def stop(self) -> int:
         """End the sampling and return the peak in bytes."""
         import torch
@@ -90,3 +84,17 @@ class MemoryMeter:
     def resident(self) -> int:
         """The peak of the resident memory in bytes, the heap's holes included."""
         return self._peak[2] - self._start[2]
+
+
+def _watch(meter: weakref.ref[MemoryMeter], stopped: threading.Event) -> None:
+    """Sample until the meter is stopped or gone."""
+    pause = 0.05
+    while not stopped.wait(pause):
+        start = time.thread_time()
+        if (there := meter()) is None:
+            return
+        there._sample()
+        del there
+        # glibc walks through all holes, which takes some milliseconds: sampling gets a hundredth of
+        # the time.
+        pause = max(0.05, 100 * (time.thread_time() - start))

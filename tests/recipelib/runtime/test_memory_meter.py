@@ -56,6 +56,15 @@ def test_memory_from_before_the_start_does_not_count_and_the_thread_ends():
     assert not started.is_alive()
 
 
+def test_the_thread_ends_with_a_meter_that_nobody_stops():
+    threads = set(threading.enumerate())
+    meter = MemoryMeter()
+    (started,) = set(threading.enumerate()) - threads
+    del meter
+    started.join(timeout=5)
+    assert not started.is_alive()
+
+
 def test_after_a_restart_only_the_later_peak_counts_above_the_first_start():
     meter = MemoryMeter()
     kept = np.ones(60 * MIB, dtype=np.uint8)
