@@ -1,6 +1,6 @@
 """Launches recipes from a process that has imported the libraries: importing them takes longer than
 what a launch runs. `accelerate launch` reads its config and sets the environment; where it would
-start torchrun, the processes are forked.
+start torchrun, or a single process, the processes are forked.
 
 Each line of stdin is [accelerate launch's words, a file for stdout, a file for stderr]; the answer
 is a line with the exit code.
@@ -14,7 +14,9 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from types import SimpleNamespace
 
+import accelerate.commands.launch
 import launched  # noqa: F401 (what the processes import)
 import torch.distributed.run
 from accelerate.commands.launch import launch_command, launch_command_parser
@@ -51,7 +53,29 @@ def launch(words: list[str], out: str, errors: str) -> None:
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, stream.fileno())
     torch.distributed.run.run = start_processes
+    accelerate.commands.launch.subprocess = SimpleNamespace(Popen=Single)
     launch_command(launch_command_parser().parse_args(words))
+
+
+def run_script(words: list[str]) -> None:
+    """Run a script as its command line would."""
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+class Single:
+    """The process of a launch without torchrun, with the attributes that accelerate reads."""
+
+    def __init__(self, command: list[str], env: dict[str, str]):
+        def run() -> None:
+            os.environ.clear()
+            os.environ.update(env)
+            run_script(command[1:])
+
+        self.process, self.returncode = fork(run), None
+
+    def wait(self) -> None:
+        self.returncode = code_of(os.waitpid(self.process, 0)[1])
 
 
 def start_processes(arguments) -> None:
@@ -62,8 +86,7 @@ def start_processes(arguments) -> None:
 
     def run(rank: int) -> None:
         os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
-        sys.argv = [arguments.training_script, *arguments.training_script_args]
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        run_script([arguments.training_script, *arguments.training_script_args])
 
     started = {fork(lambda rank=rank: run(rank)) for rank in range(count)}
     while started:

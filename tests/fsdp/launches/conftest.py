@@ -75,12 +75,12 @@ def machines(root, options, evaluations) -> tuple[Launched, Launched]:
 
 
 @pytest.fixture(scope="session")
-def small(root, options) -> dict[str, Launched]:
+def small(options, launch) -> dict[str, Launched]:
     """One process under each of the configs that need no second or end at once."""
-    started = {}
-    for config in ("one_gpu", "fsdp2_offload", "fsdp1"):
+
+    def run(config: str) -> Launched:
         changes = {"gradient_accumulation_steps": 4} if config == "one_gpu" else {}
         runs = {config: command(lora_sft, options(config, **changes))}
-        file, processes = root / "runs" / f"{config}.json", ("--num_processes", "1")
-        started[config] = start(CONFIGS / f"{config}.yaml", file, runs, *processes)
-    return {config: finish(process) for config, process in started.items()}
+        return launch(CONFIGS / f"{config}.yaml", 1, runs)
+
+    return {config: run(config) for config in ("one_gpu", "fsdp2_offload", "fsdp1")}

@@ -2,6 +2,8 @@
 eos token behind each of the assistant's, and it is saved with the tokenizer.
 """
 
+from functools import cache
+
 import pytest
 from conversation_cases import TOOL, arguments, call, conversations, supervised_runs
 from encoding_cases import CHAT, ROOMY, refusal
@@ -22,9 +24,11 @@ def plain(name, **changes):
     return tokenizer
 
 
-ENCODERS = {
-    name: PromptEncoder(PromptTemplate(CHAT), plain(name), ROOMY) for name in ("gpt2", "bundled")
-}
+@cache
+def encoder_of(name):
+    return PromptEncoder(PromptTemplate(CHAT), plain(name), ROOMY)
+
+
 TALK = [
     {"role": "system", "content": " Be brief.\n"},
     {"role": "user", "content": "Rome?"},
@@ -59,14 +63,14 @@ def test_the_plain_template_writes_every_kind_of_turn():
 
 def spelled(turn):
     """What is learned of an assistant's turn, from its rendering alone."""
-    written = ENCODERS["gpt2"].text.tokenizer.apply_chat_template([turn], tokenize=False)
+    written = encoder_of("gpt2").text.tokenizer.apply_chat_template([turn], tokenize=False)
     return written.removeprefix("### Assistant:\n").removesuffix("<|endoftext|>\n\n")
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bundled"])
 @given(data=st.data())
 def test_exactly_the_assistants_turns_and_eos_are_supervised(name, data):
-    encoder = ENCODERS[name]
+    encoder = encoder_of(name)
     tokenizer = encoder.text.tokenizer
     texts = hostile_text(tokenizer).filter(str.strip)
     messages = data.draw(conversations(texts, calls=arguments(texts)))
@@ -88,7 +92,7 @@ def test_exactly_the_assistants_turns_and_eos_are_supervised(name, data):
 @pytest.mark.parametrize("name", ["gpt2", "bundled"])
 @given(texts=st.lists(plain_text(min_words=1), min_size=4, max_size=4))
 def test_the_ids_are_those_of_the_whole_rendering(name, texts):
-    encoder = ENCODERS[name]
+    encoder = encoder_of(name)
     tokenizer = encoder.text.tokenizer
     messages = [
         {"role": role, "content": text}
