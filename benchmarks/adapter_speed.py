@@ -30,6 +30,7 @@ from measuring import (
     Examples,
     RunFailed,
     add_arm_options,
+    add_task_options,
     in_turn,
     parser_of,
     require_least,
@@ -249,11 +250,8 @@ def main(argv: list[str] | None = None) -> dict | None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; `steps` and `rounds` are always set."""
     parser = parser_of(__doc__, f"{QUICK['steps']} steps, one round")
-    parser.add_argument("--template", default="movie_reviews", help="the task [movie_reviews]")
-    parser.add_argument("--dataset", help="its rows [the template's]")
-    parser.add_argument("--columns", nargs="+", default=[], help="variable=column, as in a recipe")
+    add_task_options(parser)
     parser.add_argument("--bottleneck_size", type=int, default=64, help="of the adapters [64]")
-    parser.add_argument("--rows", type=int, default=400, help="most rows that are used [400]")
     add_arm_options(parser, [*ARMS, "latency"], FULL)
     args = parser.parse_args(argv)
     set_numbers(args, FULL, QUICK)

@@ -107,6 +107,14 @@ def add_arm_options(
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
 
 
+def add_task_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a benchmark that trains on a task's rows: the task, its rows, and how many."""
+    parser.add_argument("--template", default="movie_reviews", help="the task [movie_reviews]")
+    parser.add_argument("--dataset", help="its rows [the template's]")
+    parser.add_argument("--columns", nargs="+", default=[], help="variable=column, as in a recipe")
+    parser.add_argument("--rows", type=int, default=400, help="most rows that are used [400]")
+
+
 def in_turn(
     arms: Sequence[str],
     rounds: int,

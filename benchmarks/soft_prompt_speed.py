@@ -23,6 +23,7 @@ from measuring import (
     Examples,
     RunFailed,
     add_arm_options,
+    add_task_options,
     in_turn,
     parser_of,
     require_least,
@@ -189,10 +190,7 @@ def main(argv: list[str] | None = None) -> dict | None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; `steps` and `rounds` are always set."""
     parser = parser_of(__doc__, f"{QUICK['steps']} steps, one round")
-    parser.add_argument("--template", default="movie_reviews", help="the task [movie_reviews]")
-    parser.add_argument("--dataset", help="its rows [the template's]")
-    parser.add_argument("--columns", nargs="+", default=[], help="variable=column, as in a recipe")
-    parser.add_argument("--rows", type=int, default=400, help="most rows that are used [400]")
+    add_task_options(parser)
     add_arm_options(parser, ARMS, FULL)
     args = parser.parse_args(argv)
     set_numbers(args, FULL, QUICK)

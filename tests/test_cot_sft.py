@@ -1,12 +1,16 @@
 """recipes/cot_sft.py run whole, on a tiny model with random weights."""
 
+import json
+import shutil
 from pathlib import Path
 
 import cot_sft
 import pytest
+import torch
 from peft import PeftModel
 from recipe_runs import SUMS, changed, watched_training, write_rows
-from run_files import read_json, read_jsonl
+from run_files import losses, read_json, read_jsonl
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipelib.cli import arguments
@@ -55,6 +59,25 @@ def pairs(tmp_path) -> dict:
         for split in ("train", "validation", "test")
     }
     return {"template": "esnli", "dataset": write_rows(tmp_path / "pairs", **splits)}
+
+
+def test_a_resumed_run_ends_like_an_uninterrupted_one(run, tmp_path):
+    steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = run(**steps, output="whole")
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "part" / "checkpoint-2")
+    resumed = run(**steps, resume_from_checkpoint="auto", output="part")
+    assert losses(resumed) == losses(whole)
+    found, expected = (load_file(one / "adapter_model.safetensors") for one in (resumed, whole))
+    assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in expected)
+
+
+def test_a_run_that_does_not_say_how_it_asked_answers_nothing(run, tmp_path):
+    folder = run()
+    metrics = read_json(folder / "metrics.json")
+    del metrics["rendering"]
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(UserError, match=r"metrics\.json: rendering: is missing, .*; train again"):
+        run(predict=write_rows(tmp_path / "asked", rows=SUMS[:1]) / "rows.jsonl")
 
 
 def test_classes_without_their_rationale_are_scored_and_the_wrong_ones_shown(run, pairs, capsys):

@@ -213,7 +213,7 @@ def test_a_mistake_does_not_cost_the_mean_over_draws_that_it_would_have_replaced
     assert read_json(tmp_path / "out" / "metrics.json") == before
 
 
-@pytest.mark.parametrize("tune", ["soft_prompt", "p_tuning"])
+@pytest.mark.parametrize("tune", ["soft_prompt", "p_tuning", "prefix"])
 def test_a_resumed_run_ends_like_an_uninterrupted_one(tune, run, masked, tmp_path):
     options = {"tune": tune, "soft_verbalizer": True, "save_strategy": "steps", "save_steps": 2}
     whole = run(**masked, **options, output="whole")

@@ -14,6 +14,9 @@ from recipelib.models import four_bit_loading, load_tokenizer, prepare_four_bit
 from recipelib.prompts import PromptTemplate
 from recipelib.runtime import UserError, is_main_process, read_metrics, say, write_jsonl
 
+# What metrics.json says of how rows were asked.
+_ASKED_BY = ("max_length", "rendering", "chat_template_kwargs")
+
 
 def answer_file(args, training) -> None:
     """Answer the rows of `args.predict` with what `training.output_dir` holds: an adapter or a soft
@@ -94,6 +97,11 @@ def _kept_template(folder: Path, run: dict, named: str | list[str]) -> Path:
     if not run.get("trainable_parameters") or not whole:
         draws = " (its folders draw_N do)" if (folder / "draw_0").exists() else ""
         raise UserError(f"--output_dir {folder}: holds no trained result{draws}; train one first")
+    if missing := [key for key in _ASKED_BY if key not in run]:
+        raise UserError(
+            f"{folder / 'metrics.json'}: {missing[0]}: is missing, so nobody knows how rows were "
+            "asked; train again"
+        )
     if (folder / "template.yaml").exists():
         return folder / "template.yaml"
     wanted = [named] if isinstance(named, str) else named
