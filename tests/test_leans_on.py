@@ -27,6 +27,7 @@ from transformers.cache_utils import DummyLayer, DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.trainer_pt_utils import BatchRebalanceSampler
+from transformers.utils.chat_template_utils import _compile_jinja_template
 from trl import SFTTrainer
 
 from recipelib.adapters.bottleneck import BottleneckModel
@@ -51,6 +52,7 @@ LEANS_ON = {
     "_attn_implementation": "sdpa, eager, ...: of the config",
     "_no_split_modules": "the names of the classes of decoder layers",
     "_tied_weights_keys": "what transformers ties again after loading",
+    "_compile_jinja_template": "from a chat template's text, in transformers' sandbox",
     # torch
     "_parameters": "a module's own parameters, from which a doubled bias is taken",
     "_scaled_dot_product_flash_attention_for_cpu": "gives values and the logarithms of normalizers",
@@ -116,6 +118,7 @@ def private_names() -> set[str]:
                 parts = (node.module or "").split(".")
                 if any(map(is_private, parts)):
                     found.add(".".join(parts[1:]))
+                found |= {alias.name for alias in node.names if is_private(alias.name)} - own
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 text = node.value  # as getattr takes it
                 found |= {text} if text.isidentifier() and is_private(text) else set()
@@ -193,6 +196,17 @@ def test_a_steps_tokens_are_counted_by_whether_the_loss_shifts_labels(tmp_path):
         rows = [{"labels": torch.tensor([[5, 2, 3, -100]])}]
         _, counted[shifts] = trainer.get_batch_samples(iter(rows), 1, torch.device("cpu"))
     assert (int(counted[True]), int(counted[False])) == (2, 3)
+
+
+def test_chat_templates_are_compiled_in_a_sandbox_and_rendered_as_the_tokenizer_does():
+    tokenizer = tokenizer_for("gpt2")
+    turns = [{"role": "user", "content": "Hi"}]
+    template = _compile_jinja_template(tokenizer.get_chat_template())
+    assert isinstance(template.environment, jinja2.sandbox.ImmutableSandboxedEnvironment)
+    options = {"add_generation_prompt": True, **tokenizer.special_tokens_map}
+    found = template.render(messages=turns, tools=None, documents=None, **options)
+    own = {"add_generation_prompt": True, "tokenize": False}
+    assert found == tokenizer.apply_chat_template(turns, **own)
 
 
 def test_resuming_loads_weights_through_the_hook():

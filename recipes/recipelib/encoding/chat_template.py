@@ -174,10 +174,21 @@ class ChatTemplate:
             turns = [
                 {**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns
             ]
-        options = {"tools": list(tools), **self.options} if tools else self.options
+        # As `apply_chat_template` does, which goes through all turns four times before it renders.
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        turns = [
+            {"thinking": turn["reasoning_content"], **turn} if "reasoning_content" in turn else turn
+            for turn in turns
+        ]
         try:
-            return self.tokenizer.apply_chat_template(
-                list(turns), tokenize=False, add_generation_prompt=add_generation_prompt, **options
+            template = self.tokenizer.get_chat_template(None, tools or None)
+            return _compile_jinja_template(template).render(
+                messages=turns,
+                tools=list(tools) or None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **{**self.tokenizer.special_tokens_map, **self.options},
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())

@@ -235,45 +235,62 @@ class PromptEncoder:
             {**turn, "content": turn["content"].strip()} if turn["role"] == "assistant" else turn
             for turn in self.text.with_reasoning(question.turns)
         ]
-        tools = question.tools
+        guarded, tools = self.text.guard_turns(turns, question.tools)
+        start = 0  # the turn that the last prompt began with, behind the system turn
         for place, turn in enumerate(turns):
             if turn["role"] != "assistant" or turn.get("weight") == 0:
                 continue
-            before, whole = turns[:place], True
-            prompt = self.text.chat_prompt(before, tools)
+            before, answer = guarded[:place], []
             if "tool_calls" in turn or "reasoning_content" in turn:
-                target = self.text.chat_written(before, turn, tools)
+                target = self.text.chat_written(before, guarded[place], tools)
             else:
-                target = self.text.chat_answer(turn["content"]) + self.text.chat_end(before)
-            if len(prompt) + len(target) > self.max_length:
-                try:
-                    prompt = self._drop_turns(before, tools, self.max_length - len(target))
-                except DoesNotFit:
-                    counts.left_out += 1
-                    continue
-                counts.shortened += 1
-                whole = False
+                answer = self.text.chat_answer(turn["content"])
+                target = answer + self.text.chat_end(before)
+            try:
+                prompt, start = self._window(before, tools, self.max_length - len(target), start)
+            except DoesNotFit:
+                counts.left_out += 1
+                continue
+            if answer:
+                self.text.remember_answer(turn["content"], answer)
+            counts.shortened += start > 0
             ids, labels = prompt + target, [IGNORED] * len(prompt) + target
-            if whole and examples and ids[: len(examples[-1][0])] == examples[-1][0]:
+            if not start and examples and ids[: len(examples[-1][0])] == examples[-1][0]:
                 _, earlier = examples.pop()
                 labels[: len(earlier)] = earlier
             examples.append((ids, labels))
         return examples
 
-    def _drop_turns(
-        self, turns: Sequence[Turn], tools: Sequence[Mapping], budget: int
-    ) -> list[int]:
+    def _window(
+        self, turns: Sequence[Turn], tools: Sequence[Mapping], budget: int, guess: int
+    ) -> tuple[list[int], int]:
         """The prompt without so many of the oldest turns that it fits; it begins with a user's
-        turn, behind the system turn.
+        turn, behind the system turn. And which of the turns behind the system turn that is.
+
+        Args:
+            turns, tools: from `TextEncoder.guard_turns`.
+            guess: the turn that an earlier prompt began with. Later ones rarely begin before it, so
+                from there on few have to be tried.
+        Raises:
+            DoesNotFit: the turns since the user's last are too long.
         """
         system = turns[:1] if turns[0]["role"] == "system" else []
         rest = turns[len(system) :]
-        starts = [place for place, turn in enumerate(rest) if turn["role"] == "user" and place > 0]
-        for start in starts:
-            ids = self.text.chat_prompt([*system, *rest[start:]], tools)
-            if len(ids) <= budget:
-                return ids
-        raise DoesNotFit(f"its last turns are longer than {self.max_length} tokens")
+        starts = [0, *(at for at, turn in enumerate(rest) if turn["role"] == "user" and at > 0)]
+
+        def prompt(start: int) -> list[int] | None:
+            ids = self.text.chat_prompt([*system, *rest[start:]], tools, guarded=True)
+            return ids if len(ids) <= budget else None
+
+        at = starts.index(guess)
+        while (ids := prompt(starts[at])) is None:
+            at += 1
+            if at == len(starts):
+                raise DoesNotFit(f"its last turns are longer than {self.max_length} tokens")
+        while at and starts[at] == guess and (longer := prompt(starts[at - 1])):
+            ids, at = longer, at - 1
+            guess = starts[at]
+        return ids, starts[at]
 
     # Masked models
 

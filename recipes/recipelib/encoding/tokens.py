@@ -9,16 +9,19 @@ offending characters and the two halves are encoded apart.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
 
 from recipelib.encoding.chat_template import ChatTemplate
 from recipelib.prompts import Turn
 from recipelib.runtime import UserError
 
+_MOST_PIECES = 4096  # of chats, whose ids are kept
 # Two noncharacters, which text that is exchanged must not hold, says Unicode; `_guard` handles text
 # that holds them all the same.
 _BREAK = "\ufdd0\ufdd1"
@@ -67,6 +70,7 @@ class TextEncoder:
         self._backend.encode_special_tokens = False
         self._backend.add_special_tokens([AddedToken(_BREAK, normalized=False, special=True)])
         self._break_id = self._backend.token_to_id(_BREAK)
+        self._find_literals(dict(added))
         self._find_frame()
         bare, spaced = ("".join(self._plain_tokens(text)) for text in ("a", " a"))
         self._doubles_space = bare[0] in "▁Ġ" and spaced != bare
@@ -74,6 +78,37 @@ class TextEncoder:
         self.encode = lru_cache(maxsize=4096)(self._encode)
         self.chat = ChatTemplate(tokenizer, self.chat_template_kwargs)
         self._chat_ends: dict[tuple, tuple[list[int], bool]] = {}
+
+    def _find_literals(self, added: Mapping[int, AddedToken]) -> None:
+        """Make the patterns of what may become a control token, and of where a tokenizer divides
+        text before it looks for anything else.
+        """
+        normalizer = self._backend.normalizer
+        self._normalize = normalizer.normalize_str if normalizer else None
+        names = {self.tokenizer.convert_ids_to_tokens(index) for index in self.control_ids}
+        names |= {self.tokenizer.unk_token, _BREAK} - {None}
+        names |= {name.strip() or name for name in names}
+        names |= {name.replace("▁", " ") for name in names}
+        if self._normalize:
+            names |= {self._normalize(name) for name in names}
+        self._controls = _either(names - {""})
+        # A byte-level tokenizer writes a byte that is no letter as one of these characters: a token
+        # that is spelled with them stands for text that looks otherwise.
+        self._disguised = any("\x80" <= letter <= "\u0143" for name in names for letter in name)
+        # Before it normalizes text, a tokenizer divides it at these tokens, the longest first.
+        raw = {token.content: index for index, token in added.items() if not token.normalized}
+        raw[_BREAK] = self._break_id
+        self._raw = _either(raw)
+        self._divides = {name for name, index in raw.items() if index in self.control_ids}
+        self._divides.add(_BREAK)
+        if any(token.single_word for token in added.values()):
+            self._divides = set()  # what stands beside such a token decides whether it is one
+        # Some tokens take the white space before them, which is encoded with them, then.
+        self._take_space = {token.content for token in added.values() if token.lstrip}
+        self._divides_by_pattern = _divides_by_pattern(self._backend)
+        self._divided: tuple[str, int, list[int]] = "", 0, []
+        self._header = ""
+        self._pieces: dict[str, list[int]] = {}
 
     def _find_frame(self) -> None:
         """Read the tokens that the tokenizer adds around a text and around a pair off encodings of
@@ -102,6 +137,8 @@ class TextEncoder:
         token, or for the unk token's name. A control token of a single character cannot be broken;
         it is removed.
         """
+        if not self._looks_controlled(text):
+            return text
         # If the text holds a break already, that is broken itself: its halves stay text.
         text = text.replace(_BREAK, _BREAK[0] + _BREAK + _BREAK[1])
         unk_id, unk = self.tokenizer.unk_token_id, self.tokenizer.unk_token
@@ -119,12 +156,72 @@ class TextEncoder:
                 first = token[0] if len(token) > 1 else ""
                 text = text[:start] + first + _BREAK + text[start + 1 :]
 
+    def _looks_controlled(self, text: str) -> bool:
+        """Whether a text has to be encoded to see if anything in it becomes a control token."""
+        return (
+            self._disguised
+            or self._controls.search(text) is not None
+            or (self._normalize and self._controls.search(self._normalize(text)) is not None)
+        )
+
     def _plain_tokens(self, text: str) -> list[str]:
         return self._backend.encode(text, add_special_tokens=False).tokens
 
     def _ids(self, guarded: str) -> list[int]:
         ids = self._backend.encode(guarded, add_special_tokens=False).ids
         return [index for index in ids if index != self._break_id]
+
+    def _chat_ids(self, guarded: str) -> list[int]:
+        """As `_ids`. A chat is encoded from one control token to the next, as the tokenizer divides
+        it: what a chat shares with an earlier one is not encoded again.
+        """
+        seen, start, ids = self._divided
+        if not guarded.startswith(seen):
+            start, ids = 0, []
+        ids, last = list(ids), None
+        for match in self._raw.finditer(guarded, start):
+            if match[0] in self._divides and match.start() > start:
+                takes_space = match[0] in self._take_space
+                end = match.end() if takes_space else match.start()
+                ids += self._piece(guarded[start:end], takes_space)
+                start, last = match.start(), match
+        if last:
+            self._divided = guarded[: last.end()], start, list(ids)
+        self._header = guarded[start:]
+        return ids + self._piece(self._header)
+
+    def _piece(self, piece: str, with_control: bool = False) -> list[int]:
+        """Ids of a piece of a guarded text, without the control token that it may end with."""
+        if piece not in self._pieces:
+            if len(self._pieces) >= _MOST_PIECES:
+                self._pieces.clear()
+            ids = self._backend.encode(piece, add_special_tokens=False).ids
+            if with_control:
+                ids.pop()
+            self._pieces[piece] = [index for index in ids if index != self._break_id]
+        return self._pieces[piece]
+
+    def remember_answer(self, answer: str, ids: Sequence[int]) -> None:
+        """Keep the ids of an answer to the last `chat_prompt` for the prompts of later turns, if
+        the tokenizer gives it the same ones there, behind its header.
+        """
+        if self._stands_apart(self._header, answer) and not self._looks_controlled(answer):
+            self._pieces[self._header + answer] = [*self._piece(self._header), *ids]
+
+    def _stands_apart(self, header: str, answer: str) -> bool:
+        """Whether the tokenizer divides text between a header, which may begin with a control
+        token, and an answer, and leaves the header as it is alone. Where it does so by patterns,
+        from left to right, only the beginning of the answer decides.
+        """
+        control = self._raw.match(header)
+        before = header[control.end() :] if control else header
+        if not self._divides_by_pattern:
+            return False
+        if self._controls.search(before + answer[:64]):
+            return False
+        divide = self._backend.pre_tokenizer.pre_tokenize_str
+        alone, together = divide(before), divide(before + answer[:8])
+        return alone == together[: len(alone)]
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._ids(self._guard(text)))
@@ -214,16 +311,37 @@ class TextEncoder:
 
     # Chat
 
-    def chat_prompt(self, messages: Sequence[Turn], tools: Sequence[Mapping] = ()) -> list[int]:
+    def guard_turns(
+        self, messages: Sequence[Turn], tools: Sequence[Mapping] = ()
+    ) -> tuple[list[Turn], list[Mapping]]:
+        """The turns and tools as a chat template gets them: without weights, and with every text
+        guarded.
+        """
+        turns = [
+            {
+                key: value if key == "role" else self._guard_inside(value)
+                for key, value in turn.items()
+                if key != "weight"
+            }
+            for turn in messages
+        ]
+        return turns, self._guard_inside(tools)
+
+    def chat_prompt(
+        self, messages: Sequence[Turn], tools: Sequence[Mapping] = (), *, guarded: bool = False
+    ) -> list[int]:
         """Ids of the turns and of the template's generation prompt, after which the answer is
         written.
 
         Args:
             tools: descriptions of functions that the assistant may call.
+            guarded: whether both come from `guard_turns`.
         Raises:
             UserError: no chat template, or one that rejects the turns or leaves a part out.
         """
-        return self._ids(self.chat.prompt(self._turns(messages), self._guard_inside(tools)))
+        if not guarded:
+            messages, tools = self.guard_turns(messages, tools)
+        return self._chat_ids(self.chat.prompt(messages, tools))
 
     def chat_answer(self, text: str) -> list[int]:
         """Ids of an answer in a chat, without the end marker."""
@@ -253,7 +371,7 @@ class TextEncoder:
         """The end marker, and whether the chat template writes it itself."""
         key = tuple((message["role"], "tool_calls" in message) for message in messages)
         if key not in self._chat_ends:
-            ids = self._ids(self.chat.after_answer(self._turns(messages)))
+            ids = self._ids(self.chat.after_answer(self.guard_turns(messages)[0]))
             ends = [place for place, index in enumerate(ids) if index in self._end_ids]
             end = ids[: ends[0] + 1] if ends else [*ids, *self.end]
             self._chat_ends[key] = end, bool(ends)
@@ -293,26 +411,16 @@ class TextEncoder:
         `chat_prompt` of the turns before, up to the end marker: an answer's, or one of its own
         (gpt-oss).
 
+        Args:
+            messages, last, tools: from `guard_turns`.
         Raises:
             UserError: as `chat_prompt`.
         """
-        *before, last = self._turns([*messages, last])
-        ids = self._ids(self.chat.written(before, last, self._guard_inside(tools)))
+        ids = self._ids(self.chat.written(messages, last, tools))
         end, written = self._chat_end(messages)
         ends = {end[-1]} if end[-1] in ids else self._end_ids
         places = [place for place, index in enumerate(ids) if index in ends]
         return ids[: places[-1] + 1] if places and written else [*ids, *self.end]
-
-    def _turns(self, messages: Sequence[Turn]) -> list[Turn]:
-        """The turns as a chat template gets them: without weights, and with every text guarded."""
-        return [
-            {
-                key: value if key == "role" else self._guard_inside(value)
-                for key, value in turn.items()
-                if key != "weight"
-            }
-            for turn in messages
-        ]
 
     def _guard_inside(self, value: Any) -> Any:
         """A value, such as tools or calls, with every text in it guarded, keys included."""
@@ -323,6 +431,30 @@ class TextEncoder:
         if isinstance(value, list | tuple):
             return [self._guard_inside(inner) for inner in value]
         return value
+
+
+def _divides_by_pattern(backend: Tokenizer) -> bool:
+    """Whether a tokenizer divides text by patterns that look at nothing behind them, and changes
+    none of it.
+    """
+    layout = json.loads(backend.to_str())
+    first = layout["pre_tokenizer"] or {"type": None}
+    steps = first["pretokenizers"] if first["type"] == "Sequence" else [first]
+    patterns = [step["pattern"].get("Regex", "") for step in steps if "pattern" in step]
+    return (
+        layout["normalizer"] is None
+        and layout["model"].get("dropout") is None
+        and all(step["type"] in ("Split", "ByteLevel", "Digits") for step in steps)
+        and not any(step.get("add_prefix_space") for step in steps)
+        and not any(re.search(r"\(\?<|(?<!\[)\^|\\[AGbB]", pattern) for pattern in patterns)
+    )
+
+
+def _either(names: Iterable[str]) -> re.Pattern[str]:
+    """A pattern that finds the first of the names in a text; of several that begin there, the
+    longest.
+    """
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
 
 
 def _is_plain(added: str) -> bool:

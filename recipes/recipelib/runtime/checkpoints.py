@@ -69,8 +69,8 @@ def find_checkpoint(
 
     Args:
         output_dir: the run's folder.
-        which: None for a fresh start, "last" for the newest whole checkpoint in `output_dir`, or
-            a folder.
+        which: None for a fresh start, "last" for the newest whole checkpoint in `output_dir`,
+            "auto" for that or, where there is none, a fresh start, or a folder.
         check: called with the checkpoint; raises an error if this run cannot resume from it.
 
     Nothing in the folder changes yet (see `clear_way`), so that a mistake elsewhere on the command
@@ -93,11 +93,13 @@ def find_checkpoint(
             )
         return None
     whole = [path for _, path in checkpoints if is_whole(path)]
+    if which == "auto" and not whole:
+        return None
     if which == "last" and not whole:
         raise UserError(
             f"--resume_from_checkpoint last: no whole checkpoint in {output_dir}; start without it"
         )
-    checkpoint = whole[-1] if which == "last" else Path(which)
+    checkpoint = whole[-1] if which in ("last", "auto") else Path(which)
     if not is_whole(checkpoint):
         raise UserError(
             f"--resume_from_checkpoint {which}: no whole checkpoint (its trainer_state.json is "
@@ -155,7 +157,8 @@ def check_adapter(checkpoint: str | None, model) -> None:
 def clear_way(output_dir: str, checkpoint: str | None) -> None:
     """Make `output_dir` the folder of the run that begins to train now.
 
-    A fresh start removes the checkpoints and metrics.json of a finished run, and any samples. A
+    A fresh start removes the checkpoints and metrics.json of a finished run, half-written
+    checkpoints of an unfinished one, and any samples. A
     resumed run is unfinished again, so metrics.json is removed; so are checkpoints later than the
     one it resumes from, since they belong to another course of training. Only the main process
     removes anything.
@@ -175,10 +178,10 @@ def clear_way(output_dir: str, checkpoint: str | None) -> None:
     (folder / "samples.jsonl").unlink(missing_ok=True)  # a run appends to it
     if (folder / "metrics.json").exists():
         say(f"{output_dir}: the finished run there is replaced")
-        for _, path in _checkpoints(folder):
-            shutil.rmtree(path)
-        # Last, so that the next run takes up a clearing that was interrupted.
-        (folder / "metrics.json").unlink()
+    for _, path in _checkpoints(folder):
+        shutil.rmtree(path)
+    # Last, so that the next run takes up a clearing that was interrupted.
+    (folder / "metrics.json").unlink(missing_ok=True)
 
 
 # The file of a checkpoint that holds every trained tensor under its name.

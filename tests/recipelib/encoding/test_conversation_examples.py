@@ -29,9 +29,11 @@ from encoding_cases import (
     turns,
     words,
 )
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from naive_conversations import naive_conversation
 from tokenizers_for_tests import (
+    NAMES,
     TRL_TEMPLATES,
     chat_tokenizer,
     hostile_text,
@@ -367,6 +369,62 @@ def test_a_conversation_drops_its_oldest_turns_and_keeps_its_system_turn(name, d
         for place, ids in enumerate(wholes)
         if place + 1 == len(wholes) or kept[place + 1][2] or wholes[place + 1][: len(ids)] != ids
     ]
+
+
+def assert_as_naively(data, encoder, question):
+    """With any budget a conversation is encoded as the naive way does."""
+    found = limited(encoder, ROOMY).conversation(question, Counts())
+    lengths = [len(ids) for ids, _ in found]
+    for budget in (ROOMY, data.draw(st.integers(min(lengths) // 2, max(lengths)))):
+        counts, naive = Counts(), Counts()
+        examples = limited(encoder, budget).conversation(question, counts)
+        assert examples == naive_conversation(encoder, question, naive)
+        assert counts == naive
+
+
+@pytest.mark.parametrize("chat_template", TRL_TEMPLATES)
+@given(data=st.data())
+@settings(max_examples=3)
+def test_a_turn_that_is_encoded_once_has_the_ids_of_one_that_is_encoded_again_for_each_answer(
+    chat_template, data
+):
+    encoder, tokenizer = chat_encoder(chat_template), chat_tokenizer(chat_template)
+    texts = st.one_of(hostile_text(tokenizer), plain_text(min_words=2)).filter(str.strip)
+    messages = data.draw(conversations(texts, tools=False, longest=10))
+
+    assert_as_naively(data, encoder, one_question(encoder, messages))
+
+
+@pytest.mark.parametrize("chat_template", TAKES_CALLS)
+@given(data=st.data())
+@settings(max_examples=2)
+def test_calls_and_reasons_are_encoded_as_if_each_turn_was_encoded_again_for_each_answer(
+    chat_template, data
+):
+    encoder, texts = chat_encoder(chat_template), plain_text(min_words=2)
+    messages = data.draw(conversations(texts, calls=arguments(texts), longest=9))
+    if encoder.text.chat.writes_reasoning:
+        for turn in messages:
+            if turn["role"] == "assistant" and data.draw(st.booleans()):
+                turn["reasoning_content"] = data.draw(texts)
+    try:
+        encoder.conversation(one_question(encoder, messages), Counts())
+    except UserError:  # a template that does not write what is reasoned before a call
+        assume(False)
+
+    assert_as_naively(data, encoder, one_question(encoder, messages))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(data=st.data())
+@settings(max_examples=10)
+def test_every_kind_of_tokenizer_encodes_a_turn_once_as_if_it_was_encoded_for_each_answer(
+    name, data
+):
+    encoder, texts = conversation_encoder(name), hostile_text(tokenizer_for(name))
+    messages = data.draw(conversations(texts.filter(str.strip), tools=False, longest=9))
+
+    assert_as_naively(data, encoder, one_question(encoder, messages))
 
 
 def test_over_the_budget_a_call_goes_with_its_result_and_descriptions_of_tools_stay():

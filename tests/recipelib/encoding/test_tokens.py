@@ -8,6 +8,7 @@ import pytest
 from encoding_cases import refusal, text_encoder
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from naive_conversations import guard
 from tokenizers_for_tests import (
     MASKED,
     NAMES,
@@ -87,6 +88,20 @@ def test_an_answer_has_a_space_before_it_where_the_chat_template_writes_one(head
     chat = [*ask, {"role": "assistant", "content": "really good"}]
     ids = encoder.chat_prompt(ask) + encoder.chat_answer("really good") + encoder.chat_end(ask)
     assert ids == tokenizer.apply_chat_template(chat, return_dict=False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(data=st.data())
+@settings(max_examples=100)
+def test_text_is_guarded_and_chats_are_encoded_in_pieces_as_if_all_was_encoded_at_once(name, data):
+    tokenizer, encoder = tokenizer_for(name), encoder_for(name)
+    control = st.sampled_from([token.content for token in tokenizer.added_tokens_decoder.values()])
+    chat = ""
+    for _ in range(3):  # each begins as the one before, as the prompts of a conversation do
+        text = data.draw(hostile_text(tokenizer))
+        assert encoder._guard(text) == guard(encoder, text)
+        chat += data.draw(control) + encoder._guard(text) + data.draw(control)
+        assert encoder._chat_ids(chat) == encoder._ids(chat)
 
 
 @given(data=st.data())

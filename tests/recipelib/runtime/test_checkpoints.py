@@ -99,6 +99,16 @@ def test_nothing_to_go_on_from_is_one_line(folder):
         assert "\n" not in str(error.value)
 
 
+def test_auto_goes_on_from_the_last_whole_checkpoint_and_starts_anew_where_there_is_none(folder):
+    assert begin(folder, "auto") is None
+    put(folder, "checkpoint-20", state=None)
+    assert begin(folder, "auto") is None
+    assert everything(folder) == set()
+    put(folder, "checkpoint-20")
+    put(folder, "checkpoint-40", state=None)
+    assert begin(folder, "auto") == str(folder / "checkpoint-20")
+
+
 def test_a_checkpoint_of_another_folder_is_taken_by_its_path(folder, tmp_path):
     other = put(tmp_path / "other", "checkpoint-7")
     assert find_checkpoint(str(folder), str(other)) == str(other)
