@@ -32,7 +32,7 @@ def naively(encoder: TextEncoder):
     """Meanwhile every text is guarded by encoding it, and every chat is encoded whole."""
     with (
         mock.patch.object(encoder, "_guard", lambda text: guard(encoder, text)),
-        mock.patch.object(encoder, "_chat_ids", encoder._ids),
+        mock.patch.object(encoder, "chat_ids", encoder._ids),
     ):
         yield
 

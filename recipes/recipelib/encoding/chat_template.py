@@ -8,7 +8,7 @@ Each is tried with a probe text; what it would leave out in silence is refused o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 
 import jinja2
@@ -34,6 +34,8 @@ PLAIN_CHAT_TEMPLATE = """\
     {{- '### Assistant:\\n' }}
 {%- endif %}
 """
+
+_FEW_PROMPTS = 5  # which are rendered one by one
 
 # Stands for a text while a chat template is tried, to see whether and where it is written.
 _PROBE = "Probetext"
@@ -102,11 +104,15 @@ class ChatTemplate:
         Raises:
             UserError: no chat template, or one that rejects the turns or leaves out calls of tools.
         """
+        return self._apply(self._as_taken(turns), tools, add_generation_prompt)
+
+    def _as_taken(self, turns: Sequence[Turn]) -> Sequence[Turn]:
+        """The turns in the form that the template takes."""
         if turns[0]["role"] == "system" and not self._takes_system:
             turns = _join_system(turns)
         if any("tool_calls" in turn for turn in turns):
             turns = [_with_arguments(turn, self._takes_json) for turn in turns]
-        return self._apply(turns, tools, add_generation_prompt)
+        return turns
 
     def prompt(self, turns: Sequence[Turn], tools: Sequence[Mapping] = ()) -> str:
         """The turns and the generation prompt, after which the assistant writes.
@@ -115,6 +121,10 @@ class ChatTemplate:
             UserError: as `render`, or the template leaves out tools or the turns of tools.
         """
         rendered = self.render(turns, tools, add_generation_prompt=True)
+        self._check_tools(turns, tools)
+        return rendered
+
+    def _check_tools(self, turns: Sequence[Turn], tools: Sequence[Mapping]) -> None:
         if tools and not self._writes("tools", turns, turns, [_PROBE_TOOL]):
             raise self._lost("descriptions of tools")
         returned = len([*takewhile(lambda turn: turn["role"] == "tool", reversed(turns))])
@@ -123,7 +133,49 @@ class ChatTemplate:
             probes = [{**turn, "content": _PROBE} for turn in turns[len(rest) :]]
             if not self._writes("returned", turns, [*rest, *probes], (), returned):
                 raise self._lost("the turns of tools")
-        return rendered
+
+    def prompts(
+        self, turns: Sequence[Turn], places: Sequence[int], tools: Sequence[Mapping] = ()
+    ) -> Callable[[int], str]:
+        """Gives for each of these places the `prompt` of the turns before it; raises as `prompt`.
+
+        If the template writes every turn before it reads the next one, the prompts are beginnings
+        of the last one, each with the generation prompt behind it. Then the last one is rendered;
+        of the others only the first and the last two behind turns of each role, to see that they
+        are such beginnings.
+        """
+
+        def render(place: int) -> str:
+            return self.prompt(turns[:place], tools)
+
+        if len(places) < _FEW_PROMPTS:
+            return render
+        before, log = turns[: max(places)], _Log()
+        taken = self._as_taken(before)
+        joined = len(before) - len(taken)  # a system turn has become a part of another turn
+        try:
+            whole = self._apply(taken, tools, True, log)
+        except UserError:  # perhaps because the turns are no list
+            return render
+        by_role: dict[str, list[int]] = {}
+        for place in places:
+            by_role.setdefault(turns[place - 1]["role"], []).append(place)
+        appended = {
+            role
+            for role, same in by_role.items()
+            if all(
+                log.beginning(place - joined, whole) == render(place)
+                for place in {same[0], *same[-2:]}
+            )
+        }
+
+        def prompt(place: int) -> str:
+            if turns[place - 1]["role"] not in appended:
+                return render(place)
+            self._check_tools(turns[:place], tools)
+            return log.beginning(place - joined, whole)
+
+        return prompt
 
     def before_answer(self, turns: Sequence[Turn]) -> str:
         """What the template writes before an answer to these turns."""
@@ -163,8 +215,13 @@ class ChatTemplate:
         return before, after
 
     def _apply(
-        self, turns: Sequence[Turn], tools: Sequence[Mapping], add_generation_prompt: bool
+        self,
+        turns: Sequence[Turn],
+        tools: Sequence[Mapping],
+        add_generation_prompt: bool,
+        log: _Log | None = None,
     ) -> str:
+        """The turns as the template writes them; `log` notes how it reads them meanwhile."""
         if self.tokenizer.chat_template is None:
             raise UserError(
                 f"tokenizer of {self.tokenizer.name_or_path}: it has no chat template; "
@@ -183,13 +240,14 @@ class ChatTemplate:
         ]
         try:
             template = self.tokenizer.get_chat_template(None, tools or None)
-            return _compile_jinja_template(template).render(
-                messages=turns,
+            parts = _compile_jinja_template(template).generate(
+                messages=_Turns(turns, log) if log else turns,
                 tools=list(tools) or None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **{**self.tokenizer.special_tokens_map, **self.options},
             )
+            return "".join(map(log.write, parts) if log else parts)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())
             raise UserError(
@@ -279,6 +337,63 @@ class ChatTemplate:
         if not self._probe_writes("calls in JSON", as_json, value):
             raise self._lost("calls of tools")
         return True
+
+
+class _Log:
+    """Notes how far a template has read the turns while it writes.
+
+    Attributes:
+        begun: for each turn how many letters were written when it was first read.
+        ended: how many were when there was no turn left to read.
+    """
+
+    def __init__(self):
+        self.begun: list[int] = []
+        self.ended, self.written, self.count = 0, 0, 0
+
+    def write(self, part: str) -> str:
+        self.written += len(part)
+        return part
+
+    def read(self, count: int) -> None:
+        self.begun += [self.written] * (count - len(self.begun))
+
+    def beginning(self, place: int, whole: str) -> str:
+        """What stood there before a turn was read, and what is written behind the last turn."""
+        if place == self.count:
+            return whole
+        return whole[: self.begun[place]] + whole[self.ended :] if place < len(self.begun) else ""
+
+
+class _Turns(Sequence):
+    """Turns as a template reads them; whoever asks for their number has looked at all of them."""
+
+    def __init__(self, turns: Sequence[Turn], log: _Log, first: int = 0):
+        self._turns, self._log, self._first = turns, log, first
+        log.count = first + len(turns)
+
+    def __bool__(self) -> bool:
+        return bool(self._turns)
+
+    def __len__(self) -> int:
+        self._log.read(self._log.count)
+        return len(self._turns)
+
+    def __iter__(self):
+        for place, turn in enumerate(self._turns, start=self._first + 1):
+            self._log.read(place)
+            yield turn
+        self._log.ended = self._log.written
+
+    def __getitem__(self, key):
+        if isinstance(key, int) and 0 <= key < len(self._turns):
+            self._log.read(self._first + key + 1)
+        elif isinstance(key, slice) and key.stop is key.step is None and (key.start or 0) >= 0:
+            start = key.start or 0
+            return _Turns(self._turns[start:], self._log, self._first + start)
+        else:
+            self._log.read(self._log.count)
+        return self._turns[key]
 
 
 def _with_arguments(turn: Turn, as_json: bool) -> Turn:

@@ -236,18 +236,23 @@ class PromptEncoder:
             for turn in self.text.with_reasoning(question.turns)
         ]
         guarded, tools = self.text.guard_turns(turns, question.tools)
+        learned = [
+            place
+            for place, turn in enumerate(turns)
+            if turn["role"] == "assistant" and turn.get("weight") != 0
+        ]
+        prompt_of = self.text.chat.prompts(guarded, learned, tools)
         start = 0  # the turn that the last prompt began with, behind the system turn
-        for place, turn in enumerate(turns):
-            if turn["role"] != "assistant" or turn.get("weight") == 0:
-                continue
-            before, answer = guarded[:place], []
+        for place in learned:
+            turn, before, answer = turns[place], guarded[:place], []
             if "tool_calls" in turn or "reasoning_content" in turn:
                 target = self.text.chat_written(before, guarded[place], tools)
             else:
                 answer = self.text.chat_answer(turn["content"])
                 target = answer + self.text.chat_end(before)
             try:
-                prompt, start = self._window(before, tools, self.max_length - len(target), start)
+                budget = self.max_length - len(target)
+                prompt, start = self._window(before, tools, budget, start, prompt_of)
             except DoesNotFit:
                 counts.left_out += 1
                 continue
@@ -262,7 +267,12 @@ class PromptEncoder:
         return examples
 
     def _window(
-        self, turns: Sequence[Turn], tools: Sequence[Mapping], budget: int, guess: int
+        self,
+        turns: Sequence[Turn],
+        tools: Sequence[Mapping],
+        budget: int,
+        guess: int,
+        prompt_of: Callable[[int], str],
     ) -> tuple[list[int], int]:
         """The prompt without so many of the oldest turns that it fits; it begins with a user's
         turn, behind the system turn. And which of the turns behind the system turn that is.
@@ -271,15 +281,22 @@ class PromptEncoder:
             turns, tools: from `TextEncoder.guard_turns`.
             guess: the turn that an earlier prompt began with. Later ones rarely begin before it, so
                 from there on few have to be tried.
+            prompt_of: gives the prompt of so many turns as text.
         Raises:
             DoesNotFit: the turns since the user's last are too long.
         """
+        if not guess and len(ids := self.text.chat_ids(prompt_of(len(turns)))) <= budget:
+            return ids, 0
         system = turns[:1] if turns[0]["role"] == "system" else []
         rest = turns[len(system) :]
         starts = [0, *(at for at, turn in enumerate(rest) if turn["role"] == "user" and at > 0)]
 
         def prompt(start: int) -> list[int] | None:
-            ids = self.text.chat_prompt([*system, *rest[start:]], tools, guarded=True)
+            ids = (
+                self.text.chat_prompt([*system, *rest[start:]], tools, guarded=True)
+                if start
+                else self.text.chat_ids(prompt_of(len(turns)))
+            )
             return ids if len(ids) <= budget else None
 
         at = starts.index(guess)

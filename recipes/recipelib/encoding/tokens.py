@@ -171,9 +171,10 @@ class TextEncoder:
         ids = self._backend.encode(guarded, add_special_tokens=False).ids
         return [index for index in ids if index != self._break_id]
 
-    def _chat_ids(self, guarded: str) -> list[int]:
-        """As `_ids`. A chat is encoded from one control token to the next, as the tokenizer divides
-        it: what a chat shares with an earlier one is not encoded again.
+    def chat_ids(self, guarded: str) -> list[int]:
+        """Ids of a chat whose turns were guarded before they were rendered. It is encoded from one
+        control token to the next, as the tokenizer divides it: what a chat shares with an earlier
+        one is not encoded again.
         """
         seen, start, ids = self._divided
         if not guarded.startswith(seen):
@@ -341,7 +342,7 @@ class TextEncoder:
         """
         if not guarded:
             messages, tools = self.guard_turns(messages, tools)
-        return self._chat_ids(self.chat.prompt(messages, tools))
+        return self.chat_ids(self.chat.prompt(messages, tools))
 
     def chat_answer(self, text: str) -> list[int]:
         """Ids of an answer in a chat, without the end marker."""

@@ -5,6 +5,8 @@ earlier turns, and over the budget the oldest turns go first.
 import json
 import re
 from functools import partial
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from conversation_cases import (
@@ -390,7 +392,7 @@ def test_a_turn_that_is_encoded_once_has_the_ids_of_one_that_is_encoded_again_fo
 ):
     encoder, tokenizer = chat_encoder(chat_template), chat_tokenizer(chat_template)
     texts = st.one_of(hostile_text(tokenizer), plain_text(min_words=2)).filter(str.strip)
-    messages = data.draw(conversations(texts, tools=False, longest=10))
+    messages = data.draw(conversations(texts, tools=False, longest=20))
 
     assert_as_naively(data, encoder, one_question(encoder, messages))
 
@@ -402,7 +404,7 @@ def test_calls_and_reasons_are_encoded_as_if_each_turn_was_encoded_again_for_eac
     chat_template, data
 ):
     encoder, texts = chat_encoder(chat_template), plain_text(min_words=2)
-    messages = data.draw(conversations(texts, calls=arguments(texts), longest=9))
+    messages = data.draw(conversations(texts, calls=arguments(texts), longest=20))
     if encoder.text.chat.writes_reasoning:
         for turn in messages:
             if turn["role"] == "assistant" and data.draw(st.booleans()):
@@ -471,3 +473,37 @@ def test_conversations_count_examples_and_answers():
     assert encoded.rows == [0, 1]
     counts = encoded.counts
     assert (counts.rows, counts.examples, counts.shortened, counts.left_out) == (2, 2, 1, 1)
+
+
+# The work that it takes
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "rendered"),
+    [("qwen2_5", 4), ("llama3_1", 4), ("phi3", 4), ("cohere", 4), ("qwen3", 32)],
+)
+def test_templates_that_append_render_a_long_conversation_a_few_times(chat_template, rendered):
+    encoder = limited(chat_encoder(chat_template), ROOMY)
+    texts = [f"{word} {number}" for number in range(30) for word in ("What is", "It is")]
+    question = one_question(encoder, turns(["user", "assistant"] * 30, texts))
+    encoder.conversation(question, Counts())  # asks what the template does
+    chat = encoder.text.chat
+
+    with mock.patch.object(chat, "_apply", wraps=chat._apply) as apply:
+        encoder.conversation(question, Counts())
+
+    assert apply.call_count == rendered
+
+
+def test_every_text_of_a_conversation_is_encoded_once():
+    encoder = limited(chat_encoder("qwen2_5"), ROOMY)
+    texts = [f"{word} {number}." for number in range(30) for word in ("Where is", "There is")]
+    question, seen = one_question(encoder, turns(["user", "assistant"] * 30, texts)), []
+    backend = encoder.text._backend
+    spy = SimpleNamespace(encode=lambda text, **kw: seen.append(text) or backend.encode(text, **kw))
+    spy.pre_tokenizer = backend.pre_tokenizer
+
+    with mock.patch.object(encoder.text, "_backend", spy):
+        encoder.conversation(question, Counts())
+
+    assert {text: sum(text in part for part in seen) for text in texts} == dict.fromkeys(texts, 1)

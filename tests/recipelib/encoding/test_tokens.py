@@ -101,7 +101,7 @@ def test_text_is_guarded_and_chats_are_encoded_in_pieces_as_if_all_was_encoded_a
         text = data.draw(hostile_text(tokenizer))
         assert encoder._guard(text) == guard(encoder, text)
         chat += data.draw(control) + encoder._guard(text) + data.draw(control)
-        assert encoder._chat_ids(chat) == encoder._ids(chat)
+        assert encoder.chat_ids(chat) == encoder._ids(chat)
 
 
 @given(data=st.data())
