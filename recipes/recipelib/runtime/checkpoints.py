@@ -158,10 +158,9 @@ def clear_way(output_dir: str, checkpoint: str | None) -> None:
     """Make `output_dir` the folder of the run that begins to train now.
 
     A fresh start removes the checkpoints and metrics.json of a finished run, half-written
-    checkpoints of an unfinished one, and any samples. A
-    resumed run is unfinished again, so metrics.json is removed; so are checkpoints later than the
-    one it resumes from, since they belong to another course of training. Only the main process
-    removes anything.
+    checkpoints of an unfinished one, and any samples. A resumed run is unfinished again, so
+    metrics.json is removed; so are checkpoints later than the one it resumes from, since they
+    belong to another course of training. Only the main process removes anything.
     """
     folder = Path(output_dir)
     if not is_main_process():
@@ -176,10 +175,12 @@ def clear_way(output_dir: str, checkpoint: str | None) -> None:
                 shutil.rmtree(path)
         return
     (folder / "samples.jsonl").unlink(missing_ok=True)  # a run appends to it
-    if (folder / "metrics.json").exists():
+    finished = (folder / "metrics.json").exists()
+    if finished:
         say(f"{output_dir}: the finished run there is replaced")
     for _, path in _checkpoints(folder):
-        shutil.rmtree(path)
+        if finished or not is_whole(path):
+            shutil.rmtree(path)
     # Last, so that the next run takes up a clearing that was interrupted.
     (folder / "metrics.json").unlink(missing_ok=True)
 

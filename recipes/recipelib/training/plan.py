@@ -29,7 +29,12 @@ def show_plan(model, training, task, estimated: MemoryEstimate, rates: Mapping[s
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * world
     lengths = [len(example["input_ids"]) for example in task.encoded.examples]
     padding = expected_padding(lengths, training)
-    own = [f", {word} {rate:g}" for word, rate in rates.items()]
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    own = [
+        f", {word} {rate:g}"
+        for word, rate in rates.items()
+        if any(word in name for name in trained)
+    ]
     left_out = f", {counts.left_out} left out: too long" if counts.left_out else ""
     print_table(
         "Before training",

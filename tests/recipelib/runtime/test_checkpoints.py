@@ -109,6 +109,13 @@ def test_auto_goes_on_from_the_last_whole_checkpoint_and_starts_anew_where_there
     assert begin(folder, "auto") == str(folder / "checkpoint-20")
 
 
+def test_a_whole_checkpoint_of_an_unfinished_run_is_never_cleared_for_a_fresh_start(folder):
+    put(folder, "checkpoint-20")
+    put(folder, "checkpoint-40", state=None)
+    clear_way(str(folder), None)  # as a trainer does whose task looked for no checkpoint
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-20"]
+
+
 def test_a_checkpoint_of_another_folder_is_taken_by_its_path(folder, tmp_path):
     other = put(tmp_path / "other", "checkpoint-7")
     assert find_checkpoint(str(folder), str(other)) == str(other)

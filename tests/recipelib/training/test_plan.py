@@ -33,7 +33,7 @@ def test_the_plan_says_what_is_trained_on_what(capsys, monkeypatch):
     rows = [{"input_ids": [5] * 6, "labels": [-100] * 4 + [5, 5]}] * 4
     task = examples_task(rows, tokenizer_for("gpt2"))
     task.model_name, task.sources = "owner/base", {"train": "rows.jsonl"}
-    show_plan(model, training, task, MEMORY, {"lora_B": 0.01})
+    show_plan(model, training, task, MEMORY, {"embed": 0.01, "lora_B": 0.02})
     out = capsys.readouterr().out
     total = count_parameters(model)[1]
     for shown in (
@@ -43,7 +43,7 @@ def test_the_plan_says_what_is_trained_on_what(capsys, monkeypatch):
         "4 from 4 rows; 0 shortened",
         "24, of which 8 supervised; 0% padding",
         "24 = 4 per device x 3 accumulated x 2 (processes)",
-        "0.0005, lora_B 0.01, cosine",
+        "0.0005, embed 0.01, cosine",
         "runs/mine",
         str(MEMORY),
     ):
