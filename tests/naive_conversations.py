@@ -6,32 +6,14 @@ from contextlib import contextmanager
 from unittest import mock
 
 from recipelib.encoding.prompt_encoder import IGNORED, Counts
-from recipelib.encoding.tokens import _BREAK, TextEncoder
-
-
-def guard(encoder: TextEncoder, text: str) -> str:
-    """A text with breaks, found by encoding it."""
-    text = text.replace(_BREAK, _BREAK[0] + _BREAK + _BREAK[1])
-    unk_id, unk = encoder.tokenizer.unk_token_id, encoder.tokenizer.unk_token
-    while True:
-        encoding = encoder._backend.encode(text, add_special_tokens=False)
-        controls = {}
-        for index, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            token = text[start:end].strip() or text[start:end]
-            if index in encoder.control_ids or (index == unk_id and token == unk):
-                controls[text.index(token, start)] = token
-        if not controls:
-            return text
-        for start, token in sorted(controls.items(), reverse=True):
-            first = token[0] if len(token) > 1 else ""
-            text = text[:start] + first + _BREAK + text[start + 1 :]
+from recipelib.encoding.tokens import TextEncoder
 
 
 @contextmanager
 def naively(encoder: TextEncoder):
     """Meanwhile every text is guarded by encoding it, and every chat is encoded whole."""
     with (
-        mock.patch.object(encoder, "_guard", lambda text: guard(encoder, text)),
+        mock.patch.object(encoder, "_looks_controlled", return_value=True),
         mock.patch.object(encoder, "chat_ids", encoder._ids),
     ):
         yield

@@ -8,7 +8,7 @@ import pytest
 from encoding_cases import refusal, text_encoder
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from naive_conversations import guard
+from naive_conversations import naively
 from tokenizers_for_tests import (
     MASKED,
     NAMES,
@@ -99,8 +99,10 @@ def test_text_is_guarded_and_chats_are_encoded_in_pieces_as_if_all_was_encoded_a
     chat = ""
     for _ in range(3):  # each begins as the one before, as the prompts of a conversation do
         text = data.draw(hostile_text(tokenizer))
-        assert encoder._guard(text) == guard(encoder, text)
-        chat += data.draw(control) + encoder._guard(text) + data.draw(control)
+        guarded = encoder._guard(text)
+        with naively(encoder):
+            assert encoder._guard(text) == guarded
+        chat += data.draw(control) + guarded + data.draw(control)
         assert encoder.chat_ids(chat) == encoder._ids(chat)
 
 
