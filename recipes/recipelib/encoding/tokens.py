@@ -21,7 +21,7 @@ from recipelib.encoding.chat_template import ChatTemplate
 from recipelib.prompts import Turn
 from recipelib.runtime import UserError
 
-_MOST_PIECES = 4096  # of chats, whose ids are kept
+_MOST_LETTERS = 2**20  # of pieces of chats whose ids are kept: some 10 MB
 # Two noncharacters, which text that is exchanged must not hold, says Unicode; `_guard` handles text
 # that holds them all the same.
 _BREAK = "\ufdd0\ufdd1"
@@ -109,6 +109,7 @@ class TextEncoder:
         self._divided: tuple[str, int, list[int]] = "", 0, []
         self._header = ""
         self._pieces: dict[str, list[int]] = {}
+        self._letters = 0  # of these pieces
 
     def _find_frame(self) -> None:
         """Read the tokens that the tokenizer adds around a text and around a pair off encodings of
@@ -193,21 +194,27 @@ class TextEncoder:
 
     def _piece(self, piece: str, with_control: bool = False) -> list[int]:
         """Ids of a piece of a guarded text, without the control token that it may end with."""
-        if piece not in self._pieces:
-            if len(self._pieces) >= _MOST_PIECES:
-                self._pieces.clear()
-            ids = self._backend.encode(piece, add_special_tokens=False).ids
-            if with_control:
-                ids.pop()
-            self._pieces[piece] = [index for index in ids if index != self._break_id]
-        return self._pieces[piece]
+        if piece in self._pieces:
+            return self._pieces[piece]
+        ids = self._backend.encode(piece, add_special_tokens=False).ids
+        if with_control:
+            ids.pop()
+        return self._keep(piece, [index for index in ids if index != self._break_id])
+
+    def _keep(self, piece: str, ids: list[int]) -> list[int]:
+        self._letters += len(piece)
+        if self._letters > _MOST_LETTERS:
+            self._pieces.clear()
+            self._letters = len(piece)
+        self._pieces[piece] = ids
+        return ids
 
     def remember_answer(self, answer: str, ids: Sequence[int]) -> None:
         """Keep the ids of an answer to the last `chat_prompt` for the prompts of later turns, if
         the tokenizer gives it the same ones there, behind its header.
         """
         if self._stands_apart(self._header, answer) and not self._looks_controlled(answer):
-            self._pieces[self._header + answer] = [*self._piece(self._header), *ids]
+            self._keep(self._header + answer, [*self._piece(self._header), *ids])
 
     def _stands_apart(self, header: str, answer: str) -> bool:
         """Whether the tokenizer divides text between a header, which may begin with a control

@@ -106,6 +106,15 @@ def test_text_is_guarded_and_chats_are_encoded_in_pieces_as_if_all_was_encoded_a
         assert encoder.chat_ids(chat) == encoder._ids(chat)
 
 
+def test_of_long_chats_few_pieces_are_kept(monkeypatch):
+    monkeypatch.setattr("recipelib.encoding.tokens._MOST_LETTERS", 10_000)
+    encoder = TextEncoder(tokenizer_for("gpt2"))
+    for number in range(12):
+        chat = f"<|im_start|>user\n{number} {'so it goes ' * 100}<|im_end|>"
+        assert encoder.chat_ids(chat) == encoder._ids(chat)
+    assert 0 < sum(map(len, encoder._pieces)) <= 10_000
+
+
 @given(data=st.data())
 @settings(max_examples=300)
 def test_whatever_looks_like_a_control_token_stays_in_the_text(data):
