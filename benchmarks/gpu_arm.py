@@ -120,10 +120,9 @@ def train_ours(spec: dict, watch: Stopwatch) -> None:
     if spec["bottleneck"]:
         adapters = BottleneckConfig(bottleneck_size=spec["bottleneck"], init_weights="identity")
         model = get_peft_model(model, adapters)
-    encoded = EncodedRows()
     lines = Path(spec["folder"], "data", "train.jsonl").read_text().splitlines()
-    for number, line in enumerate(lines):
-        encoded.add(number, **json.loads(line))
+    rows = map(json.loads, lines)
+    encoded = EncodedRows.of((row["input_ids"], row["labels"]) for row in rows)
     trainer = (FusedLossTrainer if spec["fused_loss"] else RecipeTrainer)(
         model, training, Examples(encoded, make_tokenizer())
     )

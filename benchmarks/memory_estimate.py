@@ -45,14 +45,14 @@ def measure(args: argparse.Namespace) -> None:
     )
     draw = torch.Generator().manual_seed(0)
     tokenizer = load_tokenizer(args.model_name_or_path)
-    encoded = EncodedRows()
-    for row in range(args.batch[0] * training.world_size * args.steps):
+    examples = []
+    for _ in range(args.batch[0] * training.world_size * args.steps):
         length = args.length - int(torch.randint(args.length // 8 + 1, (1,), generator=draw))
         ids = torch.randint(len(tokenizer), (length,), generator=draw).tolist()
         prompt = max(1, length - ANSWER)
-        encoded.add(row, ids, [-100] * prompt + ids[prompt:])
+        examples.append((ids, [-100] * prompt + ids[prompt:]))
 
-    task = Examples(encoded, tokenizer, memory=MemoryMeter())
+    task = Examples(EncodedRows.of(examples), tokenizer, memory=MemoryMeter())
     model = load_pretrained(args.model_name_or_path, dtype=training.model_dtype[0])
     if args.methods == ["lora"]:
         lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")

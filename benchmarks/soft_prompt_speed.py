@@ -58,11 +58,17 @@ def measure(args: argparse.Namespace) -> None:
     from recipelib.adapters import compute_prompt_once
     from recipelib.data import parse_columns
     from recipelib.data.rows import load_rows
-    from recipelib.encoding import PromptEncoder, asker_of, encode_cloze_rows
+    from recipelib.encoding import (
+        PromptEncoder,
+        asker_of,
+        cloze_encoding,
+        encode_cloze_rows,
+        encode_into,
+    )
     from recipelib.inference import score_examples
     from recipelib.models import load_pretrained, load_tokenizer
     from recipelib.prompts import PromptTemplate
-    from recipelib.runtime import MemoryMeter
+    from recipelib.runtime import MemoryMeter, Store
     from recipelib.training import ClozeTrainer, RecipeConfig
 
     training = RecipeConfig(
@@ -96,7 +102,8 @@ def measure(args: argparse.Namespace) -> None:
     watch = stopwatch(WARM_UP)
     if args.measure == "ours":
         compute_prompt_once(model)
-        task = Examples(cloze.encoded, tokenizer, facts={"combine": "logsumexp"})
+        encoded = encode_into(Store(), rows, cloze_encoding(asker))
+        task = Examples(encoded, tokenizer, facts={"combine": "logsumexp"})
         trainer = ClozeTrainer(model, training, task, callbacks=[watch])
     else:
         rows = [
@@ -110,7 +117,7 @@ def measure(args: argparse.Namespace) -> None:
             data_collator=pad_right,
             callbacks=[watch],
         )
-    first = [cloze.encoded.examples[index] for index in range(ROWS_PER_STEP)]
+    first = [cloze.examples[index] for index in range(ROWS_PER_STEP)]
     if args.measure == "ours":
         places = [one["word_labels"].index(one["labels"]) for one in first]
         words = score_examples(model, first)
@@ -123,7 +130,7 @@ def measure(args: argparse.Namespace) -> None:
     memory.restart()
     trainer.train()
     peak = memory.stop()
-    lengths = [len(one["input_ids"]) for one in cloze.encoded.examples]
+    lengths = [len(one["input_ids"]) for one in cloze.examples]
     write_json(
         args.result,
         {

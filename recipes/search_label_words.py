@@ -46,11 +46,12 @@ def main(args: SearchArguments, training) -> None:
     from recipelib.evaluation import search_label_words
     from recipelib.models import load_model, place_model
     from recipelib.reporting import preview, save_label_words
-    from recipelib.runtime import refuse_trained_run
+    from recipelib.runtime import Store, refuse_trained_run
     from recipelib.task import load_cloze_task
 
     refuse_trained_run(training.output_dir)
-    template = classes_from_rows(args, training.seed)  # which may have no verbalizer yet
+    # The template, which may have no verbalizer yet.
+    template = classes_from_rows(args, training.seed, Store.of(training))
     task = load_cloze_task(args, training, template, trains=False)
     if args.preview:
         return preview(task, args.preview)

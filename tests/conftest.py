@@ -2,8 +2,11 @@
 shared out among the workers.
 """
 
+import atexit
 import gc
 import os
+import shutil
+import tempfile
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -14,6 +17,10 @@ pytest_plugins = ["recipe_runs"]
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: a thread for each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+else:  # what recipes prepare is kept for the other tests, and goes with the last one
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="recipes-tests-")
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 settings.register_profile(
     "suite",

@@ -163,9 +163,12 @@ COMMON = {
     "chat_template_kwargs": shown('{"mood": "glad"}', rendering="chat"),
     "max_new_tokens": started(7, score("max_new_tokens")),
     "eval_batch_tokens": started(100, score("batch_tokens")),
+    # What it does with Parquet files stands in test_streaming.py.
+    "streaming": refused(True, "--streaming true reads the hub and Parquet files", max_steps=2),
     "preview": shown(2),
     "predict": Case("rows.jsonl", command),
 }
+NOT_STREAMED = {"streaming": refused(True, "--streaming: nothing is trained")}
 LORA = {"r": started(2, peft("r")), "alpha": started(2, peft("lora_alpha"))}
 FOUR_BITS = {"load_in_4bit": started(True, load("quantization_config"))}
 CLOZE = {
@@ -254,6 +257,7 @@ CASES = {
     },
     "icl_eval": {
         **COMMON,
+        **NOT_STREAMED,
         "max_train_samples": shown(1),
         "max_new_tokens": answered(2),
         "predict": answered("<root>/others/sums/more.jsonl"),
@@ -273,6 +277,7 @@ CASES = {
     },
     SEARCH: {
         **COMMON,
+        **NOT_STREAMED,
         "train_split": started("more", score("train")),
         "max_train_samples": started(2, score("train")),
         "max_new_tokens": refused(7, "--max_new_tokens: a search answers no rows"),

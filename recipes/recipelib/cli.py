@@ -81,6 +81,11 @@ class RecipeArguments:
     skip_bad_rows: bool = option(
         False, "Leave out rows that the template cannot read instead of stopping."
     )
+    streaming: bool = option(
+        False,
+        "Read the training rows of the hub or of Parquet files while training, for more than the "
+        "disk holds; needs --max_steps.",
+    )
     rendering: str = option(
         "text", "text, or chat: through the tokenizer's chat template.", choices=["text", "chat"]
     )

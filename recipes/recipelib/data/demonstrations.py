@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from recipelib.data.rows import row_key
+from recipelib.data.checking import row_key, row_keys, row_labels
 from recipelib.prompts import Demonstration, PromptTemplate, Question, as_list
 from recipelib.runtime import UserError
 
@@ -67,7 +67,7 @@ class Demonstrations:
         self._nearest = nearest
         self._reorders = sampler == "balanced" or (draw > 0 and sampler != "random")
         self._solve = solve or (lambda question: (template.prompt(question), question.target))
-        self._keys = [row_key(template, row) for row in rows]
+        self._keys = row_keys(template, rows).tolist()
         generator = random.Random(self._seed)
         order = list(range(len(rows)))
         if sampler in ("random", "balanced"):
@@ -75,15 +75,14 @@ class Demonstrations:
         order = _distinct(order, self._keys)
         self._queues = [order]
         if sampler == "balanced":
-            classes: dict[str, list[int]] = {label: [] for label in template.verbalizer}
+            labels = row_labels(template, rows).tolist()
+            self._queues = [[] for _ in template.verbalizer]
             for place in order:
-                label = template.read_class(rows[place][template.column(template.label)])
-                classes[label].append(place)
+                self._queues[labels[place]].append(place)
             # If the shots do not divide evenly, the draw decides which classes get one more.
-            self._queues = list(classes.values())
             generator.shuffle(self._queues)
         self._choose(self._queues, None)  # refuses a pool with too few rows
-        self._solved: dict[tuple[int, ...], list[Demonstration]] = {}
+        self._solved: dict[tuple[int, int], Demonstration] = {}
 
     def __call__(self, number: int, row: Mapping[str, Any]) -> list[Demonstration]:
         """The demonstrations for the row with this number among those asked about, from 0.
@@ -92,15 +91,16 @@ class Demonstrations:
             UserError: too few different rows are left without this one.
         """
         queues = self._queues if self._nearest is None else [self._nearest[number]]
-        chosen = tuple(self._choose(queues, row_key(self.template, row)))
-        if chosen not in self._solved:
-            self._solved[chosen] = [
-                self._solve(self._question(place, position))
-                for position, place in enumerate(self._arrange(chosen))
-            ]
-        return self._solved[chosen]
+        chosen = self._arrange(self._choose(queues, row_key(self.template, row)))
+        return [self._show(place, position % 2) for position, place in enumerate(chosen)]
 
-    def _choose(self, queues: Sequence[Sequence[int]], asked: str | None) -> list[int]:
+    def _show(self, place: int, parity: int) -> Demonstration:
+        """A row at an even or an odd position, solved; all rows that are shown it share it."""
+        if (place, parity) not in self._solved:
+            self._solved[place, parity] = self._solve(self._question(place, parity))
+        return self._solved[place, parity]
+
+    def _choose(self, queues: Sequence[Sequence[int]], asked: int | None) -> list[int]:
         """As many places as shots, none of whose rows asks `asked`: the first of each queue, then
         the second of each, and so on.
         """
@@ -171,7 +171,7 @@ def bm25(pool: Sequence[str], k1: float = 1.5, b: float = 0.75) -> Similarity:
 
 
 def rank(
-    similarity: Similarity, queries: Sequence[str], keys: Sequence[str], most: int, chunk: int = 64
+    similarity: Similarity, queries: Sequence[str], keys: Sequence[int], most: int, chunk: int = 64
 ) -> list[list[int]]:
     """For each query, the places of the `most` most similar rows of the pool, the nearest first.
     Equally similar rows keep the pool's order; of rows with the same key only the first counts.
@@ -205,13 +205,13 @@ def nearest_rows(
     """
     texts, queries = ([row_text(template, row) for row in rows] for rows in (pool, asked))
     similarity = similarity_of(texts, queries) if similarity_of else bm25(texts)
-    keys = [row_key(template, row) for row in pool]
+    keys = row_keys(template, pool).tolist()
     return rank(similarity, queries, keys, most=shots + 1)
 
 
-def _distinct(order: Iterable[int], keys: Sequence[str]) -> list[int]:
+def _distinct(order: Iterable[int], keys: Sequence[int]) -> list[int]:
     """The places in order, without those whose key an earlier place has."""
-    first: dict[str, int] = {}
+    first: dict[int, int] = {}
     for place in order:
         first.setdefault(keys[place], place)
     return list(first.values())

@@ -6,6 +6,9 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from recipelib.data.checking import row_labels, select
 from recipelib.prompts import PromptTemplate
 from recipelib.runtime import UserError
 
@@ -45,23 +48,22 @@ def mixture_counts(sizes: Sequence[int], mixing: str, total: int | None = None) 
     return counts
 
 
-def draw_rows(rows: Sequence[Mapping[str, Any]], count: int, seed: int) -> list[Mapping[str, Any]]:
+def draw_rows(rows: Sequence[Mapping[str, Any]], count: int, seed: int) -> Sequence[Mapping]:
     """`count` rows of a task: each as often as every other, or once more."""
-    drawn: list[Mapping[str, Any]] = []
-    generator = random.Random(seed)
-    while len(drawn) < count:
-        if count - len(drawn) >= len(rows):
-            drawn += rows
-            continue
-        keys = [generator.random() for _ in rows]
-        places = sorted(range(len(rows)), key=keys.__getitem__)[: count - len(drawn)]
-        drawn += [rows[place] for place in sorted(places)]
-    return drawn
+    drawn: list[np.ndarray] = []
+    generator, left = random.Random(seed), count
+    while left >= len(rows):
+        drawn.append(np.arange(len(rows)))
+        left -= len(rows)
+    if left:
+        keys = np.array([generator.random() for _ in range(len(rows))])
+        drawn.append(np.sort(np.argsort(keys, kind="stable")[:left]))
+    return select(rows, np.concatenate(drawn))
 
 
 def few_shot_rows(
     template: PromptTemplate, rows: Sequence[Mapping], per_class: int, seed: int
-) -> tuple[list[Mapping], list[Mapping]]:
+) -> tuple[Sequence[Mapping], Sequence[Mapping]]:
     """A draw of `per_class` rows of each class to train on, and as many others to choose the best
     pass by (as LM-BFF, Gao et al. 2021, section 3.1). The training rows are in random order, the
     others class by class.
@@ -71,10 +73,9 @@ def few_shot_rows(
     """
     draw = random.Random(seed)
     train, validation = [], []
-    by_label: dict[str, list[Mapping]] = {label: [] for label in template.verbalizer}
-    for row in rows:
-        by_label[template.questions(row)[0].label].append(row)
-    for label, rows_of_label in by_label.items():
+    labels = row_labels(template, rows)
+    for number, label in enumerate(template.verbalizer):
+        rows_of_label = np.flatnonzero(labels == number).tolist()
         if len(rows_of_label) < 2 * per_class:
             raise UserError(
                 f"--per_class {per_class}: takes {2 * per_class} rows of each class, half of them "
@@ -84,4 +85,4 @@ def few_shot_rows(
         train += drawn[:per_class]
         validation += drawn[per_class:]
     draw.shuffle(train)
-    return train, validation
+    return select(rows, train), select(rows, validation)

@@ -7,12 +7,13 @@ prompts with completions or responses. The template is like any other and is sav
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 from recipelib.data.rows import load_splits, parse_columns
 from recipelib.data.sources import Hub, first_row, locate
 from recipelib.prompts import PromptTemplate, as_list, class_name, find_template
-from recipelib.runtime import UserError, load_yaml
+from recipelib.runtime import Store, UserError, load_yaml
 
 _MOST_CLASSES = 100
 _KNOWN = (
@@ -127,7 +128,7 @@ def _completion(row: Mapping[str, Any]) -> _Guess | None:
     return f"prompts and {answers[0]}s", ["prompt", *answers], fields
 
 
-def classes_from_rows(args: Any, seed: int) -> PromptTemplate:
+def classes_from_rows(args: Any, seed: int, store: Store | None = None) -> PromptTemplate:
     """The template of `args`. If it has a `label` but no `verbalizer`, each class in the rows gets
     its own name as its label word.
 
@@ -148,8 +149,8 @@ def classes_from_rows(args: Any, seed: int) -> PromptTemplate:
         "columns": {**(fields.get("columns") or {}), **columns},
     }
     template = PromptTemplate(free, path)
-    train, evaluation = load_splits(template, args, seed)
-    rows = [*train.rows, *evaluation.rows]  # a class may be in the held-out rows only
+    train, evaluation = load_splits(template, args, seed, store=store)
+    rows = chain(train.rows, evaluation.rows)  # a class may be in the held-out rows only
     classes = sorted({class_name(row[template.column(label)]) for row in rows})
     if len(classes) > _MOST_CLASSES:
         raise UserError(

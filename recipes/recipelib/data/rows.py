@@ -1,26 +1,28 @@
-"""Loads the rows of a task from the hub, a folder or a file, and checks them against its template
-before any model is loaded.
-"""
+"""Loads the rows of a task from the hub, a folder or a file, checked before any model is loaded."""
 
-import difflib
-import hashlib
-import json
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipelib.data.sources import Entry, Hub, Source, has_split, locate, open_source
-from recipelib.prompts import PromptTemplate, RowError
-from recipelib.runtime import UserError, one_line, say
+import numpy as np
 
-_SHOWN_BAD_ROWS = 20
+from recipelib.data.checking import (
+    Checked,
+    StoredRows,
+    check_rows,
+    list_bad,
+    refuse_missing_columns,
+    row_keys,
+)
+from recipelib.data.sources import Hub, has_split, locate, open_source
+from recipelib.prompts import PromptTemplate
+from recipelib.runtime import Store, UserError, say
+
 _MOST_HELD_OUT = 1000
 # One seed for all runs: they are scored on the same rows, whatever their own seed.
 _EVALUATION_SEED = 0
-
-Progress = Callable[[Iterable], Iterable]
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,12 @@ class Rows:
     Attributes:
         rows: column -> value, as plain Python values.
         source: for reports: "stanfordnlp/sst2@main, split train", or the file as the user gave it.
-        sha256: of the file, or of the shards one after the other; None for the hub.
         skipped: how many bad rows were left out.
         available: how many rows these were drawn from.
     """
 
-    rows: list[dict[str, Any]]
+    rows: Sequence[dict[str, Any]]
     source: str
-    sha256: str | None
     skipped: int = 0
     available: int = 0
 
@@ -49,9 +49,8 @@ class _Table:
     """
 
     source: str
-    sha256: str | None
     count: int
-    read: Callable[[Sequence[int], int | None], tuple[list[dict[str, Any]], int]]
+    read: Callable[[Sequence[int], int | None], tuple[StoredRows, int]]
 
 
 def load_rows(
@@ -64,7 +63,7 @@ def load_rows(
     skip_bad_rows: bool = False,
     answers: bool = True,
     revision: str | None = None,
-    progress: Progress = iter,
+    store: Store | None = None,
     option: str = "--dataset",
 ) -> Rows:
     """The rows of a split, each checked against the template.
@@ -79,18 +78,18 @@ def load_rows(
         skip_bad_rows: leave bad rows out and count them, instead of raising.
         answers: whether rows have to bring their answers; False for rows to predict.
         revision: of a hub data set.
-        progress: wraps the rows while they are checked, for a progress bar.
+        store: where they are kept, and by how many processes they are checked.
         option: the command-line option that gave `dataset`, for errors.
     Raises:
         UserError: no such data, a column that no row has, or bad rows: the first twenty, a line
             each.
     """
     place = locate(template, dataset, revision, option)
-    table = _open(template, place, split, skip_bad_rows, answers, progress)
-    return _take(table, range(table.count), max_samples, seed)
+    table = _open(template, place, split, skip_bad_rows, answers, store)
+    return _take(table, np.arange(table.count), max_samples, seed)
 
 
-def load_questions(template: PromptTemplate, args: Any) -> Rows:
+def load_questions(template: PromptTemplate, args: Any, store: Store | None = None) -> Rows:
     """The rows of the file `args.predict`, which need no answers; raises as `load_rows`."""
     return load_rows(
         template,
@@ -98,12 +97,13 @@ def load_questions(template: PromptTemplate, args: Any) -> Rows:
         "train",
         skip_bad_rows=args.skip_bad_rows,
         answers=False,
+        store=store,
         option="--predict",
     )
 
 
 def load_splits(
-    template: PromptTemplate, args: Any, seed: int, *, progress: Progress = iter
+    template: PromptTemplate, args: Any, seed: int, *, store: Store | None = None
 ) -> tuple[Rows, Rows]:
     """Training rows and evaluation rows, which have no row in common.
 
@@ -118,25 +118,20 @@ def load_splits(
     Raises:
         UserError: as `load_rows`, or there is a single row for both.
     """
-    place = locate(template, args.dataset, None)
-    train_split = args.train_split or template.dataset.get("train") or "train"
-    eval_split = args.eval_split or template.dataset.get("eval")
-    if eval_split is None:  # none named: take a validation file, else hold out training rows
-        eval_split = "validation" if has_split(place, "validation") else train_split
-    splits = (train_split, eval_split)
+    place, *splits = splits_of(template, args)
     limits = (args.max_train_samples, args.max_eval_samples)
     one_file = isinstance(place, Path) and place.is_file()
     if not one_file and splits[0] != splits[1]:
         tables = [
-            _open(template, place, split, args.skip_bad_rows, True, progress) for split in splits
+            _open(template, place, split, args.skip_bad_rows, True, store) for split in splits
         ]
         train, evaluation = (
-            _take(table, range(table.count), limit, draw)
+            _take(table, np.arange(table.count), limit, draw)
             for table, limit, draw in zip(tables, limits, (seed, _EVALUATION_SEED), strict=True)
         )
         return train, evaluation
 
-    table = _open(template, place, splits[0], args.skip_bad_rows, True, progress)
+    table = _open(template, place, splits[0], args.skip_bad_rows, True, store)
     if table.count < 2:
         raise UserError(
             f"{table.source}: one row cannot be both trained on and held out; add rows, or pass a "
@@ -149,13 +144,25 @@ def load_splits(
         "evaluation, the same ones for every seed"
     )
     return (
-        _take(table, sorted(order[held_out:]), limits[0], seed, ", without the held-out rows"),
-        _take(table, sorted(order[:held_out]), limits[1], _EVALUATION_SEED, ", held-out rows"),
+        _take(table, np.sort(order[held_out:]), limits[0], seed, ", without the held-out rows"),
+        _take(table, np.sort(order[:held_out]), limits[1], _EVALUATION_SEED, ", held-out rows"),
     )
 
 
+def splits_of(template: PromptTemplate, args: Any) -> tuple[Path | Hub, str, str]:
+    """The data that a recipe's arguments name, and its splits to train and to evaluate on; both are
+    the same where no evaluation split is named and there is no validation file.
+    """
+    place = locate(template, args.dataset, None)
+    train_split = args.train_split or template.dataset.get("train") or "train"
+    eval_split = args.eval_split or template.dataset.get("eval")
+    if eval_split is None:
+        eval_split = "validation" if has_split(place, "validation") else train_split
+    return place, train_split, eval_split
+
+
 def load_asked(
-    template: PromptTemplate, args: Any, seed: int, *, shots: int, progress: Progress = iter
+    template: PromptTemplate, args: Any, seed: int, *, shots: int, store: Store | None = None
 ) -> tuple[Rows | None, Rows]:
     """The training rows from which demonstrations are drawn, and the rows that are asked about.
 
@@ -169,8 +176,8 @@ def load_asked(
         UserError: as `load_splits`.
     """
     if args.predict:
-        pool = load_splits(template, args, seed, progress=progress)[0] if shots else None
-        options = {"skip_bad_rows": args.skip_bad_rows, "answers": False, "progress": progress}
+        pool = load_splits(template, args, seed, store=store)[0] if shots else None
+        options = {"skip_bad_rows": args.skip_bad_rows, "answers": False, "store": store}
         options["option"] = "--predict"
         return pool, load_rows(template, args.predict, "train", **options)
     place = locate(template, args.dataset, None)
@@ -180,7 +187,7 @@ def load_asked(
     if eval_split is None and has_split(place, "validation"):
         eval_split = "validation"
     if shots or one_file or eval_split is None or has_split(place, train_split):
-        return load_splits(template, args, seed, progress=progress)
+        return load_splits(template, args, seed, store=store)
     return None, load_rows(
         template,
         args.dataset,
@@ -188,25 +195,14 @@ def load_asked(
         max_samples=args.max_eval_samples,
         seed=_EVALUATION_SEED,
         skip_bad_rows=args.skip_bad_rows,
-        progress=progress,
+        store=store,
     )
-
-
-def row_key(template: PromptTemplate, row: Mapping[str, Any]) -> str:
-    """What a row asks, as text: rows that ask the same have the same key."""
-    values = template.variables(row)
-    names = sorted(template.prompt_variables)
-    return json.dumps([values.get(name) for name in names], sort_keys=True, default=str)
 
 
 def overlap(train: Rows, evaluation: Rows, template: PromptTemplate) -> int:
     """How many evaluation rows ask exactly what a training row asks."""
-
-    def key(row: Mapping[str, Any]) -> bytes:
-        return hashlib.blake2b(row_key(template, row).encode(), digest_size=16).digest()
-
-    trained = {key(row) for row in train.rows}
-    return sum(key(row) in trained for row in evaluation.rows)
+    keys = (row_keys(template, rows.rows) for rows in (evaluation, train))
+    return int(np.isin(*keys).sum())
 
 
 def parse_columns(items: Iterable[str]) -> dict[str, str]:
@@ -222,120 +218,67 @@ def parse_columns(items: Iterable[str]) -> dict[str, str]:
     return columns
 
 
-# Checking
-
-
 def _open(
     template: PromptTemplate,
     place: Path | Hub,
     split: str,
     skip_bad_rows: bool,
     answers: bool,
-    progress: Progress,
+    store: Store | None,
 ) -> _Table:
-    source = open_source(place, split, template, answers)
-    if source.columns:
-        _refuse_missing_columns(template, source, answers)
+    source, store = open_source(place, split, template, answers), store or Store()
 
-    def check(places: Sequence[int], limit: int | None = None) -> tuple[list[dict[str, Any]], int]:
-        entries = progress(source.read(places))
-        return _check(template, entries, source.name, skip_bad_rows, answers, limit)
+    def check(places: np.ndarray | None = None) -> Checked:
+        checked = check_rows(template, source, answers, store, places)
+        if checked.problems and not skip_bad_rows:
+            raise UserError(list_bad(checked.problems))
+        return checked
+
+    def refuse_none(rows: Sequence, problems: Sequence[str]) -> None:
+        if problems and not len(rows):
+            raise UserError(
+                f"{source.name}: no good row among {len(problems):,}; the first: {problems[0]}"
+            )
+
+    def check_drawn(places: Sequence[int], limit: int | None) -> tuple[StoredRows, int]:
+        places, problems, parts = np.asarray(places), [], []
+        while len(places) and (limit is None or limit > sum(map(len, parts))):
+            wanted = len(places) if limit is None else limit - sum(map(len, parts))
+            checked = check(places[:wanted])
+            parts.append(checked.rows)
+            problems += checked.problems
+            places = places[wanted:]
+        rows = sum(parts[1:], parts[0])
+        refuse_none(rows, problems)
+        return rows, len(problems)
 
     # Of a hub data set, which may have millions of rows, only those that are drawn are checked.
     if isinstance(place, Hub):
-        return _Table(
-            source.name,
-            None,
-            source.count,
-            lambda places, limit: check(places if skip_bad_rows else places[:limit], limit),
-        )
-    rows, skipped = check(range(source.count))
+        refuse_missing_columns(template, source.name, source.columns, answers)
+        return _Table(source.name, source.count, check_drawn)
+    checked = check()
+    refuse_none(checked.rows, checked.problems)
     return _Table(
         source.name,
-        source.sha256,
-        len(rows),
-        lambda places, limit: ([rows[at] for at in places[:limit]], skipped),
+        len(checked.rows),
+        lambda places, limit: (checked.rows.select(places[:limit]), len(checked.problems)),
     )
 
 
-def _refuse_missing_columns(template: PromptTemplate, source: Source, answers: bool) -> None:
-    missing = template.missing_columns(source.columns, answers=answers)
-    if not missing:
-        return
-    lowered = {column.casefold(): column for column in source.columns}
-    cures = []
-    for variable in sorted(template.prompt_variables | template.answer_variables):
-        if template.column(variable) in missing:
-            close = [
-                match
-                for wanted in (template.column(variable), variable)
-                for match in difflib.get_close_matches(wanted.casefold(), lowered, 1)
-            ]
-            cures.append(f"{variable}={lowered[close[0]] if close else 'COLUMN'}")
-    shown = ", ".join(map(repr, source.columns[:20])) + (
-        ", ..." if len(source.columns) > 20 else ""
-    )
-    raise UserError(
-        f"{source.name}: no column {', '.join(map(repr, missing))}; the columns are {shown}; "
-        f"pass --columns {' '.join(cures)}"
-    )
-
-
-def _check(
-    template: PromptTemplate,
-    entries: Iterable[Entry],
-    name: str,
-    skip_bad_rows: bool,
-    answers: bool,
-    limit: int | None = None,
-) -> tuple[list[dict[str, Any]], int]:
-    """The good rows, at most `limit`, and how many bad rows were met on the way."""
-    rows, bad = [], []
-    for where, row in entries:
-        try:
-            if isinstance(row, RowError):
-                raise row
-            template.questions(row, answers=answers)
-        except RowError as error:
-            bad.append(f"{where}: {one_line(error)}")
-        else:
-            rows.append(row)
-            if len(rows) == limit:
-                break
-    if bad and not skip_bad_rows:
-        raise UserError(_list_bad(bad))
-    if bad and not rows:
-        raise UserError(f"{name}: no good row among {len(bad):,}; the first: {bad[0]}")
-    return rows, len(bad)
-
-
-def _list_bad(bad: list[str]) -> str:
-    if len(bad) == 1:
-        return f"{bad[0]} (or pass --skip_bad_rows to leave it out)"
-    more = len(bad) - _SHOWN_BAD_ROWS
-    count = f"{len(bad)} bad rows" if more <= 0 else f"... and {more:,} more bad rows"
-    return "\n".join([*bad[:_SHOWN_BAD_ROWS], f"{count} (pass --skip_bad_rows to leave them out)"])
-
-
-# Drawing
-
-
-def _draw(count: int, seed: int) -> list[int]:
+def _draw(count: int, seed: int) -> np.ndarray:
     """0 to count - 1 in random order. It uses `random.Random.random` only, the one method whose
     numbers are the same in every version of Python.
     """
     generator = random.Random(seed)
-    keys = [generator.random() for _ in range(count)]
-    return sorted(range(count), key=keys.__getitem__)
+    keys = np.fromiter((generator.random() for _ in range(count)), np.float64, count)
+    return np.argsort(keys, kind="stable")
 
 
-def _take(
-    table: _Table, places: Sequence[int], limit: int | None, seed: int, note: str = ""
-) -> Rows:
+def _take(table: _Table, places: np.ndarray, limit: int | None, seed: int, note: str = "") -> Rows:
     available = len(places)
     if limit is not None:
         if limit < 1:
             raise UserError(f"{table.source}: {limit} rows asked for; ask for 1 or more")
-        places = [places[at] for at in _draw(len(places), seed)]
+        places = places[_draw(len(places), seed)]
     rows, skipped = table.read(places, limit)
-    return Rows(rows, table.source + note, table.sha256, skipped, available)
+    return Rows(rows, table.source + note, skipped, available)

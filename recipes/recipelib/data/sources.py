@@ -3,16 +3,26 @@
 `text_rows.py` reads the text formats; `rows.py` checks rows against the template.
 """
 
-import hashlib
+from __future__ import annotations
+
+import errno
+import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from recipelib.data.text_rows import read_text_rows
+from recipelib.data.text_rows import Span, hash_file, read_text_rows, scan
 from recipelib.prompts import TEMPLATE_FOLDER, PromptTemplate, RowError
-from recipelib.runtime import UserError, one_line
+from recipelib.runtime import ArrowFile, UserError, digest, one_line, read_arrow
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow
+    from datasets import Dataset, IterableDataset
+    from pyarrow import parquet
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
@@ -21,10 +31,14 @@ _FILE = re.compile(r"(?P<split>.+)\.(jsonl|json|csv|tsv|parquet)", re.IGNORECASE
 # Shards on the hub are train-00000-of-00002.parquet; older ones have a hash at the end.
 _SHARD = re.compile(r"(?P<split>.+?)-(?P<number>\d+)(-of-(?P<count>\d+))?(-[0-9a-f]+)?\.parquet")
 
+# A part of a file for one process to read: large enough to be worth one, and the files of a large
+# data set not too many.
+_LEAST_BYTES, _MOST_BYTES, _MOST_ROWS = 2**18, 2**24, 10_000
+
 _NO_PARQUET = "{}: no Parquet file ({}); write it again"
 
-# Where a row stands, and the row itself or what is wrong with it.
-Entry = tuple[str, dict[str, Any] | RowError]
+# The number of a row's file, its line or number there, and the row or what is wrong with it.
+Entry = tuple[int, int, dict[str, Any] | RowError]
 
 
 @dataclass(frozen=True)
@@ -46,17 +60,26 @@ class Source:
 
     Attributes:
         name: the file as the user gave it, or the hub's id, revision and split.
-        sha256: of the file, or of the shards one after the other; None for the hub.
-        columns: every column that any row has.
-        count: how many rows, bad ones included.
-        read: returns the rows at the given places (from 0), in the order given.
+        identity: a key for the rows.
+        where: of each file, where a row stands in it: "rows.csv:{}".
+        columns: of a hub's data set; else [], for they are found while the rows are read.
+        count: rows of a hub's data set; else 0.
+        pieces: from how many processes there are to parts of the source that can be read by
+            themselves, and how many rows they have together, roughly.
+        entries: the rows of such a part, which it also writes into an Arrow file.
+        table: those Arrow files, or the hub's data set: one row for each entry.
+        read: from a part of that table, as pyarrow's, to its rows.
     """
 
     name: str
-    sha256: str | None
+    identity: str
+    where: list[str]
     columns: list[str]
     count: int
-    read: Callable[[Sequence[int]], Iterable[Entry]]
+    pieces: Callable[[int], tuple[list, int]]
+    entries: Callable[[Any, Path], Iterator[Entry]]
+    table: Callable[[list[Path]], Dataset]
+    read: Callable[[pyarrow.Table], list[dict[str, Any]]]
 
 
 def locate(
@@ -170,23 +193,11 @@ def open_source(place: Path | Hub, split: str, template: PromptTemplate, answers
     name = _shown(files[0])
     if len(files) > 1:
         name = f"{_shown(place)}, split {split} ({len(files)} files)"
-    digest = hashlib.sha256()
-    entries: list[Entry] = []
     for file in files:
         _refuse_unknown(file)
-        entries += _read_file(file, template, answers)
-        with file.open("rb") as opened:
-            hashlib.file_digest(opened, lambda: digest)
-    if not entries:
-        raise UserError(f"{name}: holds no rows; pass a file with at least one")
-    columns = dict.fromkeys(column for _, row in entries if isinstance(row, dict) for column in row)
-    return Source(
-        name,
-        digest.hexdigest(),
-        list(columns),
-        len(entries),
-        lambda places: [entries[at] for at in places],
-    )
+    if files[0].suffix.lower() == ".parquet":
+        return _open_parquet(files, name, template, answers)
+    return _open_text(files[0], name)
 
 
 def _refuse_unknown(file: Path) -> str:
@@ -196,36 +207,133 @@ def _refuse_unknown(file: Path) -> str:
     return _shown(file)
 
 
-def _read_file(file: Path, template: PromptTemplate, answers: bool) -> Iterator[Entry]:
-    shown = _shown(file)
-    if file.suffix.lower() != ".parquet":
-        for line, row in read_text_rows(file, shown):
-            yield f"{shown}:{line}", row
-        return
+def _open_text(file: Path, name: str) -> Source:
+    """The rows lie in the Arrow file as JSON, which brings back any row exactly; Arrow's own types
+    would ask all rows to have the same.
+    """
+    import xxhash
+    from datasets import Features, Value
+
+    features, hashed = Features(row=Value("string")), xxhash.xxh3_128()
+    size = file.stat().st_size
+    most = max(_LEAST_BYTES, min(_MOST_BYTES, size // 32))
+    lines, spans = scan(file, name, most, hashed)
+
+    def entries(span: Span, path: Path) -> Iterator[Entry]:
+        with ArrowFile(path, features) as stored:
+            for line, row in read_text_rows(file, name, span):
+                text = None if isinstance(row, RowError) else json.dumps(row, ensure_ascii=False)
+                stored.add(text)
+                yield 0, line, row
+
+    return Source(
+        name,
+        digest(hashed.hexdigest(), file.suffix.lower()),
+        [_braced(f"{name}:") + "{}"],
+        [],
+        0,
+        lambda processes: (spans, lines),
+        entries,
+        read_arrow,
+        lambda table: [json.loads(text) for text in table.column(0).to_pylist()],
+    )
+
+
+def _braced(text: str) -> str:
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def _open_parquet(files: list[Path], name: str, template: PromptTemplate, answers: bool) -> Source:
+    """The rows lie in the Arrow files with their own types."""
     import pyarrow
+    import xxhash
     from datasets import Features
+
+    hashed = xxhash.xxh3_128()
+    schemas, pieces, total = [], [], 0
+    for number, file in enumerate(files):
+        with _read_parquet(file) as (shown, opened):
+            schemas.append(opened.schema_arrow)
+            hash_file(file, hashed)
+            groups, rows, first = [], 0, 0
+            for group in range(opened.num_row_groups):
+                groups.append(group)
+                rows += opened.metadata.row_group(group).num_rows
+                if rows >= _MOST_ROWS or group == opened.num_row_groups - 1:
+                    pieces.append((number, groups, first))
+                    groups, rows, first = [], 0, first + rows
+            total += opened.metadata.num_rows
+            names = schemas[-1].names
+            if twice := [column for column in names if names.count(column) > 1]:
+                raise UserError(
+                    f"{shown}: the column {twice[0]!r} stands twice; give each its own name"
+                )
+            # What `datasets` writes into the schema says which integers are classes.
+            typed = b"huggingface" in (schemas[0].metadata or {})
+            named = _class_reader(
+                Features.from_arrow_schema(schemas[0]) if typed else {}, template, answers
+            )
+            plain = pyarrow.schema([_plain(column) for column in schemas[0]])
+            Features.from_arrow_schema(plain)  # raises for what a table in memory cannot have
+            if not schemas[-1].equals(schemas[0]):
+                raise UserError(
+                    f"{shown}: its columns or their types differ from those of "
+                    f"{_shown(files[0])}; write all files of a split alike"
+                )
+
+    def entries(piece: tuple[int, list[int], int], path: Path) -> Iterator[Entry]:
+        number, groups, place = piece
+        with (
+            _read_parquet(files[number]) as (_, opened),
+            pyarrow.OSFile(str(path), "wb") as file,
+            pyarrow.ipc.new_stream(file, plain) as stored,
+        ):
+            for batch in opened.iter_batches(batch_size=500, row_groups=groups):
+                table = pyarrow.Table.from_batches([batch]).replace_schema_metadata().cast(plain)
+                stored.write_table(table)
+                for row in table.to_pylist():
+                    place += 1
+                    yield number, place, named(row)
+
+    def read(table: pyarrow.Table) -> list[dict[str, Any]]:
+        return [named(row) for row in table.to_pylist()]
+
+    where = [_braced(f"{_shown(file)}: row ") + "{}" for file in files]
+    return Source(
+        name,
+        digest(hashed.hexdigest(), ".parquet"),
+        where,
+        schemas[0].names,
+        0,
+        lambda processes: (pieces, total),
+        entries,
+        read_arrow,
+        read,
+    )
+
+
+def _plain(column: pyarrow.Field) -> pyarrow.Field:
+    """A column without its metadata, and with the values of a dictionary in place."""
+    import pyarrow
+
+    kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
+    return pyarrow.field(column.name, kind)
+
+
+@contextmanager
+def _read_parquet(file: Path) -> Iterator[tuple[str, parquet.ParquetFile]]:
+    """What messages call a Parquet file, and the file, opened; what goes wrong is one line."""
+    import pyarrow
     from pyarrow import parquet
 
+    shown = _refuse_unknown(file)
     try:
-        table = parquet.read_table(file, partitioning=None)
-        # `datasets` writes the columns' types into the schema; they say which integers are classes.
-        typed = b"huggingface" in (table.schema.metadata or {})
-        features = Features.from_arrow_schema(table.schema) if typed else {}
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        with parquet.ParquetFile(file) as opened:
+            yield shown, opened
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise  # of what is written meanwhile
         raise UserError(_NO_PARQUET.format(shown, one_line(error))) from None
-    twice = [name for name in table.column_names if table.column_names.count(name) > 1]
-    if twice:
-        raise UserError(f"{shown}: the column {twice[0]!r} stands twice; give each its own name")
-    named = _class_reader(features, template, answers)
-    number = 0
-    for batch in table.to_batches(max_chunksize=1000):
-        try:
-            rows = batch.to_pylist()
-        except (ValueError, OverflowError, pyarrow.ArrowException) as error:  # a date in year 10000
-            raise UserError(_NO_PARQUET.format(shown, one_line(error))) from None
-        for row in rows:
-            number += 1
-            yield f"{shown}: row {number}", named(row)
 
 
 def first_row(place: Path | Hub, split: str) -> dict[str, Any]:
@@ -235,19 +343,14 @@ def first_row(place: Path | Hub, split: str) -> dict[str, Any]:
         UserError: as `open_source`, or no row can be read.
     """
     if isinstance(place, Hub):
-        return _load_hub(place, split)[0]
+        return next(iter(_load_hub(place, split, streaming=True)))
     file = place if place.is_file() else _files_of_split(place, split)[0]
     shown = _refuse_unknown(file)
     problem = f"{shown}: holds no rows; pass a file with at least one"
     if file.suffix.lower() == ".parquet":
-        import pyarrow
-        from pyarrow import parquet
-
-        try:
-            for batch in parquet.ParquetFile(file).iter_batches(batch_size=1):
+        with _read_parquet(file) as (_, opened):
+            for batch in opened.iter_batches(batch_size=1):
                 return batch.to_pylist()[0]
-        except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
-            raise UserError(_NO_PARQUET.format(shown, one_line(error))) from None
         raise UserError(problem)
     for line, row in read_text_rows(file, shown):
         if isinstance(row, dict):
@@ -256,15 +359,46 @@ def first_row(place: Path | Hub, split: str) -> dict[str, Any]:
     raise UserError(problem)
 
 
-def _load_hub(hub: Hub, split: str):
+def open_stream(
+    place: Path | Hub, split: str, template: PromptTemplate
+) -> tuple[str, IterableDataset, Callable[[dict[str, Any]], dict[str, Any] | RowError]]:
+    """What messages call a split of the hub or of Parquet files, its rows as they come, and a
+    function that turns a row's classes into their names.
+
+    Raises:
+        UserError: as `open_source`, or files of another format.
+    """
+    if isinstance(place, Hub):
+        name, data = f"{place}, split {split}", _load_hub(place, split, streaming=True)
+    else:
+        import datasets
+
+        files = [place] if place.is_file() else _files_of_split(place, split)
+        name = f"{_shown(place)}, split {split}"
+        if any(file.suffix.lower() != ".parquet" for file in files):
+            raise UserError(
+                f"{_shown(files[0])}: --streaming true reads the hub and Parquet files; leave it "
+                "out: rows of other files are prepared once, and mapped into memory from then on"
+            )
+        for file in files:
+            with _read_parquet(file):
+                pass  # raises for what is no Parquet file
+        data = datasets.load_dataset(
+            "parquet", data_files=list(map(str, files)), split="train", streaming=True
+        )
+    return name, data, _class_reader(data.features or {}, template, answers=True)
+
+
+def _load_hub(hub: Hub, split: str, streaming: bool = False):
     import datasets
 
     name = f"{hub}, split {split}"
+    how = {"split": split, "revision": hub.revision} | ({"streaming": True} if streaming else {})
     try:
-        data = datasets.load_dataset(hub.path, hub.config, split=split, revision=hub.revision)
+        data = datasets.load_dataset(hub.path, hub.config, **how)
     except Exception as error:  # a dozen types from five libraries; all mean that it cannot load
         raise UserError(f"{name}: {_hub_problem(error, hub)}") from error
-    if not len(data):
+    if not streaming and not len(data):
         raise UserError(f"{name}: holds no rows; choose another split")
     return data
 
@@ -272,12 +406,28 @@ def _load_hub(hub: Hub, split: str):
 def _open_hub(hub: Hub, split: str, template: PromptTemplate, answers: bool) -> Source:
     name, data = f"{hub}, split {split}", _load_hub(hub, split)
     named = _class_reader(data.features, template, answers)
+    raw = data.with_format("arrow")
 
-    def read(places: Sequence[int]) -> Iterator[Entry]:
-        for at, row in zip(places, data.select(places), strict=True):
-            yield f"{name}, row {at + 1}", named(row)
+    def read(table: pyarrow.Table) -> list[dict[str, Any]]:
+        return [named(row) for row in table.to_pylist()]
 
-    return Source(name, None, data.column_names, len(data), read)
+    def entries(places: np.ndarray, path: Path) -> Iterator[Entry]:
+        for start in range(0, len(places), 500):
+            chosen = places[start : start + 500].tolist()
+            for place, row in zip(chosen, read(raw[chosen]), strict=True):
+                yield 0, place + 1, row
+
+    return Source(
+        name,
+        digest(name, data._fingerprint),
+        [_braced(f"{name}, row ") + "{}"],
+        data.column_names,
+        len(data),
+        lambda processes: ([], len(data)),
+        entries,
+        lambda paths: data,
+        read,
+    )
 
 
 def _hub_problem(error: Exception, hub: Hub) -> str:

@@ -3,14 +3,15 @@
 Only a line feed ends a line: U+2028, U+0085 and the like are text. A byte order mark is skipped.
 """
 
-import bisect
 import codecs
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 from recipelib.prompts import RowError
 from recipelib.runtime import UserError
@@ -21,6 +22,7 @@ Entry = tuple[int, dict[str, Any] | RowError]
 # The default limit of 131,072 characters is shorter than a long document.
 csv.field_size_limit(2**31 - 1)
 
+_CHUNK = 2**22  # bytes that are read at once
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 _CURE = "put the field into quotes, and write a quote inside it twice"
 _CSV_PROBLEMS = {
@@ -30,7 +32,52 @@ _CSV_PROBLEMS = {
 }
 
 
-def read_text_rows(path: Path, shown: str) -> Iterator[Entry]:
+class Span(NamedTuple):
+    """Lines of a file that can be read without the others: bytes [start, end), and the number of
+    the first line, from 1.
+    """
+
+    start: int
+    end: int
+    line: int
+
+
+def scan(path: Path, shown: str, size: int, hashed) -> tuple[int, list[Span]]:
+    """How many lines a text file has, and its spans of about `size` bytes: a single one where rows
+    may run over several lines.
+
+    Args:
+        shown: how errors name the file.
+        hashed: is updated with the file's bytes.
+    Raises:
+        UserError: the file cannot be read.
+    """
+    with _opened(path, shown) as file:
+        whole = path.suffix.lower() in (".csv", ".tsv") or _is_array(path, file)
+        lines, at, spans, start, first, last = 0, 0, [], 0, 1, b"\n"
+        while chunk := file.read(_CHUNK):
+            hashed.update(chunk)
+            done = 0
+            while not whole and (end := chunk.find(b"\n", max(done, start + size - at))) >= 0:
+                lines += chunk.count(b"\n", done, end + 1)
+                done = end + 1
+                spans.append(Span(start, at + done, first))
+                start, first = at + done, lines + 1
+            lines += chunk.count(b"\n", done)
+            at, last = at + len(chunk), chunk[-1:]
+        if at > start:
+            spans.append(Span(start, at, first))
+    return lines + (last != b"\n"), spans
+
+
+def hash_file(path: Path, hashed) -> None:
+    """Update a hash with the bytes of a file."""
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            hashed.update(chunk)
+
+
+def read_text_rows(path: Path, shown: str, span: Span | None = None) -> Iterator[Entry]:
     """The rows of a .jsonl, .json, .csv or .tsv file, each with the line that it starts on.
 
     CSV and TSV fields stay text: nothing guesses that 007 is a number. Quotes mean the same in
@@ -39,35 +86,69 @@ def read_text_rows(path: Path, shown: str) -> Iterator[Entry]:
     Args:
         path: the file; its suffix says the format.
         shown: how errors name it.
+        span: read these lines only.
     Yields:
         The line number, from 1, and the row as column -> value or what is wrong with it.
     Raises:
         UserError: the file cannot be read, is UTF-16, has no usable header, or is an array of which
             the rest cannot be read.
     """
+    undecodable: dict[int, str] = {}
+    suffix = path.suffix.lower()
+    with _opened(path, shown) as file:
+        array = suffix == ".json" and _is_array(path, file)
+        span = span or Span(0, path.stat().st_size, 1)
+        lines = _lines(file, shown, span, undecodable, _CHUNK if array else -1)
+        if suffix in (".csv", ".tsv"):
+            rows = _table_rows(lines, "\t" if suffix == ".tsv" else ",", undecodable, shown)
+        elif array:
+            rows = _array_rows(lines, shown)
+        else:
+            rows = _line_rows(lines, span.line)
+        for first, last, row in rows:
+            broken = undecodable and next(filter(undecodable.get, range(first, last + 1)), None)
+            yield first, RowError(undecodable[broken]) if broken else row
+
+
+@contextmanager
+def _opened(path: Path, shown: str) -> Iterator[BinaryIO]:
     try:
-        lines, undecodable = _decode(path.read_bytes(), shown)
+        with path.open("rb") as file:
+            yield file
     except OSError as error:
         raise UserError(f"{shown}: {error.strerror or error}; pass a file to read") from None
-    suffix = path.suffix.lower()
-    if suffix in (".csv", ".tsv"):
-        spans = _table_rows(lines, "\t" if suffix == ".tsv" else ",", undecodable, shown)
-    elif suffix == ".json" and _first_text(lines).startswith("["):
-        spans = _array_rows("".join(lines), shown)
-    else:
-        spans = _line_rows(lines)
-    for first, last, row in spans:
-        broken = next((n for n in range(first, last + 1) if n in undecodable), None)
-        yield first, row if broken is None else RowError(undecodable[broken])
 
 
-def _decode(data: bytes, shown: str) -> tuple[list[str], dict[int, str]]:
-    """The lines, their ends included, and line number -> problem for those that are not UTF-8."""
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise UserError(f"{shown}: the file is UTF-16; save it as UTF-8")
-    lines, undecodable = [], {}
-    raws = data.removeprefix(codecs.BOM_UTF8).split(b"\n")
-    for number, raw in enumerate(raws, start=1):
+def _is_array(path: Path, file: BinaryIO) -> bool:
+    """Whether a .json file's first character is a bracket; the file is at its beginning then."""
+    text = b""
+    while path.suffix.lower() == ".json" and not text and (chunk := file.read(2**16)):
+        text = chunk.removeprefix(codecs.BOM_UTF8).strip()
+    file.seek(0)
+    return text.startswith(b"[")
+
+
+def _lines(
+    file: BinaryIO, shown: str, span: Span, undecodable: dict[int, str], longest: int
+) -> Iterator[str]:
+    """The lines of a span, their ends included. Those that are not UTF-8 are entered into
+    `undecodable`: line number -> problem.
+
+    Args:
+        longest: a line of more bytes comes in parts; -1 for no limit.
+    """
+    file.seek(span.start)
+    at, number = span.start, span.line
+    while at < span.end:
+        raw = file.readline(longest)
+        while len(raw) >= longest > 0 and (byte := file.peek(1)[:1]) and byte[0] & 0xC0 == 0x80:
+            raw += file.read(1)  # the rest of a character
+        if not at:
+            if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise UserError(f"{shown}: the file is UTF-16; save it as UTF-8")
+            raw, at = raw.removeprefix(codecs.BOM_UTF8), len(raw)
+        else:
+            at += len(raw)
         try:
             line = raw.decode()
         except UnicodeDecodeError as error:
@@ -75,14 +156,8 @@ def _decode(data: bytes, shown: str) -> tuple[list[str], dict[int, str]]:
             byte = f"0x{raw[error.start]:02x}"
             undecodable[number] = f"not UTF-8 (byte {byte} after {before!r}); save it as UTF-8"
             line = raw.decode(errors="replace")
-        lines.append(line + "\n" if number < len(raws) else line)
-    if not raws[-1]:
-        lines.pop()
-    return lines, undecodable
-
-
-def _first_text(lines: list[str]) -> str:
-    return next((line.strip() for line in lines if line.strip()), "")
+        yield line
+        number += line.endswith("\n")
 
 
 class _JsonReader:
@@ -133,9 +208,9 @@ class _JsonReader:
         return (RowError(self._problems[0]) if self._problems else row), end
 
 
-def _line_rows(lines: list[str]) -> Iterator[tuple[int, int, dict | RowError]]:
+def _line_rows(lines: Iterable[str], first: int) -> Iterator[tuple[int, int, dict | RowError]]:
     reader = _JsonReader()
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines, start=first):
         start = _JSON_SPACE.match(line).end()
         if start == len(line):
             continue
@@ -149,76 +224,148 @@ def _line_rows(lines: list[str]) -> Iterator[tuple[int, int, dict | RowError]]:
         yield number, number, row
 
 
-def _array_rows(text: str, shown: str) -> Iterator[tuple[int, int, dict | RowError]]:
+class _Window:
+    """The part of a text that is looked at: more is added as it is needed, and what is done with
+    goes.
+    """
+
+    def __init__(self, lines: Iterator[str]):
+        self._lines, self.text, self.at = lines, "", 0
+        self._place, self._line = 0, 1  # a place in the text, and its line
+        self._cut = 0  # characters of the first line that are gone
+
+    def line_of(self, place: int) -> int:
+        """The number of the line that a place is on; places do not go back."""
+        self._line += self.text.count("\n", self._place, place)
+        self._place = max(self._place, place)
+        return self._line
+
+    def column_of(self, place: int) -> int:
+        """The column of a place, from 1."""
+        before = self.text.rfind("\n", 0, place)
+        return place - before + (self._cut if before < 0 else 0)
+
+    def indent(self) -> str | None:
+        """The white space in front of `at` on its line; None if there is something else."""
+        before = self.text.rfind("\n", 0, self.at)
+        text = self.text[before + 1 : self.at]
+        return None if text.strip(" \t") or (before < 0 and self._cut) else text
+
+    def extend(self) -> bool:
+        """Drop what is before `at` and add as much again as is left, at least a chunk; False at the
+        end.
+        """
+        added, size = [], 0
+        for line in self._lines:
+            added.append(line)
+            size += len(line)
+            if size >= max(_CHUNK, len(self.text) - self.at):
+                break
+        if not added:
+            return False
+        start = self.text.rfind("\n", 0, self.at) + 1
+        if self.at - start > _CHUNK:  # a line that holds many rows
+            self._cut = self.at - start if start else self._cut + self.at
+            start = self.at
+        elif start:
+            self._cut = 0
+        self.line_of(self.at)
+        self.text = "".join([self.text[start:], *added])
+        self.at -= start
+        self._place -= start
+        return True
+
+    def skip_space(self) -> str:
+        """Go to the next character that is no white space, and return it."""
+        while True:
+            self.at = _JSON_SPACE.match(self.text, self.at).end()
+            if self.at < len(self.text) or not self.extend():
+                return self.text[self.at : self.at + 1]
+
+
+def _array_rows(lines: Iterator[str], shown: str) -> Iterator[tuple[int, int, dict | RowError]]:
     """The elements of an array, each with its first and last line. After a broken element, reading
     goes on at the next line that begins with the same indent and a brace.
     """
-    reader = _JsonReader()
-    line_ends = [match.start() for match in re.finditer("\n", text)]
-
-    def line_of(place: int) -> int:
-        return bisect.bisect_left(line_ends, place) + 1
-
-    def skip_space(place: int) -> int:
-        return _JSON_SPACE.match(text, place).end()
+    reader, window = _JsonReader(), _Window(lines)
 
     def broken(problem: str, place: int) -> UserError:
         return UserError(
-            f"{shown}:{line_of(place)}: {problem}; mend the array, or write one object a line"
+            f"{shown}:{window.line_of(place)}: {problem}; mend the array, or write one object a "
+            "line"
         )
 
-    at = skip_space(skip_space(0) + 1)
-    while text[at : at + 1] != "]":
+    window.skip_space()
+    window.at += 1
+    while window.skip_space() != "]":
         try:
-            row, end = reader.read(text, at)
+            row, end = reader.read(window.text, window.at)
+            # A number or a word at the end of what was read may go on behind it.
+            if end == len(window.text) and window.extend():
+                continue
         except json.JSONDecodeError as error:
-            indent = text[text.rfind("\n", 0, at) + 1 : at]
-            if indent.strip(" \t") or text[at : at + 1] != "{":
-                raise broken(f"no JSON at column {error.colno}: {error.msg}", error.pos) from None
-            place = f"line {error.lineno}, column {error.colno}"
-            yield line_of(at), line_of(at), RowError(f"no JSON at {place}: {error.msg}; mend it")
-            following = re.compile(rf"^{indent}{{", re.MULTILINE).search(text, at + 1)
+            if window.extend():
+                continue
+            at, column, indent = window.at, window.column_of(error.pos), window.indent()
+            if indent is None or window.text[at] != "{":
+                raise broken(f"no JSON at column {column}: {error.msg}", error.pos) from None
+            number = window.line_of(at)
+            following = re.compile(rf"^{indent}{{", re.MULTILINE).search(window.text, at + 1)
+            window.at = following.end() - 1 if following else len(window.text)
+            last = number + window.text.count("\n", at, error.pos)
+            problem = f"no JSON at line {last}, column {column}: {error.msg}; mend it"
+            yield number, number, RowError(problem)
             if following is None:
                 return
-            at = following.end() - 1
             continue
-        yield line_of(at), line_of(end), row
-        at = skip_space(end)
-        if text[at : at + 1] == ",":
-            at = skip_space(at + 1)
-            if text[at : at + 1] == "]":
-                raise broken("a comma after the last row", at)
-        elif text[at : at + 1] != "]":
-            raise broken("no comma between two rows, or no ] after the last", at)
-    if skip_space(at + 1) < len(text):
-        raise broken("more text after the array", skip_space(at + 1))
+        yield window.line_of(window.at), window.line_of(end), row
+        window.at = end
+        after = window.skip_space()
+        if after == ",":
+            window.at += 1
+            if window.skip_space() == "]":
+                raise broken("a comma after the last row", window.at)
+        elif after != "]":
+            raise broken("no comma between two rows, or no ] after the last", window.at)
+    window.at += 1
+    if window.skip_space():
+        raise broken("more text after the array", window.at)
 
 
-def _records(lines: list[str], delimiter: str) -> Iterator[tuple[int, int, list[str] | RowError]]:
+def _records(
+    lines: Iterator[str], delimiter: str
+) -> Iterator[tuple[int, int, list[str] | RowError]]:
     """The records, each with its first and last line. After a broken record, reading goes on at the
     second line of that record: a quote left open must not swallow the rows that follow.
     """
-    start = 0
-    while start < len(lines):
-        rest = (lines[place] for place in range(start, len(lines)))
-        reader = csv.reader(rest, delimiter=delimiter, strict=True)
-        first = start
+    first = 0  # lines before the record
+    while True:
+        seen: list[str] = []  # the lines of the record, and those that were read in vain
+
+        def keep(lines: Iterator[str] = lines, seen: list[str] = seen) -> Iterator[str]:
+            for line in lines:
+                seen.append(line)
+                yield line
+
+        reader = csv.reader(keep(), delimiter=delimiter, strict=True)
         try:
             for fields in reader:
                 if fields:
-                    yield first + 1, start + reader.line_num, fields
-                first = start + reader.line_num
+                    yield first + 1, first + len(seen), fields
+                first += len(seen)
+                seen.clear()
             return
         except csv.Error as error:
             problem = next((ours for key, ours in _CSV_PROBLEMS.items() if key in str(error)), None)
-            last = start + reader.line_num
+            last = first + len(seen)
             where = f" on line {last}" if last > first + 1 and "end of" not in str(error) else ""
             yield first + 1, first + 1, RowError(f"{problem or error}{where}; {_CURE}")
-            start = first + 1
+            lines = chain(seen[1:], lines)
+            first += 1
 
 
 def _table_rows(
-    lines: list[str], delimiter: str, undecodable: dict[int, str], shown: str
+    lines: Iterator[str], delimiter: str, undecodable: dict[int, str], shown: str
 ) -> Iterator[tuple[int, int, dict | RowError]]:
     header = None
     for first, last, fields in _records(lines, delimiter):

@@ -12,8 +12,23 @@ from recipelib.encoding.asking import (
     requests_without_content,
 )
 from recipelib.encoding.chat_template import ensure_chat_template
-from recipelib.encoding.cloze_rows import ClozeRows, Example, collate, encode_cloze_rows, example_of
-from recipelib.encoding.examples import EncodedRows, beginning, encode_rows
+from recipelib.encoding.cloze_rows import (
+    ClozeRows,
+    cloze_encoding,
+    collate,
+    encode_cloze_rows,
+    example_of,
+)
+from recipelib.encoding.examples import (
+    EncodedRows,
+    Encoding,
+    Example,
+    beginning,
+    encode_into,
+    encode_rows,
+    encode_stream,
+    training_encoding,
+)
 from recipelib.encoding.prompt_encoder import IGNORED, Counts, DoesNotFit, PromptEncoder
 from recipelib.encoding.tokens import TextEncoder
 from recipelib.encoding.words import before_cloze, check_words, label_word_ids, word_encoder
@@ -28,6 +43,7 @@ __all__ = [
     "Demonstrate",
     "DoesNotFit",
     "EncodedRows",
+    "Encoding",
     "Example",
     "MaskedAsker",
     "PromptEncoder",
@@ -37,13 +53,17 @@ __all__ = [
     "before_cloze",
     "beginning",
     "check_words",
+    "cloze_encoding",
     "collate",
     "encode_cloze_rows",
+    "encode_into",
     "encode_rows",
+    "encode_stream",
     "ensure_chat_template",
     "example_of",
     "label_word_ids",
     "record_of",
     "requests_without_content",
+    "training_encoding",
     "word_encoder",
 ]

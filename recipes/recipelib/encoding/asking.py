@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from recipelib.encoding.prompt_encoder import DoesNotFit, EncodedPrompt, PromptEncoder
@@ -21,6 +21,11 @@ class Asked:
     demonstrations: Sequence[Demonstration] = ()
     dropped: int = 0  # demonstrations for which there was no room
 
+    def without_text(self) -> Asked:
+        """What reports want to know of a row that has been scored: what was cut."""
+        prompts = [replace(prompt, ids=[], end=[], question=None) for prompt in self.prompts]
+        return Asked(self.row, [], prompts, (), self.dropped)
+
 
 def ask(
     encoder: PromptEncoder,
@@ -29,6 +34,7 @@ def ask(
     answers: bool = True,
     demonstrate: Callable[[int, Mapping], Sequence[Demonstration]] | None = None,
     encode: Callable[..., EncodedPrompt] | None = None,
+    first: int = 0,
 ) -> list[Asked]:
     """What is asked about each row; rows of which a prompt does not fit are left out.
 
@@ -36,9 +42,10 @@ def ask(
         reserve: returns how many tokens a question's answer needs.
         demonstrate: returns the demonstrations for a row, given its number and the row.
         encode: encodes a prompt; by default `encoder.prompt`.
+        first: the number of the first row.
     """
     asked, encode = [], encode or encoder.prompt
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows, first):
         questions = encoder.template.questions(row, answers=answers)
         shown = demonstrate(number, row) if demonstrate else ()
         try:
@@ -89,10 +96,15 @@ class CausalAsker:
         self.encoder = encoder
 
     def ask(
-        self, rows: Sequence[Mapping], answers: bool, demonstrate: Demonstrate | None
+        self,
+        rows: Sequence[Mapping],
+        answers: bool,
+        demonstrate: Demonstrate | None,
+        first: int = 0,
     ) -> list[Asked]:
-        """The rows whose prompts fit."""
-        return ask(self.encoder, rows, self.encoder.longest_candidate, answers, demonstrate)
+        """The rows whose prompts fit; they are numbered from `first`."""
+        reserve = self.encoder.longest_candidate
+        return ask(self.encoder, rows, reserve, answers, demonstrate, first=first)
 
     def prompt(self, question: Question, shown: Sequence[Demonstration]) -> EncodedPrompt:
         """The prompt of one question."""
@@ -133,10 +145,15 @@ class MaskedAsker:
         return before, self.encoder.template.verbalizer[question.label][0] + after
 
     def ask(
-        self, rows: Sequence[Mapping], answers: bool, demonstrate: Demonstrate | None
+        self,
+        rows: Sequence[Mapping],
+        answers: bool,
+        demonstrate: Demonstrate | None,
+        first: int = 0,
     ) -> list[Asked]:
         """The rows whose cloze fits; a pair that is asked once per word is one cloze, too."""
-        asked = ask(self.encoder, rows, lambda question: 0, answers, demonstrate, self._encode)
+        encode = self._encode
+        asked = ask(self.encoder, rows, lambda question: 0, answers, demonstrate, encode, first)
         for row in asked:
             row.questions, row.prompts = row.questions[:1], row.prompts[:1]
         return asked
@@ -181,9 +198,12 @@ class ClozeAsker(CausalAsker):
     only the word and the text behind it are scored.
     """
 
-    def ask(self, rows: Sequence[Mapping], answers: bool, demonstrate=None) -> list[Asked]:
+    def ask(
+        self, rows: Sequence[Mapping], answers: bool, demonstrate=None, first: int = 0
+    ) -> list[Asked]:
         """The rows whose cloze fits; a pair that is asked once per word is one cloze, too."""
-        asked = ask(self.encoder, rows, lambda question: 0, answers, None, self._encode)
+        encode = self._encode
+        asked = ask(self.encoder, rows, lambda question: 0, answers, None, encode, first)
         for row in asked:
             row.questions, row.prompts = row.questions[:1], row.prompts[:1]
         return asked

@@ -8,18 +8,16 @@ shares the longer one's sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from recipelib.encoding.asking import Asked, CausalAsker, Cloze, ClozeAsker, MaskedAsker
-from recipelib.encoding.examples import EncodedRows
-from recipelib.runtime import UserError
-
-Example = dict[str, Any]
+from recipelib.encoding.examples import Encoding, Example
+from recipelib.encoding.prompt_encoder import Counts
+from recipelib.runtime import UserError, digest
 
 
 def example_of(
@@ -119,10 +117,11 @@ def soft_requests(requests: Sequence[tuple], classes: Sequence[str]) -> list[tup
 
 @dataclass
 class ClozeRows:
-    """Rows as they are computed (`encoded.examples`), and as they are asked about."""
+    """Rows as they are computed (`examples`), and as they are asked about."""
 
-    encoded: EncodedRows = field(default_factory=EncodedRows)
+    examples: list[Example] = field(default_factory=list)
     asked: list[Asked] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
 
 
 def encode_cloze_rows(
@@ -131,9 +130,8 @@ def encode_cloze_rows(
     *,
     soft: bool = False,
     answers: bool = True,
-    progress: Callable[[Iterable], Iterable] = iter,
 ) -> ClozeRows:
-    """Encodes rows that the room `data` has checked, each as `example_of` describes.
+    """Encodes rows that the room `data` has checked, to be scored.
 
     Args:
         soft: whether a soft verbalizer reads the cloze.
@@ -141,39 +139,89 @@ def encode_cloze_rows(
     Raises:
         UserError: no row fits.
     """
-    classes, cloze_rows = list(asker.encoder.template.verbalizer), ClozeRows()
-    counts = cloze_rows.encoded.counts
-    for number, row in enumerate(progress(rows)):
-        counts.rows += 1
-        fitting = asker.ask([row], answers, None)
-        if not fitting:
-            counts.left_out += 1
-            continue
-        (asked,) = fitting
-        asked.row = number
-        requests = []
-        for question, prompt in zip(asked.questions, asked.prompts, strict=True):
-            requests += asker.requests(question, prompt, ())
-            counts.shortened += prompt.shortened
-        pairs = [question.asked for question in asked.questions if question.asked is not None]
-        pairs = [] if isinstance(asker, ClozeAsker | MaskedAsker) else pairs
-        if soft and pairs:
-            raise UserError(
-                f"{asker.encoder.template.path}: --soft_verbalizer: a pair that is asked once per "
-                "label has no label words of its own; leave it out, or pass --cloze true"
-            )
-        if soft:
-            requests = soft_requests(requests, classes)
-        example = example_of(requests, classes, asked.questions[0].label, pairs)
-        cloze_rows.asked.append(asked)
-        cloze_rows.encoded.examples.append(example)
-        cloze_rows.encoded.rows.append(number)
-        counts.examples += 1
-        counts.tokens += len(example["input_ids"])
-        counts.supervised_tokens += len({(read[0], read[1]) for read in example["reads"]})
-    if not cloze_rows.asked:
-        raise UserError(f"--max_length {asker.encoder.max_length}: no row fits; raise it")
-    return cloze_rows
+    encoded = ClozeRows(counts=Counts(rows=len(rows)))
+    for number, row in enumerate(rows):
+        fitting = _encode_row(asker, number, row, soft, answers, encoded.counts)
+        if fitting:
+            encoded.asked.append(fitting[0])
+            encoded.examples.append(fitting[1])
+    if not encoded.asked:
+        raise UserError(_no_row_fits(asker))
+    return encoded
+
+
+def cloze_encoding(asker: CausalAsker | MaskedAsker, *, soft: bool = False) -> Encoding:
+    """Rows as they are computed, to be trained on; `length` counts the tokens of all of an
+    example's sequences.
+
+    Args:
+        soft: whether a soft verbalizer reads the cloze.
+    """
+    from datasets import List, Value
+
+    number = Value("int32")
+
+    def encode(place: int, row: Mapping, counts: Counts) -> Iterator[tuple[int, tuple]]:
+        if fitting := _encode_row(asker, place, row, soft, True, counts):
+            _, example, read = fitting
+            yield read, (*example.values(), len(example["input_ids"]))
+
+    return Encoding(
+        digest(asker.encoder.identity, type(asker).__name__, soft),
+        {
+            "input_ids": List(number),
+            "lengths": List(number),
+            "reads": List(List(number)),
+            "word_labels": List(number),
+            "labels": number,
+            "length": number,
+        },
+        encode,
+        _no_row_fits(asker),
+    )
+
+
+def _no_row_fits(asker: CausalAsker | MaskedAsker) -> str:
+    return f"--max_length {asker.encoder.max_length}: no row fits; raise it"
+
+
+def _encode_row(
+    asker: CausalAsker | MaskedAsker,
+    number: int,
+    row: Mapping,
+    soft: bool,
+    answers: bool,
+    counts: Counts,
+) -> tuple[Asked, Example, int] | None:
+    """A row as it is asked about and as it is computed, and how many places of it are read; None if
+    it does not fit.
+    """
+    fitting = asker.ask([row], answers, None)
+    if not fitting:
+        counts.left_out += 1
+        return None
+    (asked,) = fitting
+    asked.row = number
+    requests = []
+    for question, prompt in zip(asked.questions, asked.prompts, strict=True):
+        requests += asker.requests(question, prompt, ())
+        counts.shortened += prompt.shortened
+    pairs = [question.asked for question in asked.questions if question.asked is not None]
+    pairs = [] if isinstance(asker, ClozeAsker | MaskedAsker) else pairs
+    if soft and pairs:
+        raise UserError(
+            f"{asker.encoder.template.path}: --soft_verbalizer: a pair that is asked once per "
+            "label has no label words of its own; leave it out, or pass --cloze true"
+        )
+    classes = list(asker.encoder.template.verbalizer)
+    if soft:
+        requests = soft_requests(requests, classes)
+    example = example_of(requests, classes, asked.questions[0].label, pairs)
+    read = len({(read[0], read[1]) for read in example["reads"]})
+    counts.examples += 1
+    counts.tokens += len(example["input_ids"])
+    counts.supervised_tokens += read
+    return asked, example, read
 
 
 def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:

@@ -2,92 +2,268 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from recipelib.encoding.prompt_encoder import IGNORED, Counts, DoesNotFit, PromptEncoder
+import numpy as np
+
+from recipelib.data import RowStream, StoredRows
+from recipelib.encoding.prompt_encoder import Counts, DoesNotFit, PromptEncoder
 from recipelib.prompts import PromptTemplate, Question
-from recipelib.runtime import UserError
+from recipelib.runtime import (
+    ArrowFile,
+    Store,
+    UserError,
+    cut,
+    digest,
+    read_arrow,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+Example = dict[str, Any]
 
 
-@dataclass
+@dataclass(frozen=True)
 class EncodedRows:
-    """Training examples (`input_ids` and `labels` of equal length), the number of each one's row,
-    counts, and how many examples came from each `extend`.
+    """Training examples in Arrow files.
+
+    Attributes:
+        examples: those of `encode_rows` have `input_ids` and `labels` of equal length, and that
+            `length`. None where there are none.
+        rows: [examples] the number of each one's row.
+        counts: what became of the rows.
+        longest_target: the most supervised tokens of an example.
+        parts: how many examples each of several tasks gave; empty for one.
+        stream: the examples that are trained, where they are encoded meanwhile; `examples` are then
+            the first few.
     """
 
-    examples: list[dict[str, list[int]]] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    parts: list[int] = field(default_factory=list)
+    examples: Dataset | None = None
+    rows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     counts: Counts = field(default_factory=Counts)
-
-    def add(self, row: int, input_ids: list[int], labels: list[int]) -> None:
-        """Append one example and count it."""
-        self.examples.append({"input_ids": input_ids, "labels": labels})
-        self.rows.append(row)
-        self.counts.examples += 1
-        self.counts.tokens += len(input_ids)
-        self.counts.supervised_tokens += sum(label != IGNORED for label in labels)
+    longest_target: int = 0
+    parts: tuple[int, ...] = ()
+    stream: IterableDataset | None = None
 
     @property
-    def longest_target(self) -> int:
-        """The most supervised tokens of an example."""
-        return max(
-            sum(label != IGNORED for label in example["labels"]) for example in self.examples
+    def lengths(self) -> np.ndarray:
+        """[examples] the tokens of each."""
+        return self.examples.with_format("numpy")["length"][:]
+
+    @classmethod
+    def of(cls, examples: Iterable[tuple[list[int], list[int]]]) -> EncodedRows:
+        """Examples in memory, one a row, from the ids and labels of each."""
+        from datasets import Dataset
+
+        records, counts, longest = [], Counts(), 0
+        for ids, labels in examples:
+            records.append({"input_ids": ids, "labels": labels, "length": len(ids)})
+            longest = max(longest, counts.add_example(labels))
+            counts.rows += 1
+        return cls(Dataset.from_list(records), np.arange(len(records)), counts, longest)
+
+    @classmethod
+    def join(cls, parts: Sequence[EncodedRows]) -> EncodedRows:
+        """The examples of several tasks, one after the other; rows are numbered after those of the
+        tasks before.
+        """
+        from datasets import concatenate_datasets
+
+        before = np.cumsum([0, *(part.counts.rows for part in parts)])
+        return cls(
+            concatenate_datasets([part.examples for part in parts]),
+            np.concatenate([part.rows + rows for part, rows in zip(parts, before, strict=False)]),
+            reduce(Counts.__add__, (part.counts for part in parts)),
+            max(part.longest_target for part in parts),
+            tuple(len(part.examples) for part in parts),
         )
 
-    def extend(self, other: EncodedRows) -> None:
-        """Append another task's examples and add its counts; its rows are numbered after ours."""
-        self.examples += other.examples
-        self.parts.append(len(other.examples))
-        self.rows += [self.counts.rows + row for row in other.rows]
-        for count in fields(Counts):
-            total = getattr(self.counts, count.name) + getattr(other.counts, count.name)
-            setattr(self.counts, count.name, total)
+
+@dataclass(frozen=True)
+class Encoding:
+    """How rows become examples.
+
+    Attributes:
+        key: for all that the examples depend on besides the rows.
+        features: of an example.
+        encode: from a row's number and the row to how many tokens of each of its examples are
+            supervised, and the values of the features; it counts what becomes of the row.
+        refusal: what is said if there is no example.
+    """
+
+    key: str
+    features: Mapping[str, Any]
+    encode: Callable[[int, Mapping, Counts], Iterable[tuple[int, Sequence]]]
+    refusal: str
+
+
+def training_encoding(encoder: PromptEncoder, seed: int = 0) -> Encoding:
+    """Examples with the ids and labels of rows.
+
+    A row's phrasing, and its wrong candidates if it asks about pairs, are drawn by the seed and the
+    row's number, so that they depend neither on the process nor on the rows before.
+    """
+    from datasets import List, Value
+
+    tokens = List(Value("int32"))
+
+    def encode(number: int, row: Mapping, counts: Counts) -> Iterator[tuple[int, tuple]]:
+        for ids, labels in training_examples(encoder, number, row, seed, counts):
+            yield counts.add_example(labels), (ids, labels, len(ids))
+
+    return Encoding(
+        digest(encoder.identity, seed),
+        {"input_ids": tokens, "labels": tokens, "length": Value("int32")},
+        encode,
+        f"--max_length {encoder.max_length}: no training row fits; raise it",
+    )
 
 
 def encode_rows(
     encoder: PromptEncoder,
-    rows: Iterable[Mapping],
+    rows: Sequence[Mapping],
     *,
     seed: int = 0,
-    progress: Callable[[Iterable], Iterable] = iter,
+    store: Store | None = None,
 ) -> EncodedRows:
-    """Training examples of rows that the room `data` has checked.
+    """`training_encoding` of rows that the room `data` has checked.
 
-    A row's phrasing, and its wrong candidates if it asks about pairs, are drawn by the seed and the
-    row's number, so that they depend neither on the process nor on the rows before.
-
+    Args:
+        store: where they are kept, and by how many processes they are made.
     Raises:
         UserError: no row fits, or the chat template rejects a conversation.
     """
-    template, encoded = encoder.template, EncodedRows()
-    for number, row in enumerate(progress(rows)):
-        encoded.counts.rows += 1
+    return encode_into(store or Store(), rows, training_encoding(encoder, seed))
+
+
+def encode_into(store: Store, rows: Sequence[Mapping], encoding: Encoding) -> EncodedRows:
+    """Encode rows in the store's processes, unless that was done before.
+
+    Raises:
+        UserError: no row fits; and what encoding raises.
+    """
+    from datasets import Features, Value
+
+    features = Features(**encoding.features, row=Value("int64"))
+
+    def make(folder: Path) -> None:
+        def work(number: int, piece: range, tick: Callable[[], None]) -> tuple[Counts, int]:
+            counts, longest = Counts(), 0
+            own = rows[piece.start : piece.stop]
+            own = own.mapped_anew() if isinstance(own, StoredRows) else own
+            with ArrowFile(folder / f"examples-{number:05}.arrow", features) as file:
+                for place, row in zip(piece, own, strict=True):
+                    counts.rows += 1
+                    for supervised, example in encoding.encode(place, row, counts):
+                        longest = max(longest, supervised)
+                        file.add(*example, place)
+                    tick()
+            return counts, longest
+
+        pieces = cut(len(rows), store.processes)
+        done = store.fill(folder, work, pieces, total=len(rows), description="encoding")
+        counts = reduce(Counts.__add__, (counts for counts, _ in done), Counts())
+        if not counts.examples:
+            raise UserError(encoding.refusal)
+        longest = max(longest for _, longest in done)
+        write_json(folder / "counts.json", {"counts": asdict(counts), "longest": longest})
+
+    identity = rows.identity if isinstance(rows, StoredRows) else digest(list(rows))
+    folder = store.get("examples", digest(identity, encoding.key), make)
+    said = json.loads((folder / "counts.json").read_text("utf-8"))
+    stored = read_arrow(sorted(folder.glob("examples-*.arrow")))
+    return EncodedRows(
+        stored.remove_columns("row"),
+        stored.with_format("numpy")["row"][:],
+        Counts(**said["counts"]),
+        said["longest"],
+    )
+
+
+def encode_stream(stream: RowStream, encodings: Sequence[Encoding], training) -> EncodedRows:
+    """Rows that are encoded while training, each in all of these ways.
+
+    Args:
+        training: the trainer's arguments: its seed orders the rows, and each of its processes has
+            its own share.
+    Returns:
+        The first rows' examples, and `stream`: those that are trained. The counts are of the
+        latter, by this process, and grow meanwhile.
+    Raises:
+        UserError: of the first rows none fits.
+    """
+    from datasets import Dataset, Features
+
+    names, first, longest = list(encodings[0].features), [], 0
+    for number, row in enumerate(stream.rows):
+        for encoding in encodings:
+            for supervised, example in encoding.encode(number, row, Counts()):
+                longest = max(longest, supervised)
+                first.append(dict(zip(names, example, strict=True)))
+    if not first:
+        raise UserError(encodings[0].refusal)
+    counts, rank, world = Counts(), training.process_index, training.world_size
+
+    def encode(place: int, row: Mapping) -> list[dict[str, Any]]:
+        counts.rows += 1
+        examples = []
+        try:
+            for encoding in encodings:
+                found = encoding.encode(place * world + rank, row, counts)
+                examples += [dict(zip(names, example, strict=True)) for _, example in found]
+        except UserError as error:  # the chat template rejects the turns
+            stream.leave_out(error)
+        return examples
+
+    return EncodedRows(
+        Dataset.from_list(first, features=Features(encodings[0].features)),
+        np.arange(len(first)),
+        counts,
+        longest,
+        stream=stream.mapped(stream.share(training.seed, rank, world), encode, names),
+    )
+
+
+def training_examples(
+    encoder: PromptEncoder, number: int, row: Mapping, seed: int, counts: Counts
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Ids and labels of a row's training examples, see `encode_rows`.
+
+    Args:
+        number: the row's.
+        counts: is added to: what was shortened, dropped or left out.
+    Raises:
+        UserError: the chat template rejects the conversation.
+    """
+    template, draw = encoder.template, None
+    if template.asks_each_word or len(template.prompts) > 1:
         draw = random.Random(f"{seed}-{number}")
-        for question in drawn_questions(template, row, draw):
-            if template.messages:
-                try:
-                    for example in encoder.conversation(question, encoded.counts):
-                        encoded.add(number, *example)
-                except UserError as error:  # the chat template rejects the turns
-                    raise UserError(
-                        f"training row {number + 1}{beginning(question)}: {error}"
-                    ) from None
-                continue
-            phrasing = draw.randrange(len(template.prompts))
+    for question in drawn_questions(template, row, draw):
+        if template.messages:
             try:
-                ids, labels, prompt = encoder.training_example(question, phrasing=phrasing)
-            except DoesNotFit:
-                encoded.counts.left_out += 1
-                continue
-            encoded.add(number, ids, labels)
-            encoded.counts.shortened += prompt.shortened
-            encoded.counts.dropped_demonstrations += prompt.dropped
-    if not encoded.examples:
-        raise UserError(f"--max_length {encoder.max_length}: no training row fits; raise it")
-    return encoded
+                yield from encoder.conversation(question, counts)
+            except UserError as error:  # the chat template rejects the turns
+                raise UserError(
+                    f"training row {number + 1}{beginning(question)}: {error}"
+                ) from None
+            continue
+        phrasing = draw.randrange(len(template.prompts)) if draw else 0
+        try:
+            ids, labels, prompt = encoder.training_example(question, phrasing=phrasing)
+        except DoesNotFit:
+            counts.left_out += 1
+            continue
+        counts.shortened += prompt.shortened
+        counts.dropped_demonstrations += prompt.dropped
+        yield ids, labels
 
 
 def beginning(question: Question) -> str:
@@ -97,11 +273,13 @@ def beginning(question: Question) -> str:
     return f" ({words[:40]!r}{'...' if len(words) > 40 else ''})"
 
 
-def drawn_questions(template: PromptTemplate, row: Mapping, draw: random.Random) -> list[Question]:
+def drawn_questions(
+    template: PromptTemplate, row: Mapping, draw: random.Random | None
+) -> list[Question]:
     """The questions of a row to train on. Of a pair's wrong candidates, as many are drawn as the
-    template's `negatives` says.
+    template's `negatives` says; otherwise no draw is needed.
     """
-    questions = template.questions(row)
+    questions = template.questions(row, checked=True)
     if not template.asks_each_word:
         return questions
     right = [question for question in questions if question.asked == question.label]

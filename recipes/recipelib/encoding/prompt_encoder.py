@@ -11,12 +11,12 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
 from recipelib.encoding.tokens import TextEncoder
 from recipelib.prompts import Demonstration, PromptTemplate, Question, RowError, Turn
-from recipelib.runtime import UserError
+from recipelib.runtime import UserError, code_digest, digest
 
 IGNORED = -100  # the label that the loss skips
 RENDERINGS = ("text", "chat")
@@ -60,6 +60,18 @@ class Counts:
     dropped_demonstrations: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
+
+    def add_example(self, labels: Sequence[int]) -> int:
+        """Count an example; gives how many of its tokens are supervised."""
+        supervised = len(labels) - labels.count(IGNORED)
+        self.examples += 1
+        self.tokens += len(labels)
+        self.supervised_tokens += supervised
+        return supervised
+
+    def __add__(self, other: Counts) -> Counts:
+        names = (count.name for count in fields(Counts))
+        return Counts(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
 class PromptEncoder:
@@ -113,6 +125,12 @@ class PromptEncoder:
                 "write {{ mask }} for a mask"
             )
         self.chat = self.rendering == "chat" or template.messages is not None
+
+    @property
+    def identity(self) -> str:
+        """A key for all that the ids and labels of a question depend on."""
+        own = (self.template.fields, self.max_length, self.rendering, self.text.identity)
+        return digest(code_digest("prompts", "encoding"), own)
 
     # Prompt and answer
 
@@ -256,7 +274,7 @@ class PromptEncoder:
             except DoesNotFit:
                 counts.left_out += 1
                 continue
-            if answer:
+            if answer and place != learned[-1]:
                 self.text.remember_answer(turn["content"], answer)
             counts.shortened += start > 0
             ids, labels = prompt + target, [IGNORED] * len(prompt) + target

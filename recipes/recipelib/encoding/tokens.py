@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
 from functools import cached_property, lru_cache
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 
 from recipelib.encoding.chat_template import ChatTemplate
 from recipelib.prompts import Turn
-from recipelib.runtime import UserError
+from recipelib.runtime import UserError, digest
 
 _MOST_LETTERS = 2**20  # of pieces of chats whose ids are kept: some 10 MB
 # Two noncharacters, which text that is exchanged must not hold, says Unicode; `_guard` handles text
@@ -78,6 +80,16 @@ class TextEncoder:
         self.encode = lru_cache(maxsize=4096)(self._encode)
         self.chat = ChatTemplate(tokenizer, self.chat_template_kwargs)
         self._chat_ends: dict[tuple, tuple[list[int], bool]] = {}
+
+    @cached_property
+    def identity(self) -> str:
+        """A key for the tokenizer and its chat template."""
+        tokenizer, template = self.tokenizer, self.tokenizer.chat_template
+        control = (tokenizer.special_tokens_map, sorted(self.control_ids))
+        own = (control, template, self.chat_template_kwargs)
+        # Some chat templates write the day into each conversation.
+        today = date.today().isoformat() if "strftime_now" in str(template) else ""
+        return digest(type(tokenizer).__name__, self._backend.to_str(), own, today)
 
     def _find_literals(self, added: Mapping[int, AddedToken]) -> None:
         """Make the patterns of what may become a control token, and of where a tokenizer divides
@@ -168,8 +180,16 @@ class TextEncoder:
     def _plain_tokens(self, text: str) -> list[str]:
         return self._backend.encode(text, add_special_tokens=False).tokens
 
+    def _encoding(self, text: str) -> Encoding:
+        """A text's encoding, whose offsets nobody reads. Only where `tokenizers` uses no threads is
+        it made without them: after a batch in threads each fork of this process would warn.
+        """
+        if os.environ.get("TOKENIZERS_PARALLELISM") == "false":
+            return self._backend.encode_batch_fast([text], add_special_tokens=False)[0]
+        return self._backend.encode(text, add_special_tokens=False)
+
     def _ids(self, guarded: str) -> list[int]:
-        ids = self._backend.encode(guarded, add_special_tokens=False).ids
+        ids = self._encoding(guarded).ids
         return [index for index in ids if index != self._break_id]
 
     def chat_ids(self, guarded: str) -> list[int]:
@@ -196,7 +216,7 @@ class TextEncoder:
         """Ids of a piece of a guarded text, without the control token that it may end with."""
         if piece in self._pieces:
             return self._pieces[piece]
-        ids = self._backend.encode(piece, add_special_tokens=False).ids
+        ids = self._encoding(piece).ids
         if with_control:
             ids.pop()
         return self._keep(piece, [index for index in ids if index != self._break_id])
@@ -262,7 +282,7 @@ class TextEncoder:
         """The [start, end) characters of each token of a text."""
         return self._backend.encode(text, add_special_tokens=False).offsets
 
-    @property
+    @cached_property
     def end(self) -> list[int]:
         """The end marker of the text rendering.
 

@@ -6,11 +6,12 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from recipelib.encoding import Demonstrate, PromptEncoder, ask, record_of
+from recipelib.encoding import Asked, Demonstrate, PromptEncoder, ask, record_of
 from recipelib.evaluation.metrics import answer_key
-from recipelib.evaluation.scores import FewShotScore, score_records
+from recipelib.evaluation.scores import FewShotScore, blocks, score_records, spool_prompts
 from recipelib.inference import Journal, Written, generate
 from recipelib.prompts import PromptTemplate, Question
+from recipelib.runtime import Spool
 
 ANSWER_TOKENS = 32  # of the answer that is asked for after written reasoning
 
@@ -46,74 +47,84 @@ def score_answers(
     reserve = len(begun) + max_new_tokens
     if join:
         reserve += len(encoder.answer(join)) + ANSWER_TOKENS
-    asked = [ask(encoder, rows, lambda _: reserve, answers, draw) for draw in draws]
-    prompts = [prompt for draw in asked for row in draw for prompt in row.prompts]
-    options = {
-        "end_ids": {prompt.end[-1] for prompt in prompts},
-        "stop": template.stop,
-        "seed": seed,
-        "batch_tokens": batch_tokens,
-        "journal": journal,
-    }
+    tokenizer, spool = encoder.text.tokenizer, Spool()
+    records: list[list[dict]] = [[] for _ in draws]
+    cut: list[list[Asked]] = [[] for _ in draws]
+    prompts_before = 0
     model.eval()
-    tokenizer = encoder.text.tokenizer
-    written = generate(
-        model,
-        tokenizer,
-        [prompt.ids + begun for prompt in prompts],
-        max_new_tokens=max_new_tokens,
-        samples=samples,
-        temperature=temperature,
-        description=description,
-        **options,
-    )
-    texts = [[sample.text for sample in prompt_samples] for prompt_samples in written]
-    for stop in template.stop if join else ():
-        texts = [[text.partition(stop)[0] for text in prompt_texts] for prompt_texts in texts]
-    if join:
-        again = [
-            prompt.ids + encoder.answer(f" {trigger}{text}{join}")
-            for prompt, prompt_texts in zip(prompts, texts, strict=True)
-            for text in prompt_texts
+    for first, part, bar in blocks(rows, len(draws), description):
+        asked = [
+            ask(encoder, part, lambda _: reserve, answers, draw, first=first) for draw in draws
         ]
-        ends = iter(
-            generate(
-                model,
-                tokenizer,
-                again,
-                max_new_tokens=ANSWER_TOKENS,
-                description=description and f"{description}: answers",
-                **options,
-            )
+        prompts = [prompt for draw in asked for row in draw for prompt in row.prompts]
+        options = {
+            "end_ids": {prompt.end[-1] for prompt in prompts},
+            "stop": template.stop,
+            "seed": seed,
+            "batch_tokens": batch_tokens,
+            "journal": journal,
+        }
+        written = generate(
+            model,
+            tokenizer,
+            [prompt.ids + begun for prompt in prompts],
+            max_new_tokens=max_new_tokens,
+            samples=samples,
+            temperature=temperature,
+            first=prompts_before,
+            description=bar,
+            **options,
         )
-        # Patterns may look for what leads to the answer; without patterns, the second text is it.
-        texts = [
-            [
-                (f"{text}{join}" if template.extract else "") + next(ends)[0].text
+        texts = [[sample.text for sample in prompt_samples] for prompt_samples in written]
+        for stop in template.stop if join else ():
+            texts = [[text.partition(stop)[0] for text in prompt_texts] for prompt_texts in texts]
+        if join:
+            again = [
+                prompt.ids + encoder.answer(f" {trigger}{text}{join}")
+                for prompt, prompt_texts in zip(prompts, texts, strict=True)
                 for text in prompt_texts
             ]
-            for prompt_texts in texts
-        ]
-
-    waiting = iter(zip(texts, written, strict=True))
-    scores = []
-    for number, draw in enumerate(asked):
-        records = []
-        for row in draw:
-            said, read = [], []
-            for _ in row.questions:
-                prompt_texts, prompt_samples = next(waiting)
-                said.append(prompt_texts if samples > 1 else prompt_texts[0])
-                prompt_answers = [template.read_answer(text) for text in prompt_texts]
-                if join and template.label and not template.extract:  # more may follow the word
-                    prompt_answers = [template.first_word(text) for text in prompt_texts]
-                read.append(vote(prompt_answers, prompt_samples, template))
-            prediction, answer = predicted(template, row.questions, read)
-            record = record_of(encoder, row, answer, prediction, None)
-            said = said[0] if len(said) == 1 else said
-            records.append({"draw": number, **record, "generated": said})
-        scores.append(score_records(template, records, len(rows), answers))
-    return FewShotScore(scores, {}, asked, time.perf_counter() - start)
+            ends = iter(
+                generate(
+                    model,
+                    tokenizer,
+                    again,
+                    max_new_tokens=ANSWER_TOKENS,
+                    first=prompts_before * samples,
+                    description=bar and f"{bar}: answers",
+                    **options,
+                )
+            )
+            # Patterns may look for what leads to the answer; without patterns, the second text is
+            # it.
+            texts = [
+                [
+                    (f"{text}{join}" if template.extract else "") + next(ends)[0].text
+                    for text in prompt_texts
+                ]
+                for prompt_texts in texts
+            ]
+        prompts_before += len(prompts)
+        waiting = iter(zip(texts, written, strict=True))
+        for number, draw in enumerate(asked):
+            for row in draw:
+                said, read = [], []
+                for _ in row.questions:
+                    prompt_texts, prompt_samples = next(waiting)
+                    said.append(prompt_texts if samples > 1 else prompt_texts[0])
+                    prompt_answers = [template.read_answer(text) for text in prompt_texts]
+                    if join and template.label and not template.extract:  # more may follow
+                        prompt_answers = [template.first_word(text) for text in prompt_texts]
+                    read.append(vote(prompt_answers, prompt_samples, template))
+                prediction, answer = predicted(template, row.questions, read)
+                record = record_of(encoder, row, answer, prediction, None)
+                said = said[0] if len(said) == 1 else said
+                records[number].append({"draw": number, **record, "generated": said})
+                cut[number].append(row.without_text())
+            if len(part) < len(rows):
+                spool_prompts(records[number][len(records[number]) - len(draw) :], spool)
+    scores = [score_records(template, draw, len(rows), answers) for draw in records]
+    return FewShotScore(scores, {}, cut, time.perf_counter() - start)
 
 
 def vote(

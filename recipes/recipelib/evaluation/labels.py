@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -26,11 +27,17 @@ from recipelib.encoding import (
 )
 from recipelib.evaluation.calibration import Word, candidate_scores, pair_scores
 from recipelib.evaluation.metrics import score_rows
-from recipelib.evaluation.scores import FewShotScore, TaskScore, score_records
+from recipelib.evaluation.scores import (
+    FewShotScore,
+    TaskScore,
+    blocks,
+    score_records,
+    spool_prompts,
+)
 from recipelib.inference import Journal, log_likelihoods, masked_log_likelihoods, score_examples
 from recipelib.models import bare_model
 from recipelib.prompts import Demonstration, Question, combine_words
-from recipelib.runtime import UserError
+from recipelib.runtime import Spool, UserError
 
 
 class _Requests:
@@ -84,7 +91,57 @@ def score_labels(
         raise UserError(
             f"--score {score}: needs content_free in {template.path.name}, such as ['', 'N/A']"
         )
-    content_free = template.content_free if all_scores else []
+    masked, spool = isinstance(asker, MaskedAsker), Spool()
+    options = {"batch_tokens": batch_tokens, "journal": journal}
+    model.eval()
+    records: list[list[dict]] = [[] for _ in draws]
+    cut: list[list[Asked]] = [[] for _ in draws]
+    for first, part, bar in blocks(rows, len(draws), description):
+        asked = [asker.ask(part, answers, demonstrate, first) for demonstrate in draws]
+        scored = _score_asked(
+            model,
+            asker,
+            [row for draw in asked for row in draw],
+            template.content_free if all_scores else [],
+            masked_log_likelihoods if masked else log_likelihoods,
+            description=bar,
+            **options,
+        )
+        for number, draw in enumerate(asked):
+            for row in draw:
+                kinds = next(scored)
+                chosen = {kind: _choose(values) for kind, values in kinds.items()}
+                record = record_of(encoder, row, row.questions[0].label, chosen[score], None)
+                record |= {"predictions": chosen, "scores": kinds}
+                records[number].append({"draw": number, **record})
+                cut[number].append(row.without_text())
+            if len(part) < len(rows):
+                spool_prompts(records[number][len(records[number]) - len(draw) :], spool)
+    scores, by_score = [], {}
+    for draw in records:
+        scores.append(score_records(template, draw, len(rows), answers))
+        if answers and draw:
+            golds = [record["answer"] for record in draw]
+            for kind in draw[0]["scores"]:
+                said = [record["predictions"][kind] for record in draw]
+                by_score.setdefault(kind, []).append(score_rows(template.metric, said, golds).score)
+    return FewShotScore(scores, by_score, cut, time.perf_counter() - start)
+
+
+def _score_asked(
+    model,
+    asker: CausalAsker | MaskedAsker,
+    rows: Sequence[Asked],
+    content_free: Sequence[str],
+    likelihoods_of: Callable[..., list[list[float]]],
+    **options: Any,
+) -> Iterator[dict[str, dict[str, float]]]:
+    """For each row the kinds of score, each label -> score.
+
+    Args:
+        content_free: texts without content, in place of what rows bring.
+        likelihoods_of: of requests, by the model.
+    """
     requests = _Requests()
 
     def places_of(asked: list[tuple]) -> list[tuple[int, list]]:
@@ -95,24 +152,15 @@ def score_labels(
     ) -> list[list[tuple[int, list]]]:
         return [places_of(requests_without_content(asker, question, text, shown)) for text in texts]
 
-    asked = [asker.ask(rows, answers, demonstrate) for demonstrate in draws]
     # For each question: itself, without content, and without content and demonstrations.
     waiting: list[tuple] = []
-    for row in (row for draw in asked for row in draw):
+    for row in rows:
         for question, prompt in zip(row.questions, row.prompts, strict=True):
             free = without_content(question, row.demonstrations, content_free)
             alone = without_content(question, (), content_free[:1])
             itself = places_of(asker.requests(question, prompt, row.demonstrations))
             waiting.append((itself, free, alone))
-    model.eval()
-    masked = isinstance(asker, MaskedAsker)
-    likelihoods = (masked_log_likelihoods if masked else log_likelihoods)(
-        model,
-        requests.items,
-        batch_tokens=batch_tokens,
-        description=description,
-        journal=journal,
-    )
+    likelihoods = likelihoods_of(model, requests.items, **options)
 
     def words_of(places: list[tuple[int, list]]) -> dict[str, list[Word]]:
         words: dict[str, list[Word]] = {}
@@ -129,7 +177,7 @@ def score_labels(
             scored = candidate_scores(
                 words_of(itself), [words_of(places) for places in free], *map(words_of, alone)
             )
-            if question.asked is None or masked:
+            if question.asked is None or isinstance(asker, MaskedAsker):
                 return scored
             # There is a question for each candidate, answered with yes or no.
             for kind, value in pair_scores(scored).items():
@@ -137,21 +185,7 @@ def score_labels(
         return kinds
 
     remaining = iter(waiting)
-    scores, by_score = [], {}
-    for number, draw in enumerate(asked):
-        records = []
-        for row in draw:
-            kinds = scores_of(row)
-            chosen = {kind: _choose(values) for kind, values in kinds.items()}
-            record = record_of(encoder, row, row.questions[0].label, chosen[score], None)
-            records.append({"draw": number, **record, "predictions": chosen, "scores": kinds})
-        scores.append(score_records(template, records, len(rows), answers))
-        if answers and records:
-            golds = [record["answer"] for record in records]
-            for kind in records[0]["scores"]:
-                said = [record["predictions"][kind] for record in records]
-                by_score.setdefault(kind, []).append(score_rows(template.metric, said, golds).score)
-    return FewShotScore(scores, by_score, asked, time.perf_counter() - start)
+    return map(scores_of, rows)
 
 
 def score_cloze(
@@ -188,7 +222,7 @@ def score_cloze(
             "label words that are answers"
         )
     model.eval()
-    examples = rows.encoded.examples
+    examples = rows.examples
     words = score_examples(model, examples, batch_tokens=batch_tokens, description=description)
     labels = torch.tensor(examples[0]["word_labels"])
     kinds = {"uncalibrated": combine_words(words, labels, combine)}
@@ -209,7 +243,7 @@ def score_cloze(
     for row, label, values in zip(rows.asked, chosen[decisive], scores[decisive], strict=True):
         record = record_of(encoder, row, row.questions[0].label, label, None)
         records.append({**record, "log_likelihoods": values})
-    result = score_records(template, records, rows.encoded.counts.rows, answers)
+    result = score_records(template, records, rows.counts.rows, answers)
     if answers:
         golds = [record["answer"] for record in records]
         for kind in chosen.keys() - {decisive}:

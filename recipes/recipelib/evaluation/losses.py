@@ -10,10 +10,10 @@ from itertools import groupby
 import numpy as np
 
 from recipelib.encoding import IGNORED, Counts, Demonstrate, DoesNotFit, PromptEncoder, beginning
-from recipelib.evaluation.scores import FewShotScore, TaskScore
+from recipelib.evaluation.scores import FewShotScore, TaskScore, blocks, spool_prompts
 from recipelib.inference import Journal, log_likelihoods
 from recipelib.prompts import Demonstration
-from recipelib.runtime import UserError
+from recipelib.runtime import Spool, UserError
 
 
 def score_loss(
@@ -33,8 +33,52 @@ def score_loss(
         demonstrate: gives the demonstrations of a row, from its number and itself; not for
             conversations.
     """
+    sums, counts = np.zeros(len(rows)), np.zeros(len(rows))
+    records, spool = [], Spool()
+    tokenizer = encoder.text.tokenizer
+    for first, part, bar in blocks(rows, 1, description):
+        requests, kept = _requests(encoder, part, first, demonstrate)
+        model.eval()
+        scores = log_likelihoods(
+            model, requests, batch_tokens=batch_tokens, description=bar, journal=journal
+        )
+        before = len(records)
+        for number, (prompt, (answer,)), (value,) in zip(kept, requests, scores, strict=True):
+            sums[number] -= value
+            counts[number] += len(answer)
+            records.append(
+                {
+                    "row": number,
+                    "prompt": tokenizer.decode(prompt),
+                    "answer": tokenizer.decode(answer),
+                    "prediction": None,
+                    "score": -value / len(answer),
+                }
+            )
+        if len(part) < len(rows):
+            spool_prompts(records[before:], spool)
+    used = counts > 0
+    n = int(used.sum())
+    if not n:
+        return TaskScore("loss", math.nan, math.nan, left_out=len(rows))
+    loss = sums.sum() / counts.sum()
+    # The standard error of a ratio of two sums over rows (linearized); a single row has none.
+    residuals = (sums - loss * counts)[used]
+    stderr = math.sqrt(n / (n - 1) * (residuals**2).sum()) / counts.sum() if n > 1 else math.nan
+    return TaskScore("loss", float(loss), stderr, {}, records, n, len(rows) - n)
+
+
+def _requests(
+    encoder: PromptEncoder,
+    rows: Sequence[Mapping],
+    first: int,
+    demonstrate: Callable[[int, Mapping], Sequence[Demonstration]] | None,
+) -> tuple[list[tuple], list[int]]:
+    """What is scored of rows, each what stands before an answer and the answer, and the number of
+    each one's row; rows are numbered from `first`.
+    """
     template, requests, kept = encoder.template, [], []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows, first):
         shown = demonstrate(number, row) if demonstrate else ()
         for question in template.questions(row):
             try:
@@ -56,34 +100,7 @@ def score_loss(
                         requests.append((ids[:start], [ids[start:end]]))
                         kept.append(number)
                     start = end
-    model.eval()
-    scores = log_likelihoods(
-        model, requests, batch_tokens=batch_tokens, description=description, journal=journal
-    )
-    sums, counts = np.zeros(len(rows)), np.zeros(len(rows))
-    records = []
-    tokenizer = encoder.text.tokenizer
-    for number, (prompt, (answer,)), (value,) in zip(kept, requests, scores, strict=True):
-        sums[number] -= value
-        counts[number] += len(answer)
-        records.append(
-            {
-                "row": number,
-                "prompt": tokenizer.decode(prompt),
-                "answer": tokenizer.decode(answer),
-                "prediction": None,
-                "score": -value / len(answer),
-            }
-        )
-    used = counts > 0
-    n = int(used.sum())
-    if not n:
-        return TaskScore("loss", math.nan, math.nan, left_out=len(rows))
-    loss = sums.sum() / counts.sum()
-    # The standard error of a ratio of two sums over rows (linearized); a single row has none.
-    residuals = (sums - loss * counts)[used]
-    stderr = math.sqrt(n / (n - 1) * (residuals**2).sum()) / counts.sum() if n > 1 else math.nan
-    return TaskScore("loss", float(loss), stderr, {}, records, n, len(rows) - n)
+    return requests, kept
 
 
 def score_losses(

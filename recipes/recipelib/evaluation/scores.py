@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from recipelib.encoding import Asked
 from recipelib.evaluation.metrics import score_rows
 from recipelib.prompts import PromptTemplate
+from recipelib.runtime import Spool
+
+_BLOCK = 2000  # prompts that are held in memory at once
+
+
+def blocks(
+    rows: Sequence[Mapping], draws: int, description: str | None
+) -> Iterator[tuple[int, Sequence[Mapping], str | None]]:
+    """Rows in parts whose prompts fit into memory, with all draws of demonstrations: the number of
+    a part's first row, the rows, and the description of their progress bar.
+    """
+    size = max(1, _BLOCK // max(1, draws))
+    for start in range(0, max(1, len(rows)), size):
+        part = rows[start : start + size]
+        if description and len(rows) > size:
+            yield start, part, f"{description}, from row {start + 1:,} of {len(rows):,}"
+        else:
+            yield start, part, description
+
+
+def spool_prompts(records: Sequence[dict], spool: Spool) -> None:
+    """Move the prompts of records out of memory."""
+    for record in records:
+        record["prompt"] = spool.keep(record["prompt"])
 
 
 @dataclass

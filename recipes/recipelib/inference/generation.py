@@ -52,6 +52,7 @@ def generate(
     samples: int = 1,
     temperature: float = 0.0,
     seed: int = 0,
+    first: int = 0,
     batch_tokens: int = 4096,
     description: str | None = None,
     journal: Journal | None = None,
@@ -65,6 +66,7 @@ def generate(
         temperature: 0 takes the likeliest token. Otherwise tokens are drawn; each row has random
             numbers of its own, so what is written beside it changes nothing.
         seed: of the draws.
+        first: the number of the first prompt, on which its draws depend.
         batch_tokens: tokens of the prompts and answers that are written side by side, at most.
         description, journal: as in `scoring.log_likelihoods`.
 
@@ -77,7 +79,7 @@ def generate(
     ends = set(end_ids) | set(configured if isinstance(configured, list) else [configured]) - {None}
     how = Manner(tokenizer, max_new_tokens, ends, tuple(stop), samples, temperature, seed)
     # A prompt's number is part of the request, since the draws depend on it.
-    requests = [(number, list(prompt)) for number, prompt in enumerate(prompts)]
+    requests = [(number, list(prompt)) for number, prompt in enumerate(prompts, first)]
     if not prompts:
         return []
     run = Lockstep(model)

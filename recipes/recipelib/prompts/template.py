@@ -237,12 +237,16 @@ class PromptTemplate:
 
     # Rows -> questions
 
-    def questions(self, row: Mapping[str, Any], *, answers: bool = True) -> list[Question]:
+    def questions(
+        self, row: Mapping[str, Any], *, answers: bool = True, checked: bool = False
+    ) -> list[Question]:
         """What the template asks about a row.
 
         Args:
             row: column -> value.
             answers: whether the row has to bring its answers; False for rows to predict.
+            checked: whether this was done before, so that the row need not be rendered to see that
+                it can be.
         Raises:
             RowError: a missing column, a label outside the verbalizer, an answer that is not a span
                 of its context, text that cannot be rendered.
@@ -280,7 +284,7 @@ class PromptTemplate:
                 dataclasses.replace(question, rationale=rationale) for question in questions
             ]
         # A row that cannot be rendered must fail here, before a model is loaded.
-        for question in questions:
+        for question in () if checked else questions:
             for phrasing in range(len(self.prompts)):
                 self.prompt(question, phrasing)
             self.system(question)
@@ -328,13 +332,22 @@ class PromptTemplate:
                 )
                 for asked, words in self.verbalizer.items()
             ]
+        candidates = self._fixed_candidates or self._candidates(values)
+        answer = None if label is None else candidates[label][0]
+        return [Question(values, answer=answer, label=label, candidates=candidates)]
+
+    def _candidates(self, values: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
         render = self._compiled["answer"]
-        candidates = {
+        return {
             key: tuple(self._render(render, {**values, "word": word}, "answer") for word in words)
             for key, words in self.verbalizer.items()
         }
-        answer = None if label is None else candidates[label][0]
-        return [Question(values, answer=answer, label=label, candidates=candidates)]
+
+    @cached_property
+    def _fixed_candidates(self) -> dict[str, tuple[str, ...]] | None:
+        """The candidates, where the answer's text depends on nothing but the word."""
+        fixed = variables_of(self.texts["answer"]) <= {"word"}
+        return self._candidates({}) if fixed else None
 
     def _ask_span(self, values: dict, answers: bool) -> Question:
         context = values[self.context] = str(values[self.context])

@@ -12,7 +12,7 @@ from recipelib.encoding import PromptEncoder, asker_of, encode_cloze_rows
 from recipelib.evaluation import evaluate_task, score_cloze
 from recipelib.models import four_bit_loading, load_tokenizer, prepare_four_bit
 from recipelib.prompts import PromptTemplate
-from recipelib.runtime import UserError, is_main_process, read_metrics, say, write_jsonl
+from recipelib.runtime import Store, UserError, is_main_process, read_metrics, say, write_jsonl
 
 # What metrics.json says of how rows were asked.
 _ASKED_BY = ("max_length", "rendering", "chat_template_kwargs")
@@ -38,7 +38,7 @@ def answer_file(args, training) -> None:
             f"--predict: {folder} was trained on conversations, which have no answer to read; chat "
             "with it through transformers' pipeline, as its README.md loads it"
         )
-    rows = load_questions(template, args)
+    rows = load_questions(template, args, Store.of(training))
     # Asked as it was trained.
     encoder = PromptEncoder(
         template,

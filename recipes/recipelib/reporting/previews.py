@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from recipelib.encoding import IGNORED, CausalAsker, Counts, Demonstrate, MaskedAsker
 from recipelib.runtime import is_main_process, printable, say
@@ -24,12 +24,12 @@ def preview(task: Task, count: int) -> None:
     parts, start = task.encoded.parts or [len(task.encoded.examples)], 0
     for place, size in enumerate(parts):
         named = f"{names[place]}, " if len(names) == len(parts) > 1 else ""
-        examples = task.encoded.examples[start : start + min(count, size)]
+        examples = task.encoded.examples.select(range(start, start + min(count, size)))
         _show_examples(examples, task.tokenizer, named)
         start += size
 
 
-def _show_examples(examples: Sequence[Mapping], tokenizer, named: str) -> None:
+def _show_examples(examples: Iterable[Mapping], tokenizer, named: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
@@ -118,7 +118,7 @@ def _preview_cloze(task: ClozeTask, count: int) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     decode = task.tokenizer.decode
-    shown = zip(task.scored.asked[:count], task.scored.encoded.examples, strict=False)
+    shown = zip(task.scored.asked[:count], task.scored.examples, strict=False)
     for number, (row, example) in enumerate(shown, start=1):
         sequences = len(example["lengths"])
         more = f" in {sequences} sequences" if sequences > 1 else ""

@@ -50,7 +50,14 @@ def save_run(
     name = "+".join(template.name for template in task.templates)
     trainer.save_state()
     trainable, total = count_parameters(trainer.model)
-    took, counts, encoder = trainer.figures(), task.encoded.counts, task.encoder
+    took, encoder = trainer.figures(), task.encoder
+    counts, skipped = task.encoded.counts, task.skipped_rows
+    if task.encoded.stream is not None:
+        counts, skipped = trainer.rows_read()
+        bad = f"; {skipped:,} bad ones were left out" if skipped else ""
+        say(f"{counts.rows:,} rows were read{bad}")
+        for problem in (problem for stream in task.streams for problem in stream.bad):
+            say(f"  {problem}")
     metrics = {
         "task": name,
         "method": method,
@@ -68,7 +75,7 @@ def save_run(
         "train_examples": counts.examples,
         "train_examples_shortened": counts.shortened,
         "train_examples_left_out": counts.left_out,
-        "bad_rows_skipped": task.skipped_rows,
+        "bad_rows_skipped": skipped,
         "train_tokens": took.tokens,
         "supervised_tokens": counts.supervised_tokens,
         "padding_fraction": 1 - took.tokens / took.slots if took.slots else 0.0,
@@ -93,10 +100,10 @@ def save_run(
     }
     history = trainer.state.log_history
     losses = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
-    if bad := [step for step, loss in losses.items() if not math.isfinite(loss)]:
+    if lost := [step for step, loss in losses.items() if not math.isfinite(loss)]:
         say(
-            f"warning: the loss is not finite from step {bad[0]} on, so nothing was learned: lower "
-            "--learning_rate"
+            f"warning: the loss is not finite from step {lost[0]} on, so nothing was learned: "
+            "lower --learning_rate"
         )
     if is_main_process():
         for template in task.templates:

@@ -16,12 +16,18 @@ from recipelib.runtime.console import (
     is_main_process,
     print_table,
     printable,
-    progress,
     progress_bar,
     say,
 )
 from recipelib.runtime.errors import UserError, first_line, one_line, require_at_least
-from recipelib.runtime.files import load_yaml, read_metrics, replacing, write_json, write_jsonl
+from recipelib.runtime.files import (
+    Spool,
+    load_yaml,
+    read_metrics,
+    replacing,
+    write_json,
+    write_jsonl,
+)
 from recipelib.runtime.installed import versions
 from recipelib.runtime.launch import (
     check_joined,
@@ -32,10 +38,14 @@ from recipelib.runtime.launch import (
     uses_fsdp,
 )
 from recipelib.runtime.memory import MemoryMeter, gib
+from recipelib.runtime.prepared import ArrowFile, Store, code_digest, cut, digest, read_arrow
 
 __all__ = [
     "TRAINED",
+    "ArrowFile",
     "MemoryMeter",
+    "Spool",
+    "Store",
     "UserError",
     "check_adapter",
     "check_joined",
@@ -44,6 +54,9 @@ __all__ = [
     "clear_figures",
     "clear_results",
     "clear_way",
+    "code_digest",
+    "cut",
+    "digest",
     "end_process_group",
     "find_checkpoint",
     "first_line",
@@ -56,8 +69,8 @@ __all__ = [
     "one_line",
     "print_table",
     "printable",
-    "progress",
     "progress_bar",
+    "read_arrow",
     "read_metrics",
     "refuse_trained_run",
     "replacing",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 
 from tqdm.auto import tqdm
 
@@ -13,17 +13,6 @@ def say(text: str) -> None:
     """Print a line once, not once per process."""
     if is_main_process():
         print(text, flush=True)
-
-
-def progress(description: str, unit: str = "row") -> Callable[[Iterable], Iterable]:
-    """A progress bar to wrap around an iterable; shown by the main process only."""
-
-    def bar(items: Iterable) -> Iterable:
-        return tqdm(
-            items, desc=description, unit=unit, disable=not is_main_process(), dynamic_ncols=True
-        )
-
-    return bar
 
 
 def progress_bar(description: str | None, total: int) -> tqdm:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -104,6 +105,41 @@ def write_jsonl(path: str | os.PathLike, records: Iterable[object]) -> None:
             file.write(_utf8(json.dumps(_jsonable(record), ensure_ascii=False, allow_nan=False)))
 
 
+class Spool:
+    """Values in a temporary file, which take no memory until they are written elsewhere."""
+
+    def __init__(self):
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  as long as its values are wanted
+
+    def keep(self, value: object) -> Spooled:
+        """Put a value that JSON can write into the file."""
+        line = _utf8(json.dumps(value))
+        start = self._file.seek(0, os.SEEK_END)
+        self._file.write(line)
+        return Spooled(self, start, len(line))
+
+    def read(self, start: int, size: int) -> Any:
+        """The value in these bytes of the file."""
+        self._file.seek(start)
+        return json.loads(self._file.read(size))
+
+
+class Spooled(NamedTuple):
+    """A value in a `Spool`; what writes JSON writes the value."""
+
+    spool: Spool
+    start: int
+    size: int
+
+    @property
+    def value(self) -> Any:
+        """The value, read from the file."""
+        return self.spool.read(self.start, self.size)
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary file beside `path`, to be written in the block. When the block ends, it replaces
@@ -122,6 +158,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 def _jsonable(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, Spooled):
+        return value.value
     if isinstance(value, list | tuple):
         return [_jsonable(item) for item in value]
     if isinstance(value, os.PathLike):

@@ -6,17 +6,22 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from recipelib.data import few_shot_rows
+from recipelib.data import RowStream, few_shot_rows
 from recipelib.encoding import (
     CausalAsker,
     ClozeRows,
+    EncodedRows,
+    Encoding,
     MaskedAsker,
     asker_of,
     before_cloze,
     check_words,
+    cloze_encoding,
     encode_cloze_rows,
+    encode_into,
+    encode_stream,
     label_word_ids,
 )
 from recipelib.evaluation import TaskScore, score_cloze
@@ -24,15 +29,18 @@ from recipelib.models import describe_model, is_masked, stored_config
 from recipelib.prompts import PromptTemplate, Question
 from recipelib.runtime import (
     MemoryMeter,
+    Store,
     UserError,
     check_trained,
     clear_results,
     find_checkpoint,
     is_main_process,
-    progress,
     say,
 )
 from recipelib.task.task import Task, load_rows_of, load_template, make_encoder, refuse_predict
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(kw_only=True)
@@ -59,9 +67,15 @@ class ClozeTask(Task):
     trained_as: dict[str, str]
     validation: ClozeRows | None = None
 
-    def held_out(self) -> list[dict]:
+    def held_out(self) -> Dataset:
         """The evaluation rows, to follow their loss while training."""
-        return self.scored.encoded.examples
+        return self._training_examples(self.evaluation.rows).examples
+
+    def _training_examples(self, rows: Sequence[Mapping]) -> EncodedRows:
+        return encode_into(self.store, rows, self._encoding())
+
+    def _encoding(self) -> Encoding:
+        return cloze_encoding(self.asker, soft=self.facts["verbalizer"] == "soft")
 
     def encode(self, rows: Sequence[Mapping], **options: Any) -> ClozeRows:
         """Rows as they are computed."""
@@ -114,7 +128,11 @@ class ClozeTask(Task):
             if args.per_class:
                 rows, chosen = few_shot_rows(self.template, rows, args.per_class, run.seed)
                 validation = self.encode(chosen)
-            encoded = self.encode(rows, progress=progress("encoding")).encoded
+            if isinstance(self.train, RowStream):
+                encoded = encode_stream(self.train, [self._encoding()], run)
+            else:
+                encoded = self._training_examples(rows)
+            self.store.say_what_was_kept()
             memory = MemoryMeter()
             yield replace(self, encoded=encoded, validation=validation, memory=memory), run
         if args.draws > 1:  # then nothing of another run stands beside them
@@ -148,11 +166,14 @@ def load_cloze_task(
         UserError: as `load_task`, or no label words.
     """
     refuse_predict(args)
+    if args.streaming and not trains:
+        raise UserError("--streaming: nothing is trained; leave it out")
     _refuse_cloze_options(args, training)
     template = template or load_template(args)
     if not template.label:
         raise UserError(f"{template.path}: verbalizer: is missing; a cloze is read by its words")
-    train, evaluation = load_rows_of(template, args, training.seed)
+    store = Store.of(training)
+    train, evaluation = load_rows_of(template, args, training, store)
     masked = is_masked(stored_config(args.model_name_or_path, revision=args.revision))
 
     def room(tokenizer) -> int:
@@ -179,6 +200,7 @@ def load_cloze_task(
         question=question,
         words=words,
         scored=encode_cloze_rows(asker, evaluation.rows, soft=args.soft_verbalizer),
+        store=store,
         facts={
             "masked": masked,
             "cloze": masked or args.cloze,
@@ -204,6 +226,8 @@ def load_cloze_task(
 
 
 def _refuse_cloze_options(args, training) -> None:
+    if args.per_class and args.streaming:
+        raise UserError("--per_class: draws rows of each class from all; leave out --streaming")
     if args.per_class and training.resume_from_checkpoint:
         raise UserError("--resume_from_checkpoint: few-shot runs are short; leave it out")
     if training.packing:

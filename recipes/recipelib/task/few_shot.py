@@ -11,8 +11,8 @@ from recipelib.encoding import CausalAsker, MaskedAsker, asker_of
 from recipelib.models import describe_model, is_masked, most_positions, stored_config
 from recipelib.runtime import (
     MemoryMeter,
+    Store,
     UserError,
-    progress,
     read_metrics,
     refuse_trained_run,
     say,
@@ -50,6 +50,8 @@ def load_few_shot_task(args, training) -> FewShotTask:
     Raises:
         UserError: as `load_task`, or options that do not fit the task or the model.
     """
+    if args.streaming:
+        raise UserError("--streaming: nothing is trained; leave it out")
     template, adapter = load_template(args), None
     if args.reasoning == "none" and template.rationale:
         template = template.without_rationale()
@@ -64,9 +66,9 @@ def load_few_shot_task(args, training) -> FewShotTask:
         raise UserError(f"--{name}: changes nothing without demonstrations; pass --shots")
     if args.nearest_by != "bm25" and not (shots and sampler == "nearest"):
         raise UserError("--nearest_by: changes nothing without --sampler nearest; leave it out")
-    pool, asked = load_asked(
-        template, args, training.seed, shots=shots, progress=progress("checking")
-    )
+    store = Store.of(training)
+    pool, asked = load_asked(template, args, training.seed, shots=shots, store=store)
+    store.say_what_was_kept()
     if args.adapter:
         adapter = resolve_adapter(args.adapter)
         if (adapter / SOFT_VERBALIZER).exists():

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from recipelib.data import draw_rows, parse_columns, template_for
+from recipelib.data import RowStream, draw_rows, parse_columns, template_for
 from recipelib.encoding import EncodedRows, encode_rows
 from recipelib.evaluation import TaskScore, mean_score
 from recipelib.models import describe_model
 from recipelib.prompts import PromptTemplate
-from recipelib.runtime import UserError, progress, say
+from recipelib.runtime import Store, UserError, say
 from recipelib.task.task import (
     Task,
     begin,
+    encode_train,
     load_rows_of,
     make_encoder,
     refuse_predict,
     say_how_many,
 )
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(kw_only=True)
@@ -53,9 +57,16 @@ class Mixture(Task):
         """Bad training rows that were left out."""
         return sum(task.skipped_rows for task in self._trained)
 
-    def held_out(self) -> list[dict]:
+    @property
+    def streams(self) -> list[RowStream]:
+        """The training rows that are read while training."""
+        return [stream for task in self._trained for stream in task.streams]
+
+    def held_out(self) -> Dataset:
         """The trained tasks' evaluation rows as training examples."""
-        return [example for task in self._trained for example in task.held_out()]
+        from datasets import concatenate_datasets
+
+        return concatenate_datasets([task.held_out() for task in self._trained])
 
     def score(self, model, name: str, **options: Any) -> TaskScore:
         """The mean over the trained tasks; its `tasks` has the score of each, held out or not."""
@@ -95,6 +106,7 @@ def load_tasks(args, training, named: Sequence[str], heldout: Sequence[str] = ()
     """
     refuse_predict(args)
     items, encoder, tasks, used = [*named, *heldout], None, [], set()
+    store = Store.of(training)
     if args.template and args.dataset and len(items) > 1:
         raise UserError("--dataset: goes with one task; write TEMPLATE=DATA for each of several")
     for place, item in enumerate(items):
@@ -116,13 +128,17 @@ def load_tasks(args, training, named: Sequence[str], heldout: Sequence[str] = ()
         template = template.with_columns(columns)
         if template.name in [task.template.name for task in tasks]:
             raise UserError(f"--template {item}: a task {template.name!r} is there; rename one")
-        train, evaluation = load_rows_of(template, replace(args, dataset=data), training.seed)
+        args_of_task = replace(args, dataset=data)
+        if args.streaming and len(items) > 1:
+            raise UserError("--streaming true: reads one task; leave it out for several")
+        train, evaluation = load_rows_of(template, args_of_task, training, store)
         if encoder is None:
             encoder = make_encoder(template, args, training, plain_chat=True)
         tasks.append(
             Task(
                 encoder=encoder.with_template(template),
                 train=train if place < len(named) else None,
+                store=store,
                 evaluation=evaluation,
                 model_name=describe_model(args.model_name_or_path),
                 budget={
@@ -139,14 +155,20 @@ def load_tasks(args, training, named: Sequence[str], heldout: Sequence[str] = ()
 def mix(tasks: list[Task], counts: Sequence[int], args, training) -> Mixture:
     """One pass over so many rows of each task that is trained, encoded."""
     trained = [task for task in tasks if task.train]
-    say_how_many(sum(counts), sum(task.train.available for task in trained))
-    encoded, shares = EncodedRows(), {}
-    for task, count in zip(trained, counts, strict=True):
-        rows = draw_rows(task.train.rows, count, training.seed)
-        part = encode_rows(task.encoder, rows, seed=training.seed, progress=progress("encoding"))
-        encoded.extend(part)
-        shares[task.template.name] = {"rows": count, "supervised": part.counts.supervised_tokens}
-    first = trained[0]
+    first, shares = trained[0], {}
+    if args.streaming:
+        encoded = encode_train(first.train, [first.encoder], training, first.store)
+        shares[first.template.name] = {"rows": first.train.available}
+    else:
+        say_how_many(sum(counts), sum(task.train.available for task in trained))
+        parts = []
+        for task, count in zip(trained, counts, strict=True):
+            rows = draw_rows(task.train.rows, count, training.seed)
+            part = encode_rows(task.encoder, rows, seed=training.seed, store=task.store)
+            parts.append(part)
+            supervised = part.counts.supervised_tokens
+            shares[task.template.name] = {"rows": count, "supervised": supervised}
+        encoded = EncodedRows.join(parts)
     mixture = Mixture(
         tasks=tasks,
         shares=shares,
@@ -156,6 +178,7 @@ def mix(tasks: list[Task], counts: Sequence[int], args, training) -> Mixture:
         model_name=first.model_name,
         budget=first.budget,
         encoded=encoded,
+        store=first.store,
     )
     begin(mixture, args, training)
     return mixture

@@ -6,14 +6,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from recipelib.data import Rows, load_splits, overlap, parse_columns
-from recipelib.encoding import EncodedRows, PromptEncoder, encode_rows, ensure_chat_template
+from recipelib.data import (
+    Rows,
+    RowStream,
+    load_splits,
+    load_streamed,
+    overlap,
+    parse_columns,
+)
+from recipelib.encoding import (
+    EncodedRows,
+    PromptEncoder,
+    encode_rows,
+    encode_stream,
+    ensure_chat_template,
+    training_encoding,
+)
 from recipelib.evaluation import TaskScore, evaluate_task
 from recipelib.models import describe_model, load_tokenizer
 from recipelib.prompts import PromptTemplate
-from recipelib.runtime import MemoryMeter, UserError, find_checkpoint, progress, say
+from recipelib.runtime import MemoryMeter, Store, UserError, find_checkpoint, say
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(kw_only=True)
@@ -27,17 +44,19 @@ class Task:
         budget: how much of a model's time scoring takes: `max_new_tokens`, `batch_tokens`.
         trained: the encoders of what is trained; the task's own where that is empty.
         encoded: the training examples.
+        store: where what is prepared lies.
         checkpoint: the one to go on from; None for a fresh start.
         memory: measures what is taken from now on; None where nothing will be trained.
     """
 
     encoder: PromptEncoder
-    train: Rows | None
+    train: Rows | RowStream | None
     evaluation: Rows
     model_name: str
     budget: Mapping[str, Any]
     trained: Sequence[PromptEncoder] = ()
     encoded: EncodedRows = field(default_factory=EncodedRows)
+    store: Store = field(default_factory=Store)
     checkpoint: str | None = None
     memory: MemoryMeter | None = None
 
@@ -66,11 +85,16 @@ class Task:
         """Bad training rows that were left out."""
         return self.train.skipped
 
-    def held_out(self) -> list[dict]:
+    @property
+    def streams(self) -> list[RowStream]:
+        """The training rows that are read while training."""
+        return [self.train] if isinstance(self.train, RowStream) else []
+
+    def held_out(self) -> Dataset:
         """The evaluation rows as training examples, to follow their loss while training."""
-        encoders = self.trained or [self.encoder]
-        parts = [encode_rows(encoder, self.evaluation.rows) for encoder in encoders]
-        return [example for part in parts for example in part.examples]
+        rows, encoders = self.evaluation.rows, self.trained or [self.encoder]
+        parts = [encode_rows(encoder, rows, store=self.store) for encoder in encoders]
+        return EncodedRows.join(parts).examples
 
     def score(
         self, model, name: str, *, template: PromptTemplate | None = None, **options: Any
@@ -115,14 +139,13 @@ def load_task(
     """
     refuse_predict(args)
     template = template or load_template(args)
-    train, evaluation = load_rows_of(template, args, training.seed)
-    say_how_many(len(train.rows), train.available)
+    store = Store.of(training)
+    train, evaluation = load_rows_of(template, args, training, store)
+    if not args.streaming:
+        say_how_many(len(train.rows), train.available)
     encoder = make_encoder(template, args, training)
     encoders = [encoder.with_template(other) for other in trained] or [encoder]
-    encoded = EncodedRows()
-    for trained_encoder in encoders:
-        bar = progress("encoding")
-        encoded.extend(encode_rows(trained_encoder, train.rows, seed=training.seed, progress=bar))
+    encoded = encode_train(train, encoders, training, store)
     task = Task(
         encoder=encoder,
         train=train,
@@ -135,6 +158,7 @@ def load_task(
         },
         trained=encoders,
         encoded=encoded,
+        store=store,
     )
     begin(task, args, training)
     return task
@@ -145,9 +169,31 @@ def load_template(args) -> PromptTemplate:
     return PromptTemplate.load(args.template, columns=parse_columns(args.columns))
 
 
-def load_rows_of(template: PromptTemplate, args, seed: int) -> tuple[Rows, Rows]:
+def encode_train(
+    train: Rows | RowStream, encoders: Sequence[PromptEncoder], training, store: Store
+) -> EncodedRows:
+    """The training examples of rows, by one encoder after the other; of a stream row by row."""
+    if isinstance(train, RowStream):
+        encodings = [training_encoding(encoder, training.seed) for encoder in encoders]
+        return encode_stream(train, encodings, training)
+    return EncodedRows.join(
+        [encode_rows(encoder, train.rows, seed=training.seed, store=store) for encoder in encoders]
+    )
+
+
+def load_rows_of(
+    template: PromptTemplate, args, training, store: Store
+) -> tuple[Rows | RowStream, Rows]:
     """Training and evaluation rows of a template, checked; rows that are both are said."""
-    train, evaluation = load_splits(template, args, seed, progress=progress("checking"))
+    if args.streaming:
+        if training.train_sampling_strategy != "random":
+            say(
+                f"--train_sampling_strategy {training.train_sampling_strategy}: needs the length "
+                "of every row, which a stream does not tell; rows are drawn at random"
+            )
+            training.train_sampling_strategy = "random"
+        return load_streamed(template, args, training, store)
+    train, evaluation = load_splits(template, args, training.seed, store=store)
     if shared := overlap(train, evaluation, template):
         say(
             f"warning: {template.name}: {shared} evaluation rows are training rows too; the score "
@@ -195,6 +241,7 @@ def make_encoder(
 
 def begin(task: Task, args, training) -> None:
     """Look for a checkpoint, and measure memory from here on: the model comes next."""
+    task.store.say_what_was_kept()
     if not args.preview:
         task.checkpoint = find_checkpoint(training.output_dir, training.resume_from_checkpoint)
         task.memory = MemoryMeter()

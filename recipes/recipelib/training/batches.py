@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+
+_LOOKED_AT = 20_000  # examples, by which the padding of an epoch is estimated
 
 
 def sampling_seed(training) -> int:
@@ -27,7 +30,7 @@ def micro_batches(lengths: Sequence[int], training) -> list[list[int]]:
         from transformers.trainer_pt_utils import BatchRebalanceSampler
 
         sampler = BatchRebalanceSampler(
-            lengths=lengths,
+            lengths=np.asarray(lengths).tolist(),
             effective_batch_size=training.per_device_train_batch_size * groups,
             dp_size=1,  # `grad_accum` counts the groups of all processes
             grad_accum=groups,
@@ -40,9 +43,13 @@ def micro_batches(lengths: Sequence[int], training) -> list[list[int]]:
 
 
 def expected_padding(lengths: Sequence[int], training) -> float:
-    """The share of padding in an epoch: padding tokens over all tokens."""
+    """The share of padding in an epoch: padding tokens over all tokens; of more than 20,000
+    examples some tell for all.
+    """
     if training.packing:
         return 0.0
-    batches = [[lengths[index] for index in batch] for batch in micro_batches(lengths, training)]
-    slots = sum(len(batch) * max(batch) for batch in batches)
-    return 1 - sum(sum(batch) for batch in batches) / slots if slots else 0.0
+    lengths = np.asarray(lengths)
+    lengths = lengths[:: max(1, len(lengths) // _LOOKED_AT)]
+    batches = [lengths[batch] for batch in micro_batches(lengths, training)]
+    slots = sum(len(batch) * int(batch.max()) for batch in batches)
+    return 1 - sum(int(batch.sum()) for batch in batches) / slots if slots else 0.0

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import PeftModel, PromptEmbedding
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from recipelib.adapters import BASE, SOFT_VERBALIZER
-from recipelib.encoding import Example, collate
+from recipelib.encoding import EncodedRows, collate
 from recipelib.inference import word_scores
 from recipelib.models import bare_model, logits_at, reshard
 from recipelib.prompts import combine_words
@@ -70,7 +71,7 @@ class ClozeTrainer(RecipeTrainer):
         return (loss, {"scores": scores}) if return_outputs else loss
 
     def _estimate(self) -> MemoryEstimate:
-        batch = heaviest_cloze_batch(self.task.encoded.examples, self.args)
+        batch = heaviest_cloze_batch(self.task.encoded, self.args)
         return estimate_memory(self.model, self.args, batch, _loss_of_shapes)
 
     def trained_weights(self) -> dict[str, torch.Tensor]:
@@ -223,19 +224,22 @@ def keep_best(trainer: ClozeTrainer, task) -> list[float] | None:
     return best.scores
 
 
-def heaviest_cloze_batch(examples: Sequence[Example], training) -> MicroBatch:
+def heaviest_cloze_batch(encoded: EncodedRows, training) -> MicroBatch:
     """The largest of the forward passes that training will make, for `memory.estimate_memory`."""
+    examples = encoded.examples
+    column = examples.with_format("arrow")[:]["lengths"].combine_chunks()
+    starts, lengths = column.offsets.to_numpy(), column.values.to_numpy()
+    sequences = np.diff(starts).tolist()
+    widths = np.maximum.reduceat(lengths, starts[:-1]).tolist()
 
-    def shape(batch: Sequence[int]) -> MicroBatch:
-        lengths = [length for index in batch for length in examples[index]["lengths"]]
-        read = [
-            len({(sequence, column) for sequence, column, *_ in examples[index]["reads"]})
-            for index in batch
-        ]
-        return MicroBatch(len(lengths), max(lengths), sum(read), len({*lengths}) > 1)
+    def slots(batch: Sequence[int]) -> int:
+        return sum(sequences[index] for index in batch) * max(widths[index] for index in batch)
 
-    batches = micro_batches([len(example["input_ids"]) for example in examples], training)
-    return max(map(shape, batches), key=lambda batch: batch.rows * batch.width)
+    batches = micro_batches(encoded.lengths, training)
+    heaviest = [examples[index] for index in max(batches, key=slots)]
+    together = [length for example in heaviest for length in example["lengths"]]
+    read = [len({(read[0], read[1]) for read in example["reads"]}) for example in heaviest]
+    return MicroBatch(len(together), max(together), sum(read), len({*together}) > 1)
 
 
 def _loss_of_shapes(model, training, batch: MicroBatch) -> torch.Tensor:

@@ -62,6 +62,16 @@ class RecipeConfig(SFTConfig):
         metadata={"help": "Search for parameters that a step leaves out; only data parallel."},
     )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that prepare rows; by default one per core."}
+    )
+    dataset_cache: bool = field(
+        default=True,
+        metadata={
+            "help": "Keep prepared rows for the next run, in the cache folder of `datasets` "
+            "(HF_DATASETS_CACHE)."
+        },
+    )
     packing: bool = field(
         default=False,
         metadata={
@@ -83,6 +93,7 @@ class RecipeConfig(SFTConfig):
             max_length=1,
             per_device_train_batch_size=1,
             gradient_accumulation_steps=1,
+            dataset_num_proc=1,
             neftune_noise_alpha=0,
             learning_rate=0,
         )

@@ -7,7 +7,7 @@ import heapq
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
-from recipelib.encoding import IGNORED
+from recipelib.encoding import IGNORED, EncodedRows
 from recipelib.models import decoder_layers, logits_at
 from recipelib.runtime import fsdp_option
 from recipelib.training.batches import micro_batches
@@ -52,14 +52,14 @@ class MicroBatch:
 Loss = Callable[[nn.Module, Any, MicroBatch], torch.Tensor]
 
 
-def heaviest_batch(examples: Sequence[dict], training) -> MicroBatch:
+def heaviest_batch(encoded: EncodedRows, training) -> MicroBatch:
     """The largest of the forward passes that training will make.
 
     Args:
-        examples: `input_ids` and `labels` of each.
+        encoded: the training examples.
         training: the trainer's arguments.
     """
-    lengths = [len(example["input_ids"]) for example in examples]
+    lengths, labels = encoded.lengths.tolist(), encoded.examples.select_columns("labels")
     batches = micro_batches(lengths, training)
     if training.max_steps > 0:
         groups = training.gradient_accumulation_steps * training.world_size
@@ -72,7 +72,7 @@ def heaviest_batch(examples: Sequence[dict], training) -> MicroBatch:
 
     widest = heapq.nlargest(_LOOKED_AT, batches, key=lambda batch: math.prod(shape(batch)))
     most = max(
-        sum(label != IGNORED for index in batch for label in examples[index]["labels"][1:])
+        sum(label != IGNORED for index in batch for label in labels[index]["labels"][1:])
         for batch in widest
     )
     rows, width = shape(widest[0])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from recipelib.encoding import EncodedRows
 from recipelib.models import decoder_layers
 from recipelib.runtime import fsdp_option, gib, uses_fsdp
 from recipelib.training.fake_step import Loss, MicroBatch, heaviest_batch, step_peaks
@@ -71,7 +72,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    model: nn.Module, training, examples: Sequence[dict] | MicroBatch, loss: Loss | None = None
+    model: nn.Module, training, encoded: EncodedRows | MicroBatch, loss: Loss | None = None
 ) -> MemoryEstimate:
     """What training will need in each process, for the accelerate config that launched it.
 
@@ -89,12 +90,10 @@ def estimate_memory(
     Args:
         model: a PEFT model or a whole one before it is sharded, on any device, meta included.
         training: the trainer's arguments.
-        examples: `input_ids` and `labels` of each; or the largest micro-batch of them.
+        encoded: the training examples; or the largest micro-batch of them.
         loss: the fake step's, if it is not `RecipeTrainer`'s.
     """
-    batch = examples
-    if not isinstance(batch, MicroBatch):
-        batch = heaviest_batch(examples, training)
+    batch = encoded if isinstance(encoded, MicroBatch) else heaviest_batch(encoded, training)
     sharded = uses_fsdp()
     share = training.world_size if sharded else 1
     halved = sharded and (training.bf16 or training.fp16)

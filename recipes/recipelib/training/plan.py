@@ -27,8 +27,7 @@ def show_plan(model, training, task, estimated: MemoryEstimate, rates: Mapping[s
         dtype, why = model.dtype, f"which training needs; computed in {computed}"
     counts, world = task.encoded.counts, training.world_size
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * world
-    lengths = [len(example["input_ids"]) for example in task.encoded.examples]
-    padding = expected_padding(lengths, training)
+    padding = expected_padding(task.encoded.lengths, training)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     own = [
         f", {word} {rate:g}"
@@ -36,6 +35,18 @@ def show_plan(model, training, task, estimated: MemoryEstimate, rates: Mapping[s
         if any(word in name for name in trained)
     ]
     left_out = f", {counts.left_out} left out: too long" if counts.left_out else ""
+    prepared = {
+        "examples": f"{counts.examples:,} from {counts.rows:,} rows; "
+        f"{counts.shortened:,} shortened{left_out}",
+        "tokens": f"{counts.tokens:,}, of which {counts.supervised_tokens:,} supervised; "
+        f"{padding:.0%} padding",
+    }
+    if task.encoded.stream is not None:
+        lengths = task.encoded.lengths
+        prepared = {
+            "examples": f"encoded while training; the first {len(lengths)} have "
+            f"{lengths.mean():.0f} tokens on average, {padding:.0%} padding"
+        }
     print_table(
         "Before training",
         {
@@ -43,10 +54,7 @@ def show_plan(model, training, task, estimated: MemoryEstimate, rates: Mapping[s
             **({"frozen weights": frozen} if frozen else {}),
             "parameters": f"{trainable:,} trainable of {total:,} ({trainable / total:.2%})",
             **task.sources,
-            "examples": f"{counts.examples:,} from {counts.rows:,} rows; "
-            f"{counts.shortened:,} shortened{left_out}",
-            "tokens": f"{counts.tokens:,}, of which {counts.supervised_tokens:,} supervised; "
-            f"{padding:.0%} padding",
+            **prepared,
             "batch": f"{batch} = {training.per_device_train_batch_size} per device x "
             f"{training.gradient_accumulation_steps} accumulated x {world} (processes)",
             "learning rate": f"{training.learning_rate:g}{''.join(own)}, "

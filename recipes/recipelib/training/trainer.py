@@ -13,17 +13,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
+from accelerate.data_loader import prepare_data_loader
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.distributed.fsdp import update_fsdp_plugin_peft
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 from trl import SFTTrainer
 
-from recipelib.encoding import IGNORED
+from recipelib.encoding import IGNORED, Counts
 from recipelib.models import (
     FSDP_OFF,
     bare_model,
@@ -139,8 +140,10 @@ class RecipeTrainer(SFTTrainer):
         super().__init__(
             model,
             training,
-            train_dataset=Dataset.from_list(task.encoded.examples),
-            eval_dataset=Dataset.from_list(held_out) if held_out else None,
+            train_dataset=(
+                task.encoded.examples if task.encoded.stream is None else task.encoded.stream
+            ),
+            eval_dataset=held_out,
             processing_class=task.tokenizer,
             **options,
         )
@@ -172,7 +175,7 @@ class RecipeTrainer(SFTTrainer):
 
     def _estimate(self) -> MemoryEstimate:
         """The memory that training will need; called before the model is sharded."""
-        return estimate_memory(self.model, self.args, self.task.encoded.examples)
+        return estimate_memory(self.model, self.args, self.task.encoded)
 
     def _optimizer_at(self, rates: Mapping[str, float]) -> torch.optim.Optimizer:
         """The optimizer that the arguments ask for, with these learning rates for the parameters
@@ -256,6 +259,15 @@ class RecipeTrainer(SFTTrainer):
             distributed_type=str(self.accelerator.distributed_type.value),
         )
 
+    def rows_read(self) -> tuple[Counts, int]:
+        """What became of the rows of a stream that all processes have read so far, and how many bad
+        ones were left out; all processes have to call this.
+        """
+        read = [*vars(self.task.encoded.counts).values(), self.task.skipped_rows]
+        read = torch.tensor([read], device=self.args.device)
+        *totals, skipped = self.accelerator.gather(read).sum(0).tolist()
+        return Counts(*totals), skipped
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward pass of a micro-batch."""
         if self.args.packing and self.neftune_noise_alpha is not None:
@@ -297,8 +309,34 @@ class RecipeTrainer(SFTTrainer):
             for layer in self._casting:
                 layer.cast_input_dtype_enabled = True
 
+    def get_train_dataloader(self):
+        """The batches of this process. The rows of a stream are its own already, which accelerate
+        would share out once more.
+        """
+        if self.task.encoded.stream is None:
+            return super().get_train_dataloader()
+        # TRL has looked at the first example: what was read for it does not count.
+        vars(self.task.encoded.counts).update(vars(Counts()))
+        for stream in self.task.streams:
+            stream.bad, stream.skipped = [], 0
+        batches = DataLoader(
+            self.train_dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return prepare_data_loader(
+            batches,
+            self.accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            dispatch_batches=False,
+        )
+
     def _get_train_sampler(self, train_dataset=None):
-        sampler = super()._get_train_sampler(train_dataset)
+        # The trainer has removed the column of lengths from the rows that it gives.
+        sampler = super()._get_train_sampler(self.train_dataset)
         if isinstance(sampler, BatchRebalanceSampler):  # it has a seed of its own
             sampler.seed = sampling_seed(self.args)
         return sampler

@@ -1,5 +1,6 @@
 """One launch of everything else that trains, and the same in one process."""
 
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ import lora_sft
 import prompt_tuning
 import pytest
 import search_label_words
+from datasets import Dataset
 from launching import CONFIGS, SAVING, Launched, command
 from optional_packages import HAS_BITSANDBYTES
 from tiny_llama import save_tiny_llama
@@ -48,7 +50,54 @@ def _text_runs(root: Path) -> Runs:
         "packing": True,
         "sample_steps": 3,
     }
-    return {"cot": (cot_sft, cot), "instruction": (instruction_sft, instruction)}
+    chats = {
+        "dataset": _chats(root),
+        "template": None,
+        "max_train_samples": -1,
+        "max_eval_samples": 4,
+        "dataset_num_proc": 2,
+        "max_length": 160,
+        "max_steps": 2,
+        "learning_rate": 1e-3,
+    }
+    stream = {"dataset": _parquet(root), "streaming": True, "max_steps": 4}
+    return {
+        "cot": (cot_sft, cot),
+        "instruction": (instruction_sft, instruction),
+        "chats": (instruction_sft, chats),
+        "stream": (lora_sft, stream),
+    }
+
+
+def _chats(root: Path) -> Path:
+    """As many conversations as several processes prepare."""
+    rows = [
+        {
+            "messages": [
+                {"role": role, "content": f"{word} {n}"}
+                for word in ("one", "two")
+                for role in ("user", "assistant")
+            ]
+        }
+        for n in range(3_000)
+    ]
+    path = root / "chats.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def _parquet(root: Path) -> Path:
+    """Reviews as Parquet files: one to train on, so that both processes read it."""
+    folder = root / "parquet"
+    folder.mkdir()
+    rows = [
+        {"sentence": f"a {word} film, number {n}", "label": label}
+        for n in range(60)
+        for word, label in (("fine", "positive"), ("dull", "negative"))
+    ]
+    Dataset.from_list(rows).to_parquet(folder / "train.parquet")
+    Dataset.from_list(rows[:4]).to_parquet(folder / "validation.parquet")
+    return folder
 
 
 def _adapter_runs() -> Runs:

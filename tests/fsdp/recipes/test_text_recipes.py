@@ -43,3 +43,22 @@ def test_instructions_are_tuned_and_scored_as_in_one_process(both, root):
     lines = [(folder / "samples.jsonl").read_text().splitlines() for folder in (two, single)]
     assert list(map(json.loads, lines[0])) == list(map(json.loads, lines[1]))
     assert len(lines[0]) == 3 * 2 * 2  # at steps 0, 3 and 6, two rows of two tasks
+
+
+def test_one_process_prepares_what_both_train(both, two):
+    folders = both("chats")
+    assert "encoding (1 process waits)" in two.errors
+    assert_equal_losses(*folders, 2)
+    found = [read_json(folder / "metrics.json") for folder in folders]
+    # A tenth is held out; both answers of a conversation are one example.
+    assert [metrics["train_examples"] for metrics in found] == [2_700, 2_700]
+
+
+def test_each_process_reads_its_share_of_a_stream(two, root):
+    metrics = read_json(root / "two_stream" / "metrics.json")
+    assert metrics["steps"] == 4
+    assert metrics["bad_rows_skipped"] == 0
+    trained = 4 * 8  # steps, rows of both processes
+    # And what was read ahead: sixteen rows at a time by each.
+    assert trained <= metrics["train_rows"] <= trained + 4 * 16
+    assert "rows were read" in two.said["two_stream"]

@@ -220,13 +220,6 @@ def test_a_variable_has_one_column():
         parse_columns(["text=a", "text=b"])
 
 
-def test_progress_sees_every_row(tmp_path):
-    seen = []
-    path = write(tmp_path / "rows.jsonl", numbered(5))
-    load(path, progress=lambda rows: [seen.append(row) or row for row in rows])
-    assert len(seen) == 5
-
-
 def test_without_a_named_evaluation_split_a_validation_file_is_taken_else_rows_are_held_out(
     tmp_path,
 ):

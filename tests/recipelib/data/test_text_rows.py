@@ -8,6 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from row_files import ROWS, dump, load, numbered, refusal, write
 
+from recipelib.data import text_rows
+from recipelib.data.text_rows import read_text_rows, scan
+from recipelib.prompts import RowError
+from recipelib.runtime import UserError
+
 # Formats
 
 
@@ -17,7 +22,6 @@ def test_every_format_gives_the_same_rows(tmp_path, suffix):
     loaded = load(path)
     assert loaded.rows == ROWS
     assert loaded.source == str(path)
-    assert loaded.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert loaded.skipped == 0
 
 
@@ -212,3 +216,67 @@ def test_a_csv_file_needs_a_header_and_a_row(tmp_path, text, problem):
     path = tmp_path / "rows.csv"
     path.write_text(text)
     assert refusal(path).startswith(problem)
+
+
+# Parts of a file
+
+HARD = {
+    "broken.jsonl": (
+        b'\n{"a": 1}\n  \n{"a": \n{"a": 2} x\n[1]\n{"a": "\xe9"}\n{"a": "\xc3\xa9"}\n{"b": 3}'
+    ),
+    "marked.jsonl": b'\xef\xbb\xbf{"a": 1}\n{"a": NaN}\n{"a": 1, "a": 2}\n{"a": "\\ud83d"}\n',
+    "array.json": (
+        b'\xef\xbb\xbf [\n {"a": "\xf0\x9f\x8e\xac, ]"},\n {"a": [1, {"b": 2}]}  , \n\n {"a": 5}\n]'
+    ),
+    "line.json": b'[{"a": "\xe6\x97\xa5"}, {"a": {"b": "}"}},{"c": 12}, 7, "x", {"a": -1.5e3}]',
+    "broken.json": b'[\n  {"a": 1},\n  {"a": 2\n   "b": 3},\n  {"a": "\xff"},\n  {"a": 4}\n]\n',
+    "cut.json": b'[{"a": 1},\n{"a": 2},\n{"a": ',
+    "short.json": b'[{"a": 1} {"a": 2}]',
+    "comma.json": b'[{"a": 1},\n\n]',
+    "more.json": b'[{"a": 1}]\n\n  {}',
+    "lines.json": b'\n {"a": 1}\n{"a": 2}\n',
+    "quoted.csv": b'a,b\n"x\ny",1\n\n"open,2\nz,3\n"c" d,4\n\xff,5\nlast,"6\n"',
+    "tabs.tsv": b'a\tb\n"x\ty"\t1\n2\n',
+}
+
+
+def read_whole(path, span=None) -> list:
+    """The rows with their lines, errors as text."""
+    entries = []
+    try:
+        for line, row in read_text_rows(path, path.name, span):
+            entries.append((line, f"bad: {row}" if isinstance(row, RowError) else row))
+    except UserError as error:
+        entries.append(str(error))
+    return entries
+
+
+@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("chunk", [16, 30])
+def test_how_much_is_read_at_once_changes_nothing(tmp_path, monkeypatch, name, chunk):
+    path = tmp_path / name
+    path.write_bytes(HARD[name])
+    whole = read_whole(path)
+    assert whole
+    monkeypatch.setattr(text_rows, "_CHUNK", chunk)
+    assert read_whole(path) == whole
+
+
+@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("size", [1, 9, 20, 1000])
+def test_spans_have_the_rows_of_the_whole_file(tmp_path, monkeypatch, name, size):
+    path = tmp_path / name
+    path.write_bytes(HARD[name])
+    monkeypatch.setattr(text_rows, "_CHUNK", 7)
+    hashed = hashlib.sha256()
+    lines, spans = scan(path, name, size, hashed)
+    assert hashed.digest() == hashlib.sha256(HARD[name]).digest()
+    assert lines == len(HARD[name].splitlines())
+    assert (spans[0].start, spans[-1].end) == (0, len(HARD[name]))
+    assert [one.end for one in spans[:-1]] == [one.start for one in spans[1:]]
+    if name.endswith(".jsonl"):
+        assert len(spans) > 1 or size == 1000
+    elif name != "lines.json":
+        assert len(spans) == 1  # rows may run over several lines
+    entries = [entry for span in spans for entry in read_whole(path, span)]
+    assert entries == read_whole(path)

@@ -470,7 +470,7 @@ def test_conversations_count_examples_and_answers():
 
     encoded = encode_rows(encoder, [{"messages": short}, {"messages": far}])
 
-    assert encoded.rows == [0, 1]
+    assert encoded.rows.tolist() == [0, 1]
     counts = encoded.counts
     assert (counts.rows, counts.examples, counts.shortened, counts.left_out) == (2, 2, 1, 1)
 

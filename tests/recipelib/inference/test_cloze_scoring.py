@@ -59,9 +59,9 @@ def plain(model, example, shift=0):
 def test_scores_are_the_likelihoods_that_the_evaluation_engine_finds(masked, name):
     ask, model = asker(masked, name=name), BERT if masked else MODELS["llama"]
     rows = encode_cloze_rows(ask, ROWS)
-    found = score_examples(model, rows.encoded.examples)
+    found = score_examples(model, rows.examples)
     score = masked_log_likelihoods if masked else log_likelihoods
-    for one, values, example in zip(rows.asked, found, rows.encoded.examples, strict=True):
+    for one, values, example in zip(rows.asked, found, rows.examples, strict=True):
         requests = ask.requests(one.questions[0], one.prompts[0], ())
         expected = score(model, [request for request, _ in requests])
         assert values.tolist() == pytest.approx([x for some in expected for x in some], abs=1e-4)
@@ -72,7 +72,7 @@ def test_scores_are_the_likelihoods_that_the_evaluation_engine_finds(masked, nam
 def test_models_whose_body_is_called_in_parts_are_read_at_the_blank_too():
     shape = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = with_opinions(tiny("opt", **shape, word_embed_proj_dim=32, max_position_embeddings=128))
-    examples = encode_cloze_rows(asker(), ROWS).encoded.examples
+    examples = encode_cloze_rows(asker(), ROWS).examples
     found = score_examples(model, examples)
     for example, values in zip(examples, found.tolist(), strict=True):
         assert values == pytest.approx(plain(model, example), abs=1e-4)
@@ -83,13 +83,13 @@ def test_a_model_that_cannot_be_read_at_the_blank_alone_is_refused(monkeypatch):
     head = torch.nn.Linear(1, 1)
     monkeypatch.setattr(type(model), "get_output_embeddings", lambda self: head)
     with pytest.raises(UserError, match="LlamaForCausalLM has no last layer that can be asked"):
-        score_examples(model, encode_cloze_rows(asker(), ROWS[:1]).encoded.examples)
+        score_examples(model, encode_cloze_rows(asker(), ROWS[:1]).examples)
 
 
 def test_a_pair_that_is_asked_once_per_word_scores_by_how_much_yes_leads():
     ask, model = asker(name="each"), MODELS["gpt2"]
     rows = encode_cloze_rows(ask, ROWS[:3])
-    found = score_examples(model, rows.encoded.examples)
+    found = score_examples(model, rows.examples)
     assert found.shape == (3, 4)  # a text for each of the four labels
     for one, values in zip(rows.asked, found.tolist(), strict=True):
         for question, prompt, value in zip(one.questions, one.prompts, values, strict=True):
@@ -103,7 +103,7 @@ def test_a_causal_model_fills_a_blank_anywhere_by_the_likelihood_of_the_whole_te
     ask, model = asker(cloze=True), MODELS["llama"]
     assert isinstance(ask, ClozeAsker)
     rows = encode_cloze_rows(ask, ROWS)
-    found = score_examples(model, rows.encoded.examples)
+    found = score_examples(model, rows.examples)
     tokenizer, words = ask.encoder.text.tokenizer, [w for some in LABELS.values() for w in some]
     for one, values in zip(rows.asked, found.tolist(), strict=True):
         question, prompt = one.questions[0], one.prompts[0].ids
@@ -128,7 +128,7 @@ def test_a_causal_model_fills_a_blank_anywhere_by_the_likelihood_of_the_whole_te
 def test_a_rows_scores_depend_neither_on_its_batch_nor_on_padding(masked, prompt, order, budget):
     model, ask = prompted(masked, prompt), asker(masked)
     shift = 3 if prompt in ("soft", "p_tuning", "soft, once") else 0
-    examples = encode_cloze_rows(ask, [ROWS[index] for index in order]).encoded.examples
+    examples = encode_cloze_rows(ask, [ROWS[index] for index in order]).examples
     found = score_examples(model, examples, batch_tokens=budget).tolist()
     for example, values in zip(examples, found, strict=True):
         assert values == pytest.approx(plain(model, example, shift), abs=1e-4)
@@ -152,12 +152,12 @@ def prompted(masked, kind):
         torch.manual_seed(1)
         kind, _, once = kind.partition(", ")
         if kind in kinds:
-            before = score_examples(model, encode_cloze_rows(asker(masked), ROWS).encoded.examples)
+            before = score_examples(model, encode_cloze_rows(asker(masked), ROWS).examples)
             model = get_peft_model(model, kinds[kind](**shape))
             with torch.no_grad():
                 for one in model.prompt_encoder.parameters():
                     one.mul_(3)
-            after = score_examples(model, encode_cloze_rows(asker(masked), ROWS).encoded.examples)
+            after = score_examples(model, encode_cloze_rows(asker(masked), ROWS).examples)
             assert (after - before).abs().max() > 0.01
         if once:
             assert compute_prompt_once(model) is not masked
@@ -173,7 +173,7 @@ def test_a_prompt_computed_once_has_the_scores_and_gradients_of_one_per_row(kind
         config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
         model = get_peft_model(copy.deepcopy(MODELS[kind]), config)
         assert not once or compute_prompt_once(model)
-        batch = collate(encode_cloze_rows(asker(), ROWS).encoded.examples)
+        batch = collate(encode_cloze_rows(asker(), ROWS).examples)
         scores = word_scores(model, batch)
         scores.softmax(-1)[:, 0].sum().backward()
         found[once] = scores.detach(), model.prompt_encoder["default"].embedding.weight.grad
@@ -195,7 +195,7 @@ def test_models_that_keep_other_things_than_all_keys_go_pefts_way(kind):
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_head_sees_only_the_places_that_are_read(masked):
     model, ask = BERT if masked else MODELS["llama"], asker(masked)
-    batch = collate(encode_cloze_rows(ask, ROWS).encoded.examples)
+    batch = collate(encode_cloze_rows(ask, ROWS).examples)
     seen = []
     head = model.get_output_embeddings()
     hook = head.register_forward_hook(lambda module, args, output: seen.append(output.shape))
@@ -223,14 +223,14 @@ def test_a_soft_verbalizer_starts_at_the_label_words(masked):
     ask = asker(masked)
     ask.encoder.template.verbalizer = single
     rows, soft = encode_cloze_rows(ask, ROWS), encode_cloze_rows(ask, ROWS, soft=True)
-    hard = score_examples(model, rows.encoded.examples)
+    hard = score_examples(model, rows.examples)
     words = label_word_ids(ask, rows.asked[0].questions[0])
     assert all(len(ids) == 1 for (ids,) in words.values())
     SoftVerbalizer.at_words(model, words).into(model)
-    found = score_examples(model, soft.encoded.examples)
+    found = score_examples(model, soft.examples)
     # Of words of one token the soft scores are the hard ones, but for the words left out.
     assert torch.allclose(found, hard.log_softmax(-1), atol=1e-4)
-    batch = collate(soft.encoded.examples)
+    batch = collate(soft.examples)
     word_scores(model, batch)[:, 0].sum().backward()
     assert model.soft_verbalizer.weight.grad.norm() > 0
 
@@ -248,8 +248,8 @@ def test_a_long_row_is_shortened_in_its_fields_and_never_at_the_blank():
     for masked, cloze in ((False, False), (False, True), (True, True)):
         ask = asker(masked, cloze, max_length=50)
         rows = encode_cloze_rows(ask, [row, ROWS[1]])
-        assert rows.encoded.counts.shortened == 1
-        assert max(rows.encoded.examples[0]["lengths"]) <= 50
+        assert rows.counts.shortened == 1
+        assert max(rows.examples[0]["lengths"]) <= 50
         text = ask.encoder.text.tokenizer.decode(rows.asked[0].prompts[0].ids)
         assert "It was" in text or "it was" in text
         assert text.count("word") > 2
@@ -262,7 +262,7 @@ def test_calibration_divides_by_what_the_blank_says_without_content():
     encoder = PromptEncoder(type(template("class"))(fields), CAUSAL, 100)
     ask, model = asker_of(encoder, False, False), MODELS["llama"]
     rows = encode_cloze_rows(ask, ROWS)
-    words = score_examples(model, rows.encoded.examples).softmax(-1)
+    words = score_examples(model, rows.examples).softmax(-1)
     free = []
     for text in ("", "N/A"):
         emptied = rows.asked[0].questions[0].change(kind=text, title=text, text=text, text_end=text)
@@ -270,7 +270,7 @@ def test_calibration_divides_by_what_the_blank_says_without_content():
         free.append(torch.tensor(log_likelihoods(model, [request])[0]).softmax(-1))
     weighted = words / ((free[0] + free[1]) / 2)
     weighted /= weighted.sum(-1, keepdim=True)
-    labels = rows.encoded.examples[0]["word_labels"]
+    labels = rows.examples[0]["word_labels"]
     result = score_cloze(model, ask, rows, calibrate=True)
     for record, row in zip(result.records, weighted, strict=True):
         for number, label in enumerate(LABELS):

@@ -141,8 +141,8 @@ def save(tmp_path, monkeypatch):
         encoder = PromptEncoder(template, TOKENIZER, 200)
         task = FewShotTask(
             encoder=encoder,
-            train=Rows([{}] * 40, "train.jsonl", None),
-            evaluation=Rows([], "rows.jsonl", None),
+            train=Rows([{}] * 40, "train.jsonl"),
+            evaluation=Rows([], "rows.jsonl"),
             model_name="owner/base",
             budget={},
             memory=SimpleNamespace(stop=lambda: FACTS["peak_memory_bytes"]),

@@ -116,12 +116,12 @@ def test_other_processes_show_no_prompts(capsys, monkeypatch):
 
 def encoded_rows(*parts: list[tuple[list[int], bool]]) -> EncodedRows:
     """An example for each list of (ids, supervised) runs."""
-    encoded = EncodedRows()
-    for number, runs in enumerate(parts):
+    examples = []
+    for runs in parts:
         ids = [one for run, _ in runs for one in run]
         labels = [one if supervised else IGNORED for run, supervised in runs for one in run]
-        encoded.add(number, ids, labels)
-    return encoded
+        examples.append((ids, labels))
+    return EncodedRows.of(examples)
 
 
 def task_of(encoded: EncodedRows, tokenizer) -> SimpleNamespace:

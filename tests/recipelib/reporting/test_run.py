@@ -65,8 +65,8 @@ def task_of(name: str, rows: list[dict]) -> Task:
     encoder = PromptEncoder(PromptTemplate.load(name), tokenizer_for("gpt2"), 200)
     return Task(
         encoder=encoder,
-        train=Rows(rows, "train.jsonl", None, skipped=6),
-        evaluation=Rows(rows, "eval.jsonl", None),
+        train=Rows(rows, "train.jsonl", skipped=6),
+        evaluation=Rows(rows, "eval.jsonl"),
         model_name="owner/base",
         budget={},
         encoded=encode_rows(encoder, rows),

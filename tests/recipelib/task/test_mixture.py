@@ -27,8 +27,8 @@ AFTER = {name: replace(score, score=score.score / 2) for name, score in BEFORE.i
 def task_of(name: str, trained: bool) -> Task:
     return Task(
         encoder=PromptEncoder(PromptTemplate.load(name), tokenizer_for("gpt2"), 100),
-        train=Rows([], f"{name} train", None, skipped=3) if trained else None,
-        evaluation=Rows([{"of": name}], f"{name} eval", None),
+        train=Rows([], f"{name} train", skipped=3) if trained else None,
+        evaluation=Rows([{"of": name}], f"{name} eval"),
         model_name="a model",
         budget={"max_new_tokens": 7, "batch_tokens": 90},
     )

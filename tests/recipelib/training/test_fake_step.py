@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tiny_task import encoded_from
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -313,15 +314,22 @@ def sampling(**changes) -> SimpleNamespace:
     return SimpleNamespace(**{**defaults, **changes})
 
 
+def heaviest(rows, training):
+    """The heaviest batch of rows, each `input_ids` and `labels`."""
+    return heaviest_batch(encoded_from(rows), training)
+
+
 def test_the_heaviest_batch_has_the_longest_row():
     rows = rows_of(4, 5, 6, 30, 7, 8)
-    batch = heaviest_batch(rows, sampling())
+    batch = heaviest(rows, sampling())
     assert (batch.rows, batch.width, batch.padded) == (2, 30, True)
     assert batch.supervised == 4
 
 
 def test_rows_of_one_length_need_no_padding():
-    batch = heaviest_batch(rows_of(*[9] * 6, answer=3), sampling(per_device_train_batch_size=3))
+    batch = heaviest_batch(
+        encoded_from(rows_of(*[9] * 6, answer=3)), sampling(per_device_train_batch_size=3)
+    )
     assert batch == MicroBatch(rows=3, width=9, supervised=9, padded=False)
 
 
@@ -347,19 +355,21 @@ def test_a_line_of_rows_is_estimated_row_by_row(name):
 def test_batches_of_similar_length_are_followed():
     rows = rows_of(*[40, 40, *[4] * 14])
     groups = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
-    together = heaviest_batch(rows, sampling(train_sampling_strategy="batch_rebalance", **groups))
+    together = heaviest_batch(
+        encoded_from(rows), sampling(train_sampling_strategy="batch_rebalance", **groups)
+    )
     assert together.rows * together.width < 4 * 40
 
 
 def test_a_packed_batch_is_one_line_of_all_its_rows():
     rows = rows_of(4, 40, 6, 30, 7, 8)
-    one = heaviest_batch(rows, sampling(packing=True, per_device_train_batch_size=6))
+    one = heaviest(rows, sampling(packing=True, per_device_train_batch_size=6))
     assert (one.rows, one.width, one.padded) == (1, 95, False)
     assert sorted(one.lengths) == [4, 6, 7, 8, 30, 40]
     assert one.supervised == 12
-    heaviest = heaviest_batch(rows, sampling(packing=True))
-    assert heaviest.width >= 44
-    assert heaviest.width == max(
+    line = heaviest(rows, sampling(packing=True))
+    assert line.width >= 44
+    assert line.width == max(
         sum((4, 40, 6, 30, 7, 8)[index] for index in batch)
         for batch in micro_batches([4, 40, 6, 30, 7, 8], sampling())
     )
@@ -367,12 +377,12 @@ def test_a_packed_batch_is_one_line_of_all_its_rows():
 
 def test_a_run_that_stops_early_need_not_meet_the_longest_row():
     rows = rows_of(*range(3, 103))
-    widths = {heaviest_batch(rows, sampling(max_steps=1, seed=seed)).width for seed in range(5)}
+    widths = {heaviest(rows, sampling(max_steps=1, seed=seed)).width for seed in range(5)}
     assert min(widths) < 102
-    assert heaviest_batch(rows, sampling()).width == 102
+    assert heaviest(rows, sampling()).width == 102
 
 
 def test_the_first_token_has_no_prediction():
     (row,) = rows_of(5, answer=5)
-    batch = heaviest_batch([row], sampling())
+    batch = heaviest([row], sampling())
     assert batch.supervised == 4

@@ -1,0 +1,275 @@
+"""Checks rows against a template, in several processes, and keeps them as Arrow files from which
+they are read when they are asked for: no process holds all of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from recipelib.data.sources import Source
+from recipelib.prompts import PromptTemplate, RowError
+from recipelib.runtime import (
+    ArrowFile,
+    Store,
+    UserError,
+    code_digest,
+    cut,
+    digest,
+    one_line,
+    read_arrow,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_SHOWN_BAD_ROWS = 20
+_READ_AT_ONCE = 500
+
+
+class StoredRows(Sequence):
+    """Rows in Arrow files, each column -> value as plain Python values.
+
+    Args:
+        table: of a source.
+        read: the source's.
+        places: [n] of the rows in the table.
+        keys: [n] numbers; rows that ask the same have the same (`row_key`).
+        labels: [n] the number of each row's class in the verbalizer, -1 for none.
+        identity: a key for the source and the template that checked it.
+    """
+
+    def __init__(
+        self,
+        table: Dataset,
+        read: Callable[[Any], list[dict[str, Any]]],
+        places: np.ndarray,
+        keys: np.ndarray,
+        labels: np.ndarray,
+        identity: str,
+    ):
+        self._table, self._read, self._identity = table.with_format("arrow"), read, identity
+        self.places, self.keys, self.labels = places, keys, labels
+
+    @property
+    def identity(self) -> str:
+        """A key for these rows in this order."""
+        return digest(self._identity, self.places.tobytes())
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, at):
+        if isinstance(at, slice):
+            return self.select(np.arange(len(self))[at])
+        return self._rows(self.places[[at]])[0]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for start in range(0, len(self), _READ_AT_ONCE):
+            yield from self._rows(self.places[start : start + _READ_AT_ONCE])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and [*self] == [*other]
+
+    __hash__ = None
+
+    def _rows(self, places: np.ndarray) -> list[dict[str, Any]]:
+        first, last = int(places[0]), int(places[-1])
+        if last - first == len(places) - 1 and (np.diff(places) == 1).all():
+            return self._read(self._table[first : last + 1])
+        return self._read(self._table[places.tolist()])
+
+    def select(self, order: Sequence[int] | np.ndarray) -> StoredRows:
+        """The rows at these places, in this order; a place may stand there twice."""
+        at = np.asarray(order, dtype=np.int64)
+        chosen = (self.places[at], self.keys[at], self.labels[at])
+        return StoredRows(self._table, self._read, *chosen, self._identity)
+
+    def __add__(self, other: StoredRows) -> StoredRows:
+        """These rows and others of the same table."""
+        chosen = (
+            np.concatenate([getattr(self, name), getattr(other, name)])
+            for name in ("places", "keys", "labels")
+        )
+        return StoredRows(self._table, self._read, *chosen, self._identity)
+
+    def mapped_anew(self) -> StoredRows:
+        """The same rows behind a mapping of its own: what was read of it is freed with it."""
+        files = [file["filename"] for file in self._table.cache_files]
+        table = read_arrow(files) if files else self._table
+        if len(table) != len(self._table):  # a part of its files
+            table = self._table
+        chosen = (self.places, self.keys, self.labels)
+        return StoredRows(table, self._read, *chosen, self._identity)
+
+
+def select(rows: Sequence, order: Sequence[int]) -> Sequence:
+    """The rows at these places, in this order."""
+    return rows.select(order) if isinstance(rows, StoredRows) else [rows[at] for at in order]
+
+
+def row_key(template: PromptTemplate, row: Mapping[str, Any]) -> int:
+    """A number of 64 bits for what a row asks: rows that ask the same have the same."""
+    values = template.variables(row)
+    asked = [values.get(name) for name in sorted(template.prompt_variables)]
+    text = json.dumps(asked, sort_keys=True, default=str)
+    hashed = hashlib.blake2b(text.encode(), digest_size=8)
+    return int.from_bytes(hashed.digest(), "big", signed=True)
+
+
+def row_keys(template: PromptTemplate, rows: Sequence[Mapping]) -> np.ndarray:
+    """[rows] the `row_key` of each; rows that this template has checked bring theirs."""
+    if isinstance(rows, StoredRows):
+        return rows.keys
+    return np.array([row_key(template, row) for row in rows], dtype=np.int64)
+
+
+def row_labels(template: PromptTemplate, rows: Sequence[Mapping]) -> np.ndarray:
+    """[rows] the number of each row's class in the verbalizer, -1 for none; rows that this template
+    has checked bring theirs.
+    """
+    if isinstance(rows, StoredRows):
+        return rows.labels
+    numbers = {label: number for number, label in enumerate(template.verbalizer)}
+    labels = (template.read_class(row[template.column(template.label)]) for row in rows)
+    return np.array([numbers.get(label, -1) for label in labels], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The good rows of a source, in order, and what is wrong with each other row."""
+
+    rows: StoredRows
+    problems: Sequence[str]
+
+
+def check_rows(
+    template: PromptTemplate,
+    source: Source,
+    answers: bool,
+    store: Store,
+    places: Sequence[int] | None = None,
+) -> Checked:
+    """Check the rows of a source, unless that was done before.
+
+    Args:
+        answers: whether a row has to bring its answers.
+        places: check only these rows of a source that is a table already, in this order.
+    Raises:
+        UserError: a column that no row has, or what cannot be read at all.
+    """
+    from datasets import Features, Value
+
+    order = None if places is None else np.asarray(places, dtype=np.int64)
+    chosen = b"" if order is None else order.tobytes()
+    identity = digest(source.identity, code_digest("prompts", "data"), template.fields, answers)
+    features = Features(
+        file=Value("int32"),
+        line=Value("int64"),
+        problem=Value("string"),
+        key=Value("int64"),
+        label=Value("int32"),
+    )
+    numbers = {label: number for number, label in enumerate(template.verbalizer)}
+
+    def make(folder: Path) -> None:
+        columns: dict[str, None] = {}
+
+        def work(number: int, piece: Any, tick: Callable[[], None]) -> list[str]:
+            met: dict[str, None] = {}
+            if order is not None:
+                piece = order[piece.start : piece.stop]
+            entries = source.entries(piece, folder / f"rows-{number:05}.arrow")
+            with ArrowFile(folder / f"checks-{number:05}.arrow", features) as checks:
+                for file, line, row in entries:
+                    problem, key, label = None, 0, -1
+                    try:
+                        if isinstance(row, RowError):
+                            raise row
+                        met.update(dict.fromkeys(row))
+                        question, *_ = template.questions(row, answers=answers)
+                        key = row_key(template, row)
+                        label = numbers.get(question.label, -1)
+                    except RowError as error:
+                        problem = one_line(error)
+                    checks.add(file, line, problem, key, label)
+                    tick()
+            return list(met)
+
+        pieces, total = source.pieces(store.processes)
+        if order is not None:
+            pieces, total = cut(len(order), store.processes), len(order)
+        for met in store.fill(folder, work, pieces, total=total, description="checking"):
+            columns.update(dict.fromkeys(met))
+        write_json(folder / "columns.json", list(columns))
+
+    folder = store.get("rows", digest(identity, chosen), make)
+    files = sorted(folder.glob("checks-*.arrow"))
+    checks = read_arrow(files).with_format("arrow")[:] if files else []
+    if not len(checks):
+        raise UserError(f"{source.name}: holds no rows; pass a file with at least one")
+    if order is None:
+        columns = source.columns or json.loads((folder / "columns.json").read_text("utf-8"))
+        refuse_missing_columns(template, source.name, columns, answers)
+    problems = checks["problem"]
+    good = np.flatnonzero(problems.is_null().to_numpy())
+    rows = StoredRows(
+        source.table(sorted(folder.glob("rows-*.arrow"))),
+        source.read,
+        good if order is None else order[good],
+        checks["key"].to_numpy()[good],
+        checks["label"].to_numpy()[good],
+        identity,
+    )
+    if len(good) == len(checks):
+        return Checked(rows, [])
+    bad = checks.filter(problems.is_valid())
+    places = zip(*(bad[name].to_pylist() for name in ("file", "line", "problem")), strict=True)
+    return Checked(
+        rows, [f"{source.where[file].format(line)}: {problem}" for file, line, problem in places]
+    )
+
+
+def refuse_missing_columns(
+    template: PromptTemplate, name: str, columns: Sequence[str], answers: bool
+) -> None:
+    """
+    Raises:
+        UserError: the template needs a column that is not among these.
+    """
+    missing = template.missing_columns(columns, answers=answers)
+    if not missing or not columns:
+        return
+    lowered = {column.casefold(): column for column in columns}
+    cures = []
+    for variable in sorted(template.prompt_variables | template.answer_variables):
+        if template.column(variable) in missing:
+            close = [
+                match
+                for wanted in (template.column(variable), variable)
+                for match in difflib.get_close_matches(wanted.casefold(), lowered, 1)
+            ]
+            cures.append(f"{variable}={lowered[close[0]] if close else 'COLUMN'}")
+    shown = ", ".join(map(repr, islice(columns, 20))) + (", ..." if len(columns) > 20 else "")
+    raise UserError(
+        f"{name}: no column {', '.join(map(repr, missing))}; the columns are {shown}; "
+        f"pass --columns {' '.join(cures)}"
+    )
+
+
+def list_bad(bad: Sequence[str]) -> str:
+    """The bad rows, a line each, and how to go on."""
+    if len(bad) == 1:
+        return f"{bad[0]} (or pass --skip_bad_rows to leave it out)"
+    more = len(bad) - _SHOWN_BAD_ROWS
+    count = f"{len(bad)} bad rows" if more <= 0 else f"... and {more:,} more bad rows"
+    return "\n".join([*bad[:_SHOWN_BAD_ROWS], f"{count} (pass --skip_bad_rows to leave them out)"])

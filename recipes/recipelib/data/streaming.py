@@ -1,0 +1,157 @@
+"""Rows that are read while training: for data sets larger than the disk, or than anyone's patience.
+
+They are shuffled by a buffer, shared out among the processes, and checked as they come. What needs
+all rows at once (held-out rows, a draw, grouping by length) is refused, or left out and said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recipelib.data.checking import refuse_missing_columns
+from recipelib.data.rows import Rows, load_rows, splits_of
+from recipelib.data.sources import open_stream
+from recipelib.prompts import PromptTemplate, RowError
+from recipelib.runtime import Store, UserError, one_line
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+_BUFFER = 10_000  # rows among which the next one is drawn
+_LOOKED_AT = 200  # rows by which the memory and the prompts of a run are judged beforehand
+_SHOWN_BAD_ROWS = 5
+_READ_AT_ONCE = 16
+
+
+@dataclass
+class RowStream:
+    """The training rows of a run, in the place of `Rows`.
+
+    Attributes:
+        data: the rows as they come.
+        read: turns a row's classes into their names.
+        template: checks them.
+        source: for reports.
+        columns: of the first row.
+        rows: the first good ones.
+        available: how many are planned to be read.
+        bad: what is wrong with the first bad rows that were met.
+        skipped: how many bad rows were met, and left out, by this process.
+    """
+
+    data: IterableDataset
+    read: Callable[[dict[str, Any]], dict[str, Any] | RowError]
+    template: PromptTemplate
+    source: str
+    columns: list[str]
+    rows: Sequence[dict[str, Any]] = ()
+    available: int = 0
+    bad: list[str] = field(default_factory=list)
+    skipped: int = 0
+
+    def checked(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        """A row that the template can read; None for a bad one, which is counted."""
+        try:
+            row = self.read(row)
+            if isinstance(row, RowError):
+                raise row
+            self.template.questions(row)
+        except RowError as error:
+            self.leave_out(error)
+            return None
+        return row
+
+    def leave_out(self, error: Exception) -> None:
+        """Count a bad row."""
+        self.skipped += 1
+        if len(self.bad) < _SHOWN_BAD_ROWS:
+            self.bad.append(one_line(error))
+
+    def share(self, seed: int, rank: int, world: int) -> IterableDataset:
+        """The rows of one of `world` processes in random order, again and again; every pass has the
+        same order.
+        """
+        if self.data.num_shards % world == 0:  # then it reads its own files only
+            own = self.data.shard(num_shards=world, index=rank)
+            return own.shuffle(seed=seed, buffer_size=_BUFFER).repeat(None)
+        shuffled = self.data.shuffle(seed=seed, buffer_size=_BUFFER)
+        own = shuffled.filter(lambda row, place: place % world == rank, with_indices=True)
+        return own.repeat(None)
+
+    def mapped(
+        self,
+        data: IterableDataset,
+        encode: Callable[[int, Mapping], Sequence[Mapping]],
+        names: Sequence[str],
+    ) -> IterableDataset:
+        """What `encode` makes of each good row of `data`.
+
+        Args:
+            encode: from a row's number and the row to its examples.
+            names: of the examples' columns.
+        """
+
+        def encode_all(columns: dict[str, list], places: list[int]) -> dict[str, list]:
+            examples = []
+            for values, place in zip(zip(*columns.values(), strict=True), places, strict=True):
+                row = self.checked(dict(zip(columns, values, strict=True)))
+                examples += [] if row is None else encode(place, row)
+            return {name: [example[name] for example in examples] for name in names}
+
+        return data.map(
+            encode_all,
+            batched=True,
+            batch_size=_READ_AT_ONCE,
+            with_indices=True,
+            remove_columns=self.columns,
+        )
+
+
+def load_streamed(
+    template: PromptTemplate, args: Any, training: Any, store: Store | None = None
+) -> tuple[RowStream, Rows]:
+    """The training rows as a stream, and the evaluation rows, which are loaded as usual.
+
+    Args:
+        args: as in `load_splits`.
+        training: the trainer's arguments.
+    Raises:
+        UserError: as `load_rows`; no steps are named, or there is no evaluation split.
+    """
+    if training.max_steps <= 0:
+        raise UserError("--streaming true: a stream has no end that is known; pass --max_steps")
+    if training.dataloader_num_workers:
+        raise UserError(
+            "--dataloader_num_workers: a stream is read by the process that trains; leave it out"
+        )
+    place, train_split, eval_split = splits_of(template, args)
+    name, data, read = open_stream(place, train_split, template)
+    if train_split == eval_split or (isinstance(place, Path) and place.is_file()):
+        raise UserError(
+            "--streaming true: a tenth of a stream cannot be held out; name a split with "
+            "--eval_split, in a folder or on the hub"
+        )
+    columns = list(next(iter(data), {}))
+    refuse_missing_columns(template, name, columns, answers=True)
+    stream = RowStream(data, read, template, f"{name}, read while training", columns)
+    good = (row for row in map(stream.checked, islice(data, _LOOKED_AT)) if row is not None)
+    stream.rows = list(good)
+    if not stream.rows:
+        first = f"; the first: {stream.bad[0]}" if stream.bad else ""
+        raise UserError(f"{name}: no good row among the first {stream.skipped:,}{first}")
+    stream.bad, stream.skipped = [], 0
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    stream.available = training.max_steps * batch * training.world_size
+    evaluation = load_rows(
+        template,
+        args.dataset,
+        eval_split,
+        max_samples=args.max_eval_samples,
+        skip_bad_rows=args.skip_bad_rows,
+        store=store,
+    )
+    return stream, evaluation
