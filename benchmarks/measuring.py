@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
-from recipelib.runtime import UserError, printable, write_json
+from recipelib.runtime import UserError, cores, printable, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -176,11 +176,6 @@ def failure(name: str, code: int, output: str, more: str = "") -> RunFailed:
 def threads() -> str:
     """OMP_NUM_THREADS, for all arms: as it is set, else one for each core."""
     return os.environ.get("OMP_NUM_THREADS") or str(cores())
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 @dataclass

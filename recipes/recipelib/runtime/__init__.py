@@ -31,6 +31,7 @@ from recipelib.runtime.files import (
 from recipelib.runtime.installed import versions
 from recipelib.runtime.launch import (
     check_joined,
+    cores,
     end_process_group,
     fsdp_option,
     join_on_cpu,
@@ -55,6 +56,7 @@ __all__ = [
     "clear_results",
     "clear_way",
     "code_digest",
+    "cores",
     "cut",
     "digest",
     "end_process_group",

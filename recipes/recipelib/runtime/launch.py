@@ -11,6 +11,11 @@ from recipelib.runtime.errors import UserError
 _PREPARE_BACKEND = ["self", "cpu", "sagemaker_dp", "backend"]
 
 
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def use_all_cores() -> None:
     """Give this process its share of the machine's cores where the launcher left it a single one.
 
@@ -20,8 +25,7 @@ def use_all_cores() -> None:
     import torch
 
     if os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def uses_fsdp() -> bool:

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipelib.runtime.console import progress_bar, say
 from recipelib.runtime.errors import UserError
+from recipelib.runtime.launch import cores
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -56,7 +57,7 @@ class Store:
     @classmethod
     def of(cls, training) -> Store:
         """The store of a run, from its `dataset_num_proc` and `dataset_cache`."""
-        processes = training.dataset_num_proc or _cores()
+        processes = training.dataset_num_proc or cores()
         if not training.dataset_cache:
             return cls(processes)
         from datasets import config
@@ -178,10 +179,6 @@ class Store:
                 ) from None
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def _makes() -> bool:
     """Whether this process prepares what the processes of this machine share."""
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
@@ -233,8 +230,6 @@ def _in_processes(work: Callable, pieces: Sequence[Any], processes: int, bar) ->
     following, rows = context.Value("q", 0), context.Value("q", 0)
     pipes, started, failed = [], [], {}
     results: list[Any] = [None] * len(pieces)
-    gc.collect()
-    gc.freeze()  # else a collection in a child copies the parent's memory, page by page
     try:
         for _ in range(processes):
             receiver, sender = context.Pipe(duplex=False)
@@ -266,7 +261,6 @@ def _in_processes(work: Callable, pieces: Sequence[Any], processes: int, bar) ->
             )
         return results
     finally:
-        gc.unfreeze()
         for process in started:
             process.terminate()
             process.join()
@@ -274,6 +268,7 @@ def _in_processes(work: Callable, pieces: Sequence[Any], processes: int, bar) ->
 
 def _worker(work, pieces, following, rows, sender, parent: int) -> None:
     """Take the next piece, work on it and send the result, until there is none."""
+    gc.freeze()  # else a collection would copy what is the parent's, page by page
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads do not survive a fork
     waiting = 0

@@ -230,7 +230,7 @@ def heaviest_cloze_batch(encoded: EncodedRows, training) -> MicroBatch:
     column = examples.with_format("arrow")[:]["lengths"].combine_chunks()
     starts, lengths = column.offsets.to_numpy(), column.values.to_numpy()
     sequences = np.diff(starts).tolist()
-    widths = np.maximum.reduceat(lengths, starts[:-1]).tolist()
+    widths = np.maximum.reduceat(lengths[: starts[-1]], starts[:-1]).tolist()
 
     def slots(batch: Sequence[int]) -> int:
         return sum(sequences[index] for index in batch) * max(widths[index] for index in batch)

@@ -27,7 +27,8 @@ def show_plan(model, training, task, estimated: MemoryEstimate, rates: Mapping[s
         dtype, why = model.dtype, f"which training needs; computed in {computed}"
     counts, world = task.encoded.counts, training.world_size
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * world
-    padding = expected_padding(task.encoded.lengths, training)
+    lengths = task.encoded.lengths
+    padding = expected_padding(lengths, training)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     own = [
         f", {word} {rate:g}"
@@ -42,7 +43,6 @@ def show_plan(model, training, task, estimated: MemoryEstimate, rates: Mapping[s
         f"{padding:.0%} padding",
     }
     if task.encoded.stream is not None:
-        lengths = task.encoded.lengths
         prepared = {
             "examples": f"encoded while training; the first {len(lengths)} have "
             f"{lengths.mean():.0f} tokens on average, {padding:.0%} padding"
