@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,13 +198,54 @@ def test_the_hubs_rows_are_streamed_with_their_classes_names(tmp_path, causal_mo
     assert asked == [("owner/name", "train", True), ("owner/name", "validation", False)]
 
 
-def test_a_template_is_guessed_from_the_hubs_first_row_alone(monkeypatch):
+def test_for_a_stream_the_template_is_guessed_from_the_hubs_first_row_alone(monkeypatch):
+    asked = []
+
     def load_dataset(path, name=None, *, split, revision=None, streaming=False):
-        assert streaming
-        return Dataset.from_list([{"prompt": "a", "completion": "b"}]).to_iterable_dataset()
+        asked.append(streaming)
+        rows = Dataset.from_list([{"prompt": "a", "completion": "b"}])
+        return rows.to_iterable_dataset() if streaming else rows
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert template_for("owner/name")[0].name == "name"
+    assert template_for("owner/name", streaming=True)[0].name == "name"
+    assert template_for("owner/name")[0].name == "name"  # from what lies in the cache, offline too
+    assert asked == [True, False]
+
+
+def fails() -> Iterator[dict]:
+    """Rows of which none arrives."""
+    raise ConnectionError("Couldn't reach the host")
+    yield
+
+
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        (fails, "owner/name@main, split train: the hub cannot be reached; pass --dataset"),
+        (lambda: iter([]), "owner/name@main, split train: holds no rows; choose another split"),
+    ],
+)
+def test_a_stream_that_does_not_begin_is_one_line(tmp_path, causal_model, monkeypatch, rows, line):
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda path, name=None, *, split, revision=None, streaming=False: (
+            datasets.IterableDataset.from_generator(rows)
+        ),
+    )
+    with pytest.raises(UserError, match=line):
+        run(lora_sft, causal_model, tmp_path, dataset="owner/name", eval_split="validation")
+
+
+def test_pictures_beside_the_text_are_not_opened(tmp_path):
+    rows = [{**row, "picture": {"bytes": b"no picture", "path": None}} for row in ROWS]
+    folder = write_parquet(tmp_path, ROWS[:2], validation=ROWS[:2])
+    features = Features(sentence=Value("string"), label=Value("string"), picture=datasets.Image())
+    for path in folder.glob("train*"):
+        Dataset.from_list(rows, features=features).to_parquet(path)
+    stream = stream_of(folder)
+    assert len(stream.rows) == len(ROWS)
+    assert len(list(islice(stream.share(1, 0, 1), len(ROWS)))) == len(ROWS)
 
 
 # Refusals

@@ -205,7 +205,7 @@ def check_rows(
                     tick()
             return list(met)
 
-        pieces, total = source.pieces(store.processes)
+        pieces, total = source.pieces, source.count
         if order is not None:
             pieces, total = cut(len(order), store.processes), len(order)
         for met in store.fill(folder, work, pieces, total=total, description="checking"):

@@ -22,7 +22,9 @@ _KNOWN = (
 )
 
 
-def template_for(dataset: str, split: str | None = None) -> tuple[PromptTemplate, str]:
+def template_for(
+    dataset: str, split: str | None = None, streaming: bool = False
+) -> tuple[PromptTemplate, str]:
     """A template for a data set, guessed from its first row; no other row is read.
 
     Args:
@@ -34,7 +36,7 @@ def template_for(dataset: str, split: str | None = None) -> tuple[PromptTemplate
         UserError: no such data, or columns that say nothing.
     """
     place = locate(None, dataset, None)
-    row = first_row(place, split or "train")
+    row = first_row(place, split or "train", streaming)
     if isinstance(place, Hub):
         name = place.path.rpartition("/")[2]
     else:

@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,10 +65,10 @@ class Source:
         identity: a key for the rows.
         where: of each file, where a row stands in it: "rows.csv:{}".
         columns: of a hub's data set; else [], for they are found while the rows are read.
-        count: rows of a hub's data set; else 0.
-        pieces: from how many processes there are to parts of the source that can be read by
-            themselves, and how many rows they have together, roughly.
-        entries: the rows of such a part, which it also writes into an Arrow file.
+        count: rows; of a text file its lines.
+        pieces: parts that can be read by themselves; of a hub's data set [], for any places can.
+        entries: the rows of such a part (of a hub's data set, at these places), which it also
+            writes into an Arrow file.
         table: those Arrow files, or the hub's data set: one row for each entry.
         read: from a part of that table, as pyarrow's, to its rows.
     """
@@ -76,7 +78,7 @@ class Source:
     where: list[str]
     columns: list[str]
     count: int
-    pieces: Callable[[int], tuple[list, int]]
+    pieces: list
     entries: Callable[[Any, Path], Iterator[Entry]]
     table: Callable[[list[Path]], Dataset]
     read: Callable[[pyarrow.Table], list[dict[str, Any]]]
@@ -231,8 +233,8 @@ def _open_text(file: Path, name: str) -> Source:
         digest(hashed.hexdigest(), file.suffix.lower()),
         [_braced(f"{name}:") + "{}"],
         [],
-        0,
-        lambda processes: (spans, lines),
+        lines,
+        spans,
         entries,
         read_arrow,
         lambda table: [json.loads(text) for text in table.column(0).to_pylist()],
@@ -304,8 +306,8 @@ def _open_parquet(files: list[Path], name: str, template: PromptTemplate, answer
         digest(hashed.hexdigest(), ".parquet"),
         where,
         schemas[0].names,
-        0,
-        lambda processes: (pieces, total),
+        total,
+        pieces,
         entries,
         read_arrow,
         read,
@@ -336,14 +338,19 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, parquet.ParquetFile]]:
         raise UserError(_NO_PARQUET.format(shown, one_line(error))) from None
 
 
-def first_row(place: Path | Hub, split: str) -> dict[str, Any]:
+def first_row(place: Path | Hub, split: str, streaming: bool = False) -> dict[str, Any]:
     """The first row of a split that can be read, without a template.
 
+    Args:
+        streaming: fetch no more of a hub's data set than that.
     Raises:
         UserError: as `open_source`, or no row can be read.
     """
     if isinstance(place, Hub):
-        return next(iter(_load_hub(place, split, streaming=True)))
+        if streaming:
+            _, (row,) = _stream_hub(place, split, 1)
+            return row
+        return _load_hub(place, split)[0]
     file = place if place.is_file() else _files_of_split(place, split)[0]
     shown = _refuse_unknown(file)
     problem = f"{shown}: holds no rows; pass a file with at least one"
@@ -360,16 +367,16 @@ def first_row(place: Path | Hub, split: str) -> dict[str, Any]:
 
 
 def open_stream(
-    place: Path | Hub, split: str, template: PromptTemplate
-) -> tuple[str, IterableDataset, Callable[[dict[str, Any]], dict[str, Any] | RowError]]:
-    """What messages call a split of the hub or of Parquet files, its rows as they come, and a
-    function that turns a row's classes into their names.
+    place: Path | Hub, split: str, template: PromptTemplate, count: int
+) -> tuple[str, IterableDataset, list, Callable[[dict[str, Any]], dict[str, Any] | RowError]]:
+    """What messages call a split of the hub or of Parquet files, its rows as they come, the first
+    `count` of them, and a function that turns a row's classes into their names.
 
     Raises:
         UserError: as `open_source`, or files of another format.
     """
     if isinstance(place, Hub):
-        name, data = f"{place}, split {split}", _load_hub(place, split, streaming=True)
+        name, (data, first) = f"{place}, split {split}", _stream_hub(place, split, count)
     else:
         import datasets
 
@@ -385,22 +392,47 @@ def open_stream(
                 pass  # raises for what is no Parquet file
         data = datasets.load_dataset(
             "parquet", data_files=list(map(str, files)), split="train", streaming=True
-        )
-    return name, data, _class_reader(data.features or {}, template, answers=True)
+        ).decode(False)
+        first = list(islice(data, count))
+        if not first:
+            raise UserError(f"{name}: holds no rows; pass files with at least one")
+    return name, data, first, _class_reader(data.features or {}, template, answers=True)
 
 
-def _load_hub(hub: Hub, split: str, streaming: bool = False):
+def _load_hub(hub: Hub, split: str) -> Dataset:
+    with _hub_problems(hub, split) as load:
+        data = load()
+        return _unless_empty(data, len(data), hub, split)
+
+
+def _stream_hub(hub: Hub, split: str, count: int) -> tuple[IterableDataset, list]:
+    """The rows of a split as they come, images and the like as their bytes, and the first few."""
+    with _hub_problems(hub, split) as load:
+        data = load(streaming=True)
+        data = data.decode(False) if data.features else data
+        first = list(islice(data, count))
+        return data, _unless_empty(first, len(first), hub, split)
+
+
+def _unless_empty(rows: Any, count: int, hub: Hub, split: str) -> Any:
+    if not count:
+        raise UserError(f"{hub}, split {split}: holds no rows; choose another split")
+    return rows
+
+
+@contextmanager
+def _hub_problems(hub: Hub, split: str) -> Iterator[Callable]:
+    """`load_dataset` for this split; what it or reading the rows raises becomes one line."""
     import datasets
 
-    name = f"{hub}, split {split}"
-    how = {"split": split, "revision": hub.revision} | ({"streaming": True} if streaming else {})
     try:
-        data = datasets.load_dataset(hub.path, hub.config, **how)
+        yield partial(
+            datasets.load_dataset, hub.path, hub.config, split=split, revision=hub.revision
+        )
+    except UserError:
+        raise
     except Exception as error:  # a dozen types from five libraries; all mean that it cannot load
-        raise UserError(f"{name}: {_hub_problem(error, hub)}") from error
-    if not streaming and not len(data):
-        raise UserError(f"{name}: holds no rows; choose another split")
-    return data
+        raise UserError(f"{hub}, split {split}: {_hub_problem(error, hub)}") from error
 
 
 def _open_hub(hub: Hub, split: str, template: PromptTemplate, answers: bool) -> Source:
@@ -423,7 +455,7 @@ def _open_hub(hub: Hub, split: str, template: PromptTemplate, answers: bool) -> 
         [_braced(f"{name}, row ") + "{}"],
         data.column_names,
         len(data),
-        lambda processes: ([], len(data)),
+        [],
         entries,
         lambda paths: data,
         read,

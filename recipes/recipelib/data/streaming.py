@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,20 +128,20 @@ def load_streamed(
             "--dataloader_num_workers: a stream is read by the process that trains; leave it out"
         )
     place, train_split, eval_split = splits_of(template, args)
-    name, data, read = open_stream(place, train_split, template)
+    name, data, first, read = open_stream(place, train_split, template, _LOOKED_AT)
     if train_split == eval_split or (isinstance(place, Path) and place.is_file()):
         raise UserError(
             "--streaming true: a tenth of a stream cannot be held out; name a split with "
             "--eval_split, in a folder or on the hub"
         )
-    columns = list(next(iter(data), {}))
+    columns = list(first[0])
     refuse_missing_columns(template, name, columns, answers=True)
     stream = RowStream(data, read, template, f"{name}, read while training", columns)
-    good = (row for row in map(stream.checked, islice(data, _LOOKED_AT)) if row is not None)
-    stream.rows = list(good)
+    stream.rows = [row for row in map(stream.checked, first) if row is not None]
     if not stream.rows:
-        first = f"; the first: {stream.bad[0]}" if stream.bad else ""
-        raise UserError(f"{name}: no good row among the first {stream.skipped:,}{first}")
+        raise UserError(
+            f"{name}: no good row among the first {stream.skipped:,}; the first: {stream.bad[0]}"
+        )
     stream.bad, stream.skipped = [], 0
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
     stream.available = training.max_steps * batch * training.world_size

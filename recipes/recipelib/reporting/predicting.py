@@ -38,7 +38,9 @@ def answer_file(args, training) -> None:
             f"--predict: {folder} was trained on conversations, which have no answer to read; chat "
             "with it through transformers' pipeline, as its README.md loads it"
         )
-    rows = load_questions(template, args, Store.of(training))
+    store = Store.of(training)
+    rows = load_questions(template, args, store)
+    store.say_what_was_kept()
     # Asked as it was trained.
     encoder = PromptEncoder(
         template,

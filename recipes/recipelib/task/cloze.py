@@ -210,6 +210,7 @@ def load_cloze_task(
         },
         trained_as={name: str(getattr(args, name)) for name in trained_as},
     )
+    store.say_what_was_kept()
     if args.preview:
         return task
     for draw, folder in enumerate(_folders(args, training)) if trains else ():

@@ -113,7 +113,7 @@ def load_tasks(args, training, named: Sequence[str], heldout: Sequence[str] = ()
         template_name, _, data = item.partition("=")
         data = data or (args.dataset if args.template else None)
         if template_name == "auto":
-            template, guess = template_for(data, args.train_split)
+            template, guess = template_for(data, args.train_split, args.streaming)
             say(f"{data}: {guess}")
         else:
             template = PromptTemplate.load(template_name)

@@ -240,7 +240,9 @@ def make_encoder(
 
 
 def begin(task: Task, args, training) -> None:
-    """Look for a checkpoint, and measure memory from here on: the model comes next."""
+    """Say what was kept, look for a checkpoint, and measure memory from here on: the model comes
+    next.
+    """
     task.store.say_what_was_kept()
     if not args.preview:
         task.checkpoint = find_checkpoint(training.output_dir, training.resume_from_checkpoint)
