@@ -12,6 +12,7 @@ LIBRARY = RECIPES / "recipelib"
 # From the bottom up; a room may import from those before it.
 ROOMS = [
     *("runtime", "prompts", "data", "encoding", "models", "adapters", "inference", "evaluation"),
+    *("probes", "activations"),
     *("task", "training", "reporting", "cli"),
 ]
 SCRIPTS = sorted(RECIPES.glob("*.py"))

@@ -31,12 +31,14 @@ from recipelib.adapters.soft_prompts import (
     start_prompt,
 )
 from recipelib.adapters.soft_verbalizer import SoftVerbalizer
+from recipelib.adapters.upper_layers import adapt_layers
 
 __all__ = [
     "BASE",
     "SOFT_VERBALIZER",
     "BottleneckConfig",
     "SoftVerbalizer",
+    "adapt_layers",
     "add_bottlenecks",
     "base_of",
     "compute_prompt_once",

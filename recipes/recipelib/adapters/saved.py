@@ -14,6 +14,7 @@ import recipelib.adapters.bottleneck  # noqa: F401  PEFT knows its adapters from
 from recipelib.adapters.soft_prompts import PROMPTS
 from recipelib.adapters.soft_verbalizer import SoftVerbalizer
 from recipelib.models import (
+    classification_head,
     hub_errors_in_one_line,
     is_masked,
     is_masked_model,
@@ -118,7 +119,11 @@ def load_tuned(
         if not model_name_or_path and not load.get("revision"):
             load["revision"] = revision
     masked = is_masked(stored_config(base, revision=load.get("revision")))
-    model = load_pretrained(base, model_class=AutoModelForMaskedLM if masked else None, **load)
+    kind = AutoModelForMaskedLM if masked else None
+    if run.get("head") == "classifier":
+        kind, head = classification_head(run["classes"], str(folder))
+        load |= head
+    model = load_pretrained(base, model_class=kind, **load)
     if adapted:
         model = with_adapter(model, folder)
     if run.get("verbalizer") == "soft":

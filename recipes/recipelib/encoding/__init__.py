@@ -12,6 +12,13 @@ from recipelib.encoding.asking import (
     requests_without_content,
 )
 from recipelib.encoding.chat_template import ensure_chat_template
+from recipelib.encoding.class_rows import (
+    ClassCollator,
+    ClassRows,
+    class_encoding,
+    encode_class_rows,
+    pad_texts,
+)
 from recipelib.encoding.cloze_rows import (
     ClozeRows,
     cloze_encoding,
@@ -37,6 +44,8 @@ __all__ = [
     "IGNORED",
     "Asked",
     "CausalAsker",
+    "ClassCollator",
+    "ClassRows",
     "Cloze",
     "ClozeRows",
     "Counts",
@@ -53,8 +62,10 @@ __all__ = [
     "before_cloze",
     "beginning",
     "check_words",
+    "class_encoding",
     "cloze_encoding",
     "collate",
+    "encode_class_rows",
     "encode_cloze_rows",
     "encode_into",
     "encode_rows",
@@ -62,6 +73,7 @@ __all__ = [
     "ensure_chat_template",
     "example_of",
     "label_word_ids",
+    "pad_texts",
     "record_of",
     "requests_without_content",
     "training_encoding",

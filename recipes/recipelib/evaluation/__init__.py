@@ -2,6 +2,7 @@
 
 from recipelib.evaluation.answers import score_answers
 from recipelib.evaluation.calibration import probabilities
+from recipelib.evaluation.classes import score_chosen, score_classes
 from recipelib.evaluation.evaluation import evaluate_task
 from recipelib.evaluation.label_search import LabelWords, search_label_words
 from recipelib.evaluation.labels import score_cloze, score_labels
@@ -16,6 +17,8 @@ __all__ = [
     "mean_score",
     "probabilities",
     "score_answers",
+    "score_chosen",
+    "score_classes",
     "score_cloze",
     "score_labels",
     "score_losses",

@@ -54,6 +54,15 @@ def gather_results(results: dict[int, Any]) -> dict[int, Any]:
     return {index: value for share in shares for index, value in share.items()}
 
 
+def from_main_process(make: Callable[[], T]) -> T:
+    """What `make` returns in the main process, in all of them."""
+    rank, world = process_group()
+    made: list = [make() if rank == 0 else None]
+    if world > 1:
+        torch.distributed.broadcast_object_list(made)
+    return made[0]
+
+
 class Lockstep:
     """Makes the forward passes of one model, in step with the other processes if it is sharded.
 

@@ -1,7 +1,17 @@
 """Tokenizer and model from anywhere, the bundled model, 4 bits, logits at places, sharding."""
 
+from recipelib.models.freezing import (
+    find_layers,
+    head_modules,
+    layer_map,
+    layer_of,
+    linear_names,
+    top_layers,
+    train_only,
+)
 from recipelib.models.head import bare_model, is_masked_model, logits_at
 from recipelib.models.loading import (
+    classification_head,
     describe_model,
     hub_errors_in_one_line,
     is_masked,
@@ -33,15 +43,21 @@ __all__ = [
     "FSDP_OFF",
     "bare_model",
     "check_shards",
+    "classification_head",
     "count_parameters",
     "decoder_layers",
     "describe_model",
     "describe_quantization",
+    "find_layers",
     "four_bit_loading",
+    "head_modules",
     "hub_errors_in_one_line",
     "is_masked",
     "is_masked_model",
+    "layer_map",
     "layer_names",
+    "layer_of",
+    "linear_names",
     "load_model",
     "load_pretrained",
     "load_tokenizer",
@@ -53,5 +69,7 @@ __all__ = [
     "require_modules",
     "reshard",
     "stored_config",
+    "top_layers",
+    "train_only",
     "weights_identity",
 ]

@@ -157,7 +157,13 @@ def load_pretrained(
 
 
 def load_model(
-    args, training, *, float32: bool = False, masked: bool = False, **options: Any
+    args,
+    training,
+    *,
+    float32: bool = False,
+    masked: bool = False,
+    classes: Sequence[str] | None = None,
+    **options: Any,
 ) -> PreTrainedModel:
     """The model that a recipe's arguments name, in the dtype that its trainer computes in. Then the
     seed is set, so that what is drawn next, such as an adapter's initial weights, depends on
@@ -169,6 +175,8 @@ def load_model(
         float32: load in float32, for weights that are trained themselves; autocast or FSDP then
             compute in lower precision.
         masked: load a masked language model instead of a causal one.
+        classes: load it with a classification head for these instead, whose weights are drawn by
+            the seed.
         options: further arguments of `load_pretrained`, such as those from `four_bit_loading`.
     Raises:
         UserError: as `load_pretrained`.
@@ -176,17 +184,41 @@ def load_model(
     import torch
     from transformers import AutoModelForMaskedLM, set_seed
 
+    kind = AutoModelForMaskedLM if masked else None
+    if classes is not None:
+        set_seed(training.seed)
+        kind, head = classification_head(classes, args.model_name_or_path, args.revision)
+        options |= head
     model = load_pretrained(
         args.model_name_or_path,
         dtype=torch.float32 if float32 else training.model_dtype[0],
         revision=args.revision,
         attn_implementation=args.attn_implementation,
         trust_remote_code=training.trust_remote_code,
-        model_class=AutoModelForMaskedLM if masked else None,
+        model_class=kind,
         **options,
     )
     set_seed(training.seed)
     return model
+
+
+def classification_head(
+    classes: Sequence[str], model_name_or_path: str | None, revision: str | None = None
+) -> tuple[type, dict[str, Any]]:
+    """The class that loads a model with a classification head, and its further options.
+
+    Args:
+        classes: in the order of their numbers.
+        model_name_or_path: whose pad token tells causal models where a text ends.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    names = dict(enumerate(classes))
+    return AutoModelForSequenceClassification, {
+        "id2label": names,
+        "label2id": {name: number for number, name in names.items()},
+        "pad_token_id": load_tokenizer(model_name_or_path, revision=revision).pad_token_id,
+    }
 
 
 def stored_config(model_name_or_path: str | None = None, *, revision: str | None = None) -> dict:

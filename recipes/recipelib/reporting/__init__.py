@@ -1,6 +1,7 @@
 """What a run shows and leaves: preview, metrics, figures, the model card, predictions."""
 
 from recipelib.reporting.cloze import save_draws, save_score
+from recipelib.reporting.features import save_features_run
 from recipelib.reporting.few_shot import save_few_shot
 from recipelib.reporting.label_words import save_label_words
 from recipelib.reporting.predicting import answer_file
@@ -12,6 +13,7 @@ __all__ = [
     "preview",
     "preview_prompts",
     "save_draws",
+    "save_features_run",
     "save_few_shot",
     "save_label_words",
     "save_predictions",

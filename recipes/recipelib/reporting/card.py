@@ -22,6 +22,8 @@ def load_snippet(model, folder: str) -> str:
     """
     bare, config = bare_model(model), getattr(model, "active_peft_config", None)
     kind = f"AutoModelFor{'Masked' if is_masked_model(model) else 'Causal'}LM"
+    if type(bare).__name__.endswith("ForSequenceClassification"):
+        kind = "AutoModelForSequenceClassification"
     lines, base = [f"from transformers import {kind}, AutoTokenizer"], f"{folder!r}"
     if config is not None:
         lines.insert(0, "from peft import PeftModel")

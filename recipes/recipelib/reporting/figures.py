@@ -299,6 +299,54 @@ def _apart(heights: Sequence[float], gap: float) -> list[float]:
     return [min(max(height, 0.0), top) + place * gap for place, height in enumerate(flat)]
 
 
+def plot_layers(
+    layers: Mapping[int, tuple[float, float]],
+    path: str | os.PathLike,
+    *,
+    title: str,
+    subtitle: str = "",
+    guessing: float,
+) -> None:
+    """Draw the accuracy of what is told from each layer's states as a PNG.
+
+    Args:
+        layers: by its number the mean and the deviation of each layer.
+        path, title, subtitle: as in `plot_loss`.
+        guessing: the accuracy of a guess.
+    """
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    numbers = np.array(sorted(layers))
+    means, deviations = np.array([layers[number] for number in numbers]).T
+    figure = _figure(title, subtitle, 8, 4.5)
+    axes = _axes(figure, 0.85, 0.65, 6.7, 2.75)
+    low = min(guessing, (means - deviations).min())
+    high = min(1.0, (means + deviations).max())
+    edge = 0.06 * (high - low)
+    axes.set_ylim(low - edge, high + 2 * edge)
+    axes.fill_between(numbers, means - deviations, means + deviations, color=LIGHT_BLUE, alpha=0.5)
+    axes.plot(numbers, means, color=BLUE, linewidth=2, marker="o", markersize=4)
+    best = int(numbers[means.argmax()])
+    axes.plot([best], [means.max()], "o", color=ORANGE, markersize=8)
+    right = best > numbers.mean()
+    axes.annotate(
+        f"layer {best}: {means.max():.3f}",
+        (best, means.max()),
+        xytext=(-6 if right else 6, 8),
+        textcoords="offset points",
+        ha="right" if right else "left",
+        color=ORANGE,
+        fontsize=10,
+    )
+    axes.axhline(guessing, **_DASHED)
+    axes.text(numbers[-1], guessing, "guessing", ha="right", va="bottom", fontsize=9, color=GRAY)
+    axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_xlabel("layer (0: the embeddings)", **_AXIS)
+    axes.set_title("accuracy in cross-validation, and its deviation over the folds", **_HEADING)
+    _save(figure, path)
+
+
 def plot_loss(
     log_history: list[dict], path: str | os.PathLike, *, title: str, subtitle: str = ""
 ) -> None:

@@ -6,11 +6,25 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from recipelib.activations import FrozenLayers, pooled_states
 from recipelib.adapters import load_tuned
 from recipelib.data import load_questions, parse_columns
-from recipelib.encoding import PromptEncoder, asker_of, encode_cloze_rows
-from recipelib.evaluation import evaluate_task, score_cloze
-from recipelib.models import four_bit_loading, load_tokenizer, prepare_four_bit
+from recipelib.encoding import PromptEncoder, asker_of, encode_class_rows, encode_cloze_rows
+from recipelib.evaluation import (
+    TaskScore,
+    evaluate_task,
+    score_chosen,
+    score_classes,
+    score_cloze,
+)
+from recipelib.models import (
+    four_bit_loading,
+    load_model,
+    load_tokenizer,
+    place_model,
+    prepare_four_bit,
+)
+from recipelib.probes import load_probe
 from recipelib.prompts import PromptTemplate
 from recipelib.runtime import Store, UserError, is_main_process, read_metrics, say, write_jsonl
 
@@ -49,9 +63,16 @@ def answer_file(args, training) -> None:
         run["rendering"],
         run["chat_template_kwargs"],
     )
+    if run.get("head") == "probe":
+        _answer_by_probe(folder, encoder, rows, args, training)
+        return
     model = _load(folder, run, args, training)
     budget = {"batch_tokens": args.eval_batch_tokens, "description": "answering"}
-    if "verbalizer" in run:  # trained through a cloze
+    if run.get("head") == "classifier":
+        asker = asker_of(encoder, run["masked"], False)
+        encoded = encode_class_rows(asker, rows.rows, answers=False)
+        result = score_classes(model, encoder, encoded, answers=False, **budget)
+    elif "verbalizer" in run:  # trained through a cloze
         asker = asker_of(encoder, run["masked"], run["cloze"])
         soft = run["verbalizer"] == "soft"
         encoded = encode_cloze_rows(asker, rows.rows, soft=soft, answers=False)
@@ -62,10 +83,35 @@ def answer_file(args, training) -> None:
         result = evaluate_task(
             model, encoder, rows.rows, max_new_tokens=longest, answers=False, **budget
         )
+    _write(folder, args, result)
+
+
+def _write(folder: Path, args, result: TaskScore) -> None:
     target = folder / f"predictions_{Path(args.predict).stem}.jsonl"
     if is_main_process():
         write_jsonl(target, result.records)
     say(f"{result.rows} rows answered, {result.left_out} left out as too long: {target}")
+
+
+def _answer_by_probe(folder: Path, encoder: PromptEncoder, rows, args, training) -> None:
+    """Answer rows by a small model on features of the large one that it was trained with."""
+    probe, facts = load_probe(folder)
+    named = args.model_name_or_path or facts["model_name_or_path"]
+    asked = replace(args, model_name_or_path=named, revision=args.revision or facts["revision"])
+    model = load_model(asked, training, masked=facts["masked"]).requires_grad_(False)
+    frozen = FrozenLayers.of(model)
+    encoded = encode_class_rows(asker_of(encoder, facts["masked"], False), rows.rows, answers=False)
+    (features,) = pooled_states(
+        place_model(model, training),
+        frozen.layers,
+        encoded.ids,
+        encoder.text.tokenizer.pad_token_id,
+        layer=facts["layer"],
+        pooling=facts["pooling"],
+        batch_tokens=args.eval_batch_tokens,
+        description="answering",
+    )
+    _write(folder, args, score_chosen(encoder, encoded, probe.scores(features), answers=False))
 
 
 def _load(folder: Path, run: dict, args, training):

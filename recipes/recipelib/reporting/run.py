@@ -119,21 +119,9 @@ def save_run(
             title=f"{name}: {method}",
             subtitle=f"{task.model_name}, {counts.examples:,} examples, {took.steps:,} steps",
         )
-        command = shlex.join(["accelerate", "launch", *sys.argv])
-        if training.hub_token:  # the card may be published
-            command = command.replace(training.hub_token, "HUB_TOKEN")
-        card = model_card(
-            title=f"{name} ({method})",
-            template_description=" ".join(template.description for template in task.templates),
-            base_model=task.model_name,
-            method=method,
-            command=command,
-            metrics=metrics,
-            versions=metrics["versions"],
-            load_snippet=load_snippet(trainer.model, training.output_dir),
-            library_name="peft" if (folder / "adapter_config.json").exists() else "transformers",
+        write_card(
+            folder, task, training, metrics, load_snippet(trainer.model, training.output_dir)
         )
-        (folder / "README.md").write_text(card, encoding="utf-8")
         write_json(folder / "metrics.json", metrics)
         estimated = gib(took.estimated_memory_bytes)
         print_table(
@@ -150,6 +138,30 @@ def save_run(
     if training.publish:
         publish(training.output_dir, training)
     return metrics
+
+
+def write_card(folder: Path, task: Task, training, metrics: Mapping, snippet: str) -> None:
+    """Write the model card of a run.
+
+    Args:
+        metrics: what metrics.json holds.
+        snippet: Python that loads the result.
+    """
+    command = shlex.join(["accelerate", "launch", *sys.argv])
+    if training.hub_token:  # the card may be published
+        command = command.replace(training.hub_token, "HUB_TOKEN")
+    card = model_card(
+        title=f"{metrics['task']} ({metrics['method']})",
+        template_description=" ".join(template.description for template in task.templates),
+        base_model=task.model_name,
+        method=metrics["method"],
+        command=command,
+        metrics=metrics,
+        versions=metrics["versions"],
+        load_snippet=snippet,
+        library_name="peft" if (folder / "adapter_config.json").exists() else "transformers",
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def save_predictions(output_dir: str, result: TaskScore, kind: str) -> None:

@@ -39,7 +39,15 @@ from recipelib.runtime.launch import (
     uses_fsdp,
 )
 from recipelib.runtime.memory import MemoryMeter, gib
-from recipelib.runtime.prepared import ArrowFile, Store, code_digest, cut, digest, read_arrow
+from recipelib.runtime.prepared import (
+    ArrowFile,
+    Store,
+    code_digest,
+    cut,
+    digest,
+    megabytes,
+    read_arrow,
+)
 
 __all__ = [
     "TRAINED",
@@ -68,6 +76,7 @@ __all__ = [
     "is_whole",
     "join_on_cpu",
     "load_yaml",
+    "megabytes",
     "one_line",
     "print_table",
     "printable",

@@ -234,6 +234,7 @@ _LEFT = (
     *("adapter_config.json", "config.json", "generation_config.json", "peft_bottleneck.py"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
     *("template.yaml", "trainer_state.json", "loss.png", "README.md"),
+    *("probe.json", "probe.skops", "layers.png"),
 )
 _LEFT_FOLDERS = ("base_model", "dropped", "merged", "templates", "partial")
 _FIGURES = ("confusion.png", "reliability.png")  # ... and of one that only scores

@@ -65,7 +65,8 @@ class Store:
         return cls(processes, Path(config.HF_DATASETS_CACHE, "recipes"))
 
     @cached_property
-    def _root(self) -> Path:
+    def root(self) -> Path:
+        """The folder itself, which all processes of this machine share."""
         return self.folder or _folder_of_this_run()
 
     def get(self, kind: str, key: str, make: Callable[[Path], None]) -> Path:
@@ -75,7 +76,7 @@ class Store:
         Raises:
             UserError: the disk is full, or cannot be written to; and what `make` raises.
         """
-        path = self._root / f"{kind}-{key}"
+        path = self.root / f"{kind}-{key}"
         if path.exists():
             return path
         if not _makes():
@@ -99,14 +100,14 @@ class Store:
 
         lock = FileLock(path.with_suffix(".lock"))
         try:
-            self._root.mkdir(parents=True, exist_ok=True)
+            self.root.mkdir(parents=True, exist_ok=True)
             try:
                 lock.acquire(timeout=0.5)
             except Timeout:
                 say("another run is preparing the same rows; waiting for it")
                 lock.acquire()
         except OSError as error:
-            raise UserError(f"{self._root}: {error.strerror or error}; {self._cure}") from None
+            raise UserError(f"{self.root}: {error.strerror or error}; {self._cure}") from None
         try:
             yield
         finally:
@@ -123,7 +124,7 @@ class Store:
         except OSError as error:
             if error.errno not in _NO_SPACE:
                 raise
-            raise UserError(f"{self._root}: the disk is full; {self._cure}") from None
+            raise UserError(f"{self.root}: the disk is full; {self._cure}") from None
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -132,8 +133,8 @@ class Store:
         if self._made and self.folder:
             own, total = sum(map(_size, self._made)), _size(self.folder)
             say(
-                f"kept for the next run: {_megabytes(own)} of prepared rows in {self.folder}, "
-                f"{_megabytes(total)} with those of other runs; delete the folder to clear them, "
+                f"kept for the next run: {megabytes(own)} of prepared rows in {self.folder}, "
+                f"{megabytes(total)} with those of other runs; delete the folder to clear them, "
                 "or pass --dataset_cache false"
             )
         self._made.clear()
@@ -174,8 +175,8 @@ class Store:
                 written, free = _size(folder), shutil.disk_usage(folder).free
                 done = max(bar.n, 1) / max(total, 1)
                 raise UserError(
-                    f"{self._root}: the disk is full: about {_megabytes(written / done)} are "
-                    f"needed, {_megabytes(written + free)} were free; {self._cure}"
+                    f"{self.root}: the disk is full: about {megabytes(written / done)} are "
+                    f"needed, {megabytes(written + free)} were free; {self._cure}"
                 ) from None
 
 
@@ -217,7 +218,8 @@ def _size(folder: Path) -> int:
     return total
 
 
-def _megabytes(size: float) -> str:
+def megabytes(size: float) -> str:
+    """A size in bytes as people read it."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from recipelib.data import RowStream, few_shot_rows
@@ -37,7 +38,14 @@ from recipelib.runtime import (
     is_main_process,
     say,
 )
-from recipelib.task.task import Task, load_rows_of, load_template, make_encoder, refuse_predict
+from recipelib.task.task import (
+    Task,
+    load_rows_of,
+    load_task,
+    load_template,
+    make_encoder,
+    refuse_predict,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -66,6 +74,16 @@ class ClozeTask(Task):
     facts: dict[str, Any]
     trained_as: dict[str, str]
     validation: ClozeRows | None = None
+
+    @property
+    def kind_of_model(self) -> dict[str, Any]:
+        """Whether it is a masked one."""
+        return {"masked": self.masked}
+
+    @property
+    def read_by(self) -> dict[str, Any]:
+        """How label words are read."""
+        return self.facts
 
     def held_out(self) -> Dataset:
         """The evaluation rows, to follow their loss while training."""
@@ -224,6 +242,24 @@ def load_cloze_task(
     if not trains:
         task.memory = MemoryMeter()  # else each draw has its own
     return task
+
+
+def load_word_task(args, training) -> Task:
+    """A task that is trained through its answers by a causal model, and through its label words by
+    a masked one.
+
+    Args:
+        args: a recipe's `RecipeArguments`.
+    """
+    if not is_masked(stored_config(args.model_name_or_path, revision=args.revision)):
+        return load_task(args, training)
+    plain = {"cloze": False, "combine": "logsumexp", "soft_verbalizer": False, "calibrate": False}
+    asked = SimpleNamespace(**vars(args), **plain, per_class=None, draws=1)
+    task = load_cloze_task(asked, training)
+    if args.preview:
+        return task
+    prepared, _ = next(task.draws(asked, training))
+    return prepared
 
 
 def _refuse_cloze_options(args, training) -> None:

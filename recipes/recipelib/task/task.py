@@ -76,6 +76,16 @@ class Task:
         return self.encoder.text.tokenizer
 
     @property
+    def kind_of_model(self) -> dict[str, Any]:
+        """What `load_model` has to know of the model that does this task."""
+        return {}
+
+    @property
+    def read_by(self) -> dict[str, Any]:
+        """What a run's metrics.json keeps of how answers are read, where not simply as text."""
+        return {}
+
+    @property
     def sources(self) -> dict[str, str]:
         """Where the rows come from, for the plan."""
         return {"train": self.train.source, "eval": self.evaluation.source}

@@ -74,12 +74,14 @@ class ClozeTrainer(RecipeTrainer):
         batch = heaviest_cloze_batch(self.task.encoded, self.args)
         return estimate_memory(self.model, self.args, batch, _loss_of_shapes)
 
-    def trained_weights(self) -> dict[str, torch.Tensor]:
-        """All trained parameters, whole, by name. Of a sharded model only the main process gets
-        them, the others get nothing.
+    def trained_weights(self, *, frozen: bool = False) -> dict[str, torch.Tensor]:
+        """All trained parameters, whole, by name; or the frozen ones too. Of a sharded model only
+        the main process gets them, the others get nothing.
         """
         parameters = dict(self.model.named_parameters())
-        trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+        trained = {
+            name for name, parameter in parameters.items() if frozen or parameter.requires_grad
+        }
         if not self.is_fsdp_enabled:
             weights = {name: parameter.detach().cpu() for name, parameter in parameters.items()}
         else:
@@ -91,8 +93,14 @@ class ClozeTrainer(RecipeTrainer):
         """Save what was trained; called by all processes. A soft prompt or prefix is saved as PEFT
         does, a tuned model as transformers does, label embeddings beside them.
         """
-        folder = Path(output_dir or self.args.output_dir)
-        weights = self.trained_weights()
+        folder, adapted = (
+            Path(output_dir or self.args.output_dir),
+            isinstance(self.model, PeftModel),
+        )
+        if adapted and not _internal_call and not self.model.active_peft_config.is_prompt_learning:
+            super().save_model(output_dir)
+            return
+        weights = self.trained_weights(frozen=not adapted and not _internal_call)
         if not self.args.should_save:
             return
         if not _internal_call:
@@ -108,7 +116,7 @@ class ClozeTrainer(RecipeTrainer):
             tensors = {name.rpartition(".")[2]: weight for name, weight in soft.items()}
             save_file(tensors, folder / SOFT_VERBALIZER, {"format": "pt"})
         rest = {name: weight for name, weight in weights.items() if name not in soft}
-        if not isinstance(self.model, PeftModel):
+        if not adapted:
             self._save_whole(folder, rest)
             return
         prompts = {name for name in rest if name.startswith("prompt_encoder.")}
@@ -120,7 +128,7 @@ class ClozeTrainer(RecipeTrainer):
         self._save_prompt(folder, {name: rest[name] for name in prompts}, tuned)
 
     def _save_whole(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-        """Save a model of which every parameter was trained; `weights` has tied ones once."""
+        """Save a model; `weights` are all its parameters, tied ones once."""
         bare = bare_model(self.model)
         whole = dict(weights)
         for name, parameter in bare.named_parameters(remove_duplicate=False):

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.data_loader import prepare_data_loader
@@ -24,6 +25,7 @@ from transformers.distributed.fsdp import update_fsdp_plugin_peft
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 from trl import SFTTrainer
 
+from recipelib.activations import STATES, StateCache, WithStates, beginning_at
 from recipelib.encoding import IGNORED, Counts
 from recipelib.models import (
     FSDP_OFF,
@@ -126,6 +128,8 @@ class RecipeTrainer(SFTTrainer):
             `checkpoint` to resume, and the `memory` meter, which may be None: then nothing is
             estimated, measured or shown.
         rates: learning rates for the parameters with these words in their names.
+        cache: of what the model's frozen layers compute of the training examples; they are then
+            run once, when training begins, and not in the steps.
         options: further ones of `SFTTrainer`.
     Raises:
         UserError: a checkpoint of another run; FSDP is asked for but off; a model whose rows cannot
@@ -133,7 +137,14 @@ class RecipeTrainer(SFTTrainer):
     """
 
     def __init__(
-        self, model, training, task, *, rates: Mapping[str, float] | None = None, **options
+        self,
+        model,
+        training,
+        task,
+        *,
+        rates: Mapping[str, float] | None = None,
+        cache: StateCache | None = None,
+        **options,
     ):
         check_adapter(task.checkpoint, model)
         held_out = task.held_out() if training.eval_strategy != "no" else None
@@ -147,7 +158,7 @@ class RecipeTrainer(SFTTrainer):
             processing_class=task.tokenizer,
             **options,
         )
-        self.task, self.rates = task, rates or {}
+        self.task, self.rates, self.cache = task, rates or {}, cache
         if uses_fsdp() and not self.is_fsdp_enabled:
             raise UserError(FSDP_OFF)
         if getattr(self.model, "is_loaded_in_4bit", False):
@@ -235,10 +246,22 @@ class RecipeTrainer(SFTTrainer):
         clear_way(self.args.output_dir, checkpoint)
         reshard(self.model)
         start = time.perf_counter()
+        if self.cache is not None:
+            self._begin_above(self.cache)
         output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         self.seconds = time.perf_counter() - start
         self._peak = memory.stop() if memory else 0
         return output
+
+    def _begin_above(self, cache: StateCache) -> None:
+        """Run the frozen layers, and give each batch what they put out."""
+        with self.accelerator.autocast():
+            cache.fill(self.model, description="frozen layers, once")
+        reshard(self.model)
+        places = np.arange(len(self.train_dataset))
+        self.train_dataset = self.train_dataset.add_column("place", places)
+        self.data_collator = WithStates(self.data_collator, cache)
+        self.args.remove_unused_columns = False
 
     def figures(self) -> TrainingFigures:
         """What training took; all processes have to call this."""
@@ -278,13 +301,21 @@ class RecipeTrainer(SFTTrainer):
             self.model.get_input_embeddings().neftune_noise_alpha = (
                 self.neftune_noise_alpha * longer
             )
-        with self._keeping_apart(inputs), self._without_input_casts():
+        with self._keeping_apart(inputs), self._without_input_casts(), self._above(inputs):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         """Forward pass of a micro-batch that is evaluated."""
         with self._keeping_apart(inputs):
             return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def _above(self, inputs) -> AbstractContextManager:
+        """A context in which the frozen layers are not run but what they put out is given."""
+        if self.cache is None:
+            return nullcontext()
+        return beginning_at(
+            self.cache.frozen.layers, self.cache.frozen.boundary, inputs.pop(STATES)
+        )
 
     def _keeping_apart(self, inputs) -> AbstractContextManager:
         return RowsApart(row_lengths(inputs)) if self.rows_apart else nullcontext()

@@ -1,0 +1,142 @@
+"""What is left of a small model that was trained on features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from recipelib.evaluation import TaskScore
+from recipelib.models import count_parameters
+from recipelib.probes import ProbeChoice, save_probe
+from recipelib.reporting.figures import plot_confusion, plot_layers
+from recipelib.reporting.run import write_card
+from recipelib.runtime import (
+    clear_results,
+    gib,
+    is_main_process,
+    print_table,
+    versions,
+    write_json,
+    write_jsonl,
+)
+from recipelib.task import ClassTask
+
+
+def save_features_run(
+    task: ClassTask,
+    training,
+    model,
+    choice: ProbeChoice,
+    base: TaskScore,
+    tuned: TaskScore,
+) -> dict:
+    """Write the small model and everything beside it: metrics.json last, so that where it stands
+    the run is whole.
+
+    Args:
+        model: whose states the features are.
+        base: of the untouched model by its label words.
+    Returns:
+        The content of metrics.json.
+    """
+    probe, layers = choice.probe, choice.layers
+    facts = {**task.features_of, "layer": choice.layer}
+    folder, counts = Path(training.output_dir), task.encoded.counts
+    peak, name = task.memory.stop(), task.template.name
+    metrics = {
+        "task": name,
+        "method": f"features ({probe.kind})",
+        "model": task.model_name,
+        "metric": tuned.metric,
+        "score": tuned.score,
+        "stderr": tuned.stderr,
+        **tuned.details,
+        "base_score": base.score,
+        "base_stderr": base.stderr,
+        "eval_rows": tuned.rows,
+        "eval_rows_left_out": tuned.left_out,
+        "train_rows": counts.rows,
+        "train_examples": counts.examples,
+        "train_examples_shortened": counts.shortened,
+        "train_examples_left_out": counts.left_out,
+        "bad_rows_skipped": task.skipped_rows,
+        "train_tokens": counts.tokens,
+        "train_seconds": task.features_seconds + choice.seconds,
+        "features_seconds": task.features_seconds,
+        "probe_seconds": choice.seconds,
+        "trainable_parameters": sum(
+            tensor.size
+            for place, tensor in probe.tensors.items()
+            if place not in ("mean", "scale", "present")
+        ),
+        "total_parameters": count_parameters(model)[1],
+        "peak_memory_bytes": peak,
+        "rendering": "chat" if task.encoder.chat else "text",
+        "chat_template_kwargs": task.encoder.text.chat_template_kwargs,
+        "max_length": task.encoder.max_length,
+        "world_size": training.world_size,
+        "seed": training.seed,
+        "versions": versions(),
+        **task.read_by,
+        "head": "probe",
+        **facts,
+        "layer_accuracies": {
+            str(number): {"mean": mean, "std": std} for number, (mean, std) in layers.items()
+        },
+        "probe_accuracies": {
+            kind.kind: {"mean": kind.mean, "std": kind.std, "seconds": kind.seconds}
+            for kind in choice.kinds
+        },
+    }
+    if not is_main_process():
+        return metrics
+    clear_results(str(folder), str(facts["model_name_or_path"] or ""))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_probe(probe, folder, {**facts, "masked": task.masked})
+    task.template.save(folder / "template.yaml")
+    task.tokenizer.save_pretrained(folder)
+    write_jsonl(folder / "predictions.jsonl", tuned.records)
+    subtitle = f"{task.model_name}, {counts.examples:,} training rows"
+    written = ["probe.json", "metrics.json", "predictions.jsonl", "confusion.png"]
+    plot_confusion(
+        [record["answer"] for record in tuned.records],
+        [record["prediction"] for record in tuned.records],
+        task.classes,
+        folder / "confusion.png",
+        title=f"{name}: {probe.kind} on layer {facts['layer']}",
+        subtitle=f"{task.model_name}, {tuned.rows:,} rows",
+    )
+    if len(layers) > 1:
+        plot_layers(
+            layers,
+            folder / "layers.png",
+            title=f"{name}: what each layer knows",
+            subtitle=subtitle,
+            guessing=1 / len(task.classes),
+        )
+        written.append("layers.png")
+    write_card(folder, task, training, metrics, _snippet(folder))
+    write_json(folder / "metrics.json", metrics)
+    print_table(
+        "Done",
+        {
+            "untouched model": base,
+            "small model": f"{tuned}: {probe.kind} on layer {facts['layer']}",
+            "features": f"{task.features_seconds:.0f} s",
+            "small models": f"{choice.seconds:.0f} s, cross-validation included",
+            "peak memory": f"{gib(peak)} GiB",
+            "written to": f"{folder}/: {', '.join(written)}",
+        },
+    )
+    return metrics
+
+
+def _snippet(folder: Path) -> str:
+    """Python that answers rows with what the folder holds."""
+    return (
+        "import sys\n\n"
+        'sys.path.append("recipes")  # of the collection\n'
+        "from recipelib.probes import load_probe\n\n"
+        f"probe, facts = load_probe({str(folder)!r})\n"
+        "# probe.scores(features): [rows, classes], of states that are pooled as facts says;\n"
+        f"# recipes/transfer_learning.py --output_dir {folder} --predict FILE makes them\n"
+    )
