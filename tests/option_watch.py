@@ -133,6 +133,7 @@ def watched(seen: dict[str, Any]) -> Iterator[None]:
         }
         seen["runs"].append(Path(trainer.args.output_dir).name)
         seen["peft"] = config and config.to_dict()
+        seen["cache"] = trainer.cache and (str(trainer.cache.root), str(trainer.cache.dtype))
         seen["examples"] = len(trainer.task.encoded.examples)
         seen["trained"] = {name: it.sum().item() for name, it in trained.items()}
         seen["callbacks"] = numbers
@@ -146,6 +147,11 @@ def watched(seen: dict[str, Any]) -> Iterator[None]:
     def save(trainer, task, base, tuned, *, method, more=None):
         seen["left"].append({"method": method, **(more or {})})
         return {"score": 0.5, "base_score": 0.5, "train_seconds": 1, "peak_memory_bytes": 1}
+
+    def save_features(task, training, model, choice, base, tuned):
+        seen["left"].append(
+            {"layers": [*choice.layers], "kind": choice.probe.kind, **task.features_of}
+        )
 
     def leave(name: str) -> Callable:
         return lambda *args, **options: seen["left"].append({name: args[1:]})
@@ -173,6 +179,7 @@ def watched(seen: dict[str, Any]) -> Iterator[None]:
             patch.setattr(trainer, "train", train)
             patch.setattr(trainer, "save_model", lambda self: None)
         patch.setattr("recipelib.reporting.save_run", save)
+        patch.setattr("recipelib.reporting.save_features_run", save_features)
         patch.setattr("recipelib.evaluation.search_label_words", search)
         patch.setattr("recipelib.inference.embedding_similarity", embed)
         for name in ("save_draws", "save_score", "save_few_shot", "save_label_words"):

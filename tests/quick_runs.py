@@ -12,7 +12,8 @@ from tiny_llama import save_tiny_llama
 from recipelib.cli import arguments
 
 TRAINING = [
-    *("lora_sft", "adapter_sft", "prompt_tuning", "cloze_sft", "instruction_sft", "cot_sft")
+    *("lora_sft", "adapter_sft", "prompt_tuning", "cloze_sft", "instruction_sft", "cot_sft"),
+    "transfer_learning",
 ]
 RECIPES = [*TRAINING, "icl_eval"]
 REVIEWS = [

@@ -127,6 +127,11 @@ def leave(name: str) -> Callable[[dict], Any]:
     return lambda seen: [written.get(name) for written in seen["left"]]
 
 
+def kept(seen: dict) -> tuple | None:
+    """Where what frozen layers compute is kept, and in what precision."""
+    return seen["cache"]
+
+
 def examples(seen: dict) -> int:
     """How many examples are trained."""
     return seen["examples"]
@@ -255,6 +260,27 @@ CASES = {
         "temperature": started(0.5, score("temperature"), samples=2),
         "full": started(True, has_adapter),
     },
+    "transfer_learning": {
+        **COMMON,
+        "mode": shown("features"),
+        "train_layers": started(2, parameters),
+        "freeze_layers": started(0, parameters),
+        "train_modules": started(["mlp"], parameters),
+        "train_embeddings": started(True, parameters),
+        "train_norms": started(True, parameters),
+        "train_head": started(True, parameters),
+        "layer_decay": started(0.5, lambda seen: seen["rates"], train_layers=2),
+        "unfreeze_every": started(2, lambda seen: seen["callbacks"].get("GradualUnfreezing")),
+        "peft": started("lora", has_adapter),
+        "head": shown("classifier"),
+        "cache": started(False, kept, max_steps=8),
+        "cache_dtype": started("bfloat16", kept, max_steps=8),
+        "cache_dir": started("<root>/cache", kept, max_steps=8),
+        "clear_cache": started(True, lambda seen: "cleared" in seen["out"], max_steps=8),
+        "layer": started("1", leave("layers"), mode="features"),
+        "pooling": started("max", leave("pooling"), mode="features"),
+        "probe": started("svm", leave("kind"), mode="features"),
+    },
     "icl_eval": {
         **COMMON,
         **NOT_STREAMED,
@@ -337,8 +363,28 @@ def test_every_option_changes_something_or_one_line_refuses_it(recipe, option, w
                 ("cloze_sft", {"virtual_tokens": 2}, "--soft_prompt true"),
                 ("cloze_sft", {"init": "words"}, "--soft_prompt true"),
                 ("icl_eval", {"trigger": "So."}, "--reasoning trigger"),
+                ("transfer_learning", {"mode": "features", "peft": "lora"}, "--mode freeze"),
+                ("transfer_learning", {"layer": "1"}, "--mode features"),
                 ("icl_eval", {"nearest_by": "embedding"}, "--sampler nearest"),
                 ("lora_sft", {"chat_template_kwargs": '{"mood": "glad"}'}, "--rendering chat"),
+            )
+        ),
+        *(
+            ("transfer_learning", options, says)
+            for options, says in (
+                ({"train_layers": 1, "freeze_layers": 1}, "--freeze_layers: --train_layers says"),
+                ({"train_modules": ["mlp"], "train_layers": 1}, "--train_modules: --train_layers"),
+                ({"peft": "lora", "train_head": True}, "--train_head: with --peft adapters are"),
+                ({"cache": False, "cache_dtype": "bfloat16"}, "--cache false: nothing is kept"),
+                ({"mode": "features", "layer": "3"}, "--layer 3: pass a number from 0 to 2, or"),
+                ({"train_layers": 3}, "--train_layers 3: the model has 2 layers"),
+                (
+                    {"train_modules": ["mpl"]},
+                    "--train_modules mpl: no parameter has it",
+                ),
+                ({"train_modules": ["model"]}, "--train_modules: everything is trained"),
+                ({"train_layers": 0}, "--train_layers: nothing is trained"),
+                ({"head": "classifier", "packing": True}, "--packing: texts of which a class"),
             )
         ),
         ("icl_eval", {"shots": 0, "draws": 2}, "--draws: changes nothing without demonstrations"),

@@ -55,6 +55,10 @@ LEANS_ON = {
     "_no_split_modules": "the names of the classes of decoder layers",
     "_tied_weights_keys": "what transformers ties again after loading",
     "_compile_jinja_template": "from a chat template's text, in transformers' sandbox",
+    "_name_or_path": "of the config: where a model was loaded from, which changes no state",
+    # scikit-learn
+    "_predictors": "a boosting's trees, whose nodes are checked when they are loaded",
+    "_preprocessor": "None, or it would change the features before the trees see them",
     # torch
     "_parameters": "a module's own parameters, from which a doubled bias is taken",
     "_scaled_dot_product_flash_attention_for_cpu": "gives values and the logarithms of normalizers",

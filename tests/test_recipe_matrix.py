@@ -47,6 +47,11 @@ KINDS = {
     "conversations": ("instruction_sft", {"template": ["conversations=CHATS"], "lora": True}),
     "reasoning": ("cot_sft", {"samples": 2, "max_new_tokens": 6}),
     "reasoning, all": ("cot_sft", {"full": True, "max_new_tokens": 6}),
+    "frozen": ("transfer_learning", {}),
+    "frozen, masked": ("transfer_learning", {"model_name_or_path": "MASKED"}),
+    "frozen, adapters": ("transfer_learning", {"peft": "lora", "head": "classifier"}),
+    "classifier": ("transfer_learning", {"head": "classifier"}),
+    "features": ("transfer_learning", {"mode": "features"}),
     # Nothing is trained.
     "scored": ("cloze_sft", {"score_only": True}),
     "demonstrations": ("icl_eval", {}),
@@ -148,13 +153,13 @@ def said(folder: Path, kind: str = "") -> list:
     """
     records = read_jsonl(folder / f"predictions{kind}.jsonl")
     values = [
-        [*record["log_likelihoods"].values()]
-        if "log_likelihoods" in record
-        else record["generated"]
+        record.get("log_likelihoods") or record.get("scores") or record["generated"]
         for record in records
         if record.get("task", "movie_reviews") == "movie_reviews"
     ]
-    return values if isinstance(values[0][0], str) else torch.tensor(values)
+    if isinstance(values[0], str):
+        return values
+    return torch.tensor([[*scores.values()] for scores in values])
 
 
 def assert_says_the_same(folder: Path, kind: str) -> None:
@@ -228,6 +233,11 @@ def test_nothing_of_another_recipes_run_passes_for_this_ones(
         monkeypatch.chdir(tmp_path)
         scope = {}
         exec(code, scope)
+        if kind == "features":  # a small model, of which --predict below is told
+            assert scope["probe"].kind == "logistic"
+            answer_file(*parsed(recipe, place, output_dir=str(result), predict=str(questions)))
+            assert_says_the_same(result, "_questions")
+            continue
         tuned = load_tuned(result, read_json(result / "metrics.json"))
         with torch.no_grad():
             loaded, expected = (
@@ -337,6 +347,8 @@ def test_demonstrations_stand_before_every_adapter_or_a_line_says_why_not(
         assert "was trained with --soft_verbalizer, whose labels have no words" in line
     elif not (adapter / "adapter_config.json").exists():
         assert "no adapter_config.json, so no adapter; a whole model goes to" in line
+    elif "classifier" in KINDS[kind][1].values():
+        assert "does not fit the model (it was trained with a classification head" in line
     else:
         assert line is None
         records = read_jsonl(out / "predictions.jsonl")

@@ -1,4 +1,4 @@
-"""What frozen layers compute, kept on disk, and training that begins above them."""
+"""What frozen layers compute, kept on disk: for training that begins above them, and features."""
 
 from recipelib.activations.features import POOLING, kept_features, pooled_states
 from recipelib.activations.folder import cache_folder

@@ -54,7 +54,8 @@ class FrozenLayers:
         boundary, width, key, layers.in_tuples, below = found
         modules = dict(model.named_modules())
         dropping = [_stop_dropout(modules[name]) for name in below]
-        if boundary and any(dropping):
+        trained = any(parameter.requires_grad for parameter in model.parameters())
+        if trained and any(dropping):
             say("dropout is off in the frozen layers, with the cache and without it")
         return cls(layers, boundary, width, key)
 

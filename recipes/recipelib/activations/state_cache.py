@@ -216,11 +216,18 @@ class StateCache:
         """Compute and write these shards, in step with the other processes."""
         model.eval()
         total = sum(len(self._places(shard)) for shard in shards)
-        with torch.no_grad(), Lockstep(model) as run, progress_bar(description, total) as bar:
+        # Where processes make unequally many passes, the idle ones run these layers, too.
+        shortened = ending_at(self.frozen.layers, self.frozen.boundary)
+        with (
+            torch.no_grad(),
+            shortened as kept,
+            Lockstep(model) as run,
+            progress_bar(description, total) as bar,
+        ):
             if run.device.type == "cpu":
                 batch_tokens = min(batch_tokens, CPU_PASS_TOKENS)
             for shard in shards:
-                states = self._compute(run, shard, batch_tokens)
+                states = self._compute(run, kept, shard, batch_tokens)
                 try:
                     self._write(shard, states)
                 except (OSError, SafetensorError) as error:  # the latter for a disk that is full
@@ -228,8 +235,14 @@ class StateCache:
                     raise UserError(f"{self.root}: {said}; {_CURE}") from None
                 bar.update(len(self._places(shard)))
 
-    def _compute(self, run: Lockstep, shard: int, budget: int) -> torch.Tensor:
-        """[tokens, width] the states of a shard, as they are computed."""
+    def _compute(
+        self, run: Lockstep, kept: list[torch.Tensor], shard: int, budget: int
+    ) -> torch.Tensor:
+        """[tokens, width] the states of a shard, as they are computed.
+
+        Args:
+            kept: where each pass leaves them.
+        """
         places = self._places(shard)
         examples = self._examples[places.start : places.stop]
         sequences: list[list[int]] = []
@@ -242,7 +255,7 @@ class StateCache:
         while waiting:
             members = waiting.pop()
             try:
-                computed = self._run(run, [sequences[member] for member in members])
+                computed = self._run(run, kept, [sequences[member] for member in members])
             except OutOfMemory:
                 if len(members) == 1:
                     raise UserError(
@@ -252,11 +265,13 @@ class StateCache:
                 half = len(members) // 2
                 waiting += [members[half:], members[:half]]
                 continue
-            for member, kept in zip(members, computed, strict=True):
-                states[member] = kept
+            for member, own in zip(members, computed, strict=True):
+                states[member] = own
         return torch.cat(states)
 
-    def _run(self, run: Lockstep, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    def _run(
+        self, run: Lockstep, kept: list[torch.Tensor], sequences: Sequence[Sequence[int]]
+    ) -> list[torch.Tensor]:
         """[tokens, width] of each sequence, as they are computed."""
         ids = pad_sequence([torch.tensor(row) for row in sequences], batch_first=True)
         mask = pad_sequence([torch.ones(len(row)) for row in sequences], batch_first=True).long()
@@ -265,7 +280,8 @@ class StateCache:
         place = torch.zeros(1, 2, dtype=torch.long, device=run.device)
         has_head = bare_model(run.model).get_output_embeddings() is not None
         head = logits_at(run.model, place, ids.shape[1]) if has_head else nullcontext()
-        with ending_at(self.frozen.layers, self.frozen.boundary) as kept, head:
+        kept.clear()
+        with head:
             run(input_ids=ids, attention_mask=mask, use_cache=False)
         return [states[: len(row)] for states, row in zip(kept[-1].cpu(), sequences, strict=True)]
 

@@ -79,6 +79,9 @@ def with_adapter(model, adapter: Path | None):
         # PEFT would see neither before a text is read.
         if config.peft_type in PROMPTS and config.token_dim != width:
             raise ValueError(f"its width is {config.token_dim}, the model's {width}")
+        has_head = type(model).__name__.endswith("ForSequenceClassification")
+        if (config.task_type == "SEQ_CLS") != has_head:
+            raise ValueError("it was trained with a classification head, which answers --predict")
         masked = config.task_type == "FEATURE_EXTRACTION"  # see `prompt_shape`
         if config.is_prompt_learning and masked != is_masked_model(model):
             raise ValueError(f"it is for a {'masked' if masked else 'causal'} language model")

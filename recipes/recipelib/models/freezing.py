@@ -140,9 +140,10 @@ def train_only(model: nn.Module, layers: Collection[int], args) -> None:
     """
     names, embeddings = args.train_modules, args.train_embeddings
     head = args.train_head or args.head == "classifier"
+    unread: set[str] = set()
     if (head or any(_names_head(model, name) for name in names or ())) and not embeddings:
-        _untie_head(model)
-    groups = group_of(model)
+        unread = _untie_head(model)
+    groups = {name: group for name, group in group_of(model).items() if name not in unread}
     behind = {name for name, group in groups.items() if group == NORMS}
     if names is None:
         trained = {name for name, group in groups.items() if group in layers}
@@ -202,23 +203,33 @@ def _shared_weight(model: nn.Module) -> str | None:
     return next(f"{name}.weight" for name, module in model.named_modules() if module is head)
 
 
-def _untie_head(model: nn.Module) -> None:
+def _untie_head(model: nn.Module) -> set[str]:
     """Give the head a weight of its own, if it shares that of the embeddings: training it would
-    change them, too.
+    change them, too. Returns the names of parameters that nothing reads from then on.
     """
     if (name := _shared_weight(model)) is None:
-        return
+        return set()
     head = model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.detach().clone())
+    bias, unread = getattr(head, "bias", None), set()
+    for place, module in model.named_modules():
+        # BERT registers it twice. Nothing will tie them when they are loaded: so both are saved,
+        # but only the head's is read, and trained.
+        if bias is not None and module is not head and module._parameters.get("bias") is bias:
+            module.bias = nn.Parameter(bias.detach().clone())
+            unread.add(f"{place}.bias")
     model.config.get_text_config().tie_word_embeddings = False
     model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = {
-        target: source for target, source in model.all_tied_weights_keys.items() if target != name
+        target: source
+        for target, source in model.all_tied_weights_keys.items()
+        if not target.startswith(name.removesuffix("weight"))
     }
     say(
         f"{name} was the embeddings' weight, which training would change: the head is trained as a "
         f"weight of its own, {head.weight.numel():,} parameters more"
     )
+    return unread
 
 
 def head_modules(model: nn.Module) -> list[str]:

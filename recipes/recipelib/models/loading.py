@@ -147,6 +147,12 @@ def load_pretrained(
             use_safetensors=True,
             **kwargs,
         )
+    trained = f"{model.config.architectures}"
+    if "ForSequenceClassification" in trained and model_class.__name__.endswith("LM"):
+        raise UserError(
+            f"{model_name_or_path}: has a classification head instead of a vocabulary; it answers "
+            "with --predict, and is trained from the model that it came from"
+        )
     # Of some encoder-decoders, such as BART, transformers would load only the decoder.
     if getattr(type(model.config), "is_encoder_decoder", False):
         raise UserError(

@@ -58,8 +58,16 @@ def prepare_for_fsdp2(plugin, model) -> None:
     from the list. The bias of the head is registered twice, and torch refuses a parameter that two
     FSDP groups share: the registration that no forward pass reads is removed, and the model's
     `head_bias` says where it belongs.
+
+    In all processes but the first, transformers leaves a new head on the meta device, where all
+    parameters have the same address, by which accelerate finds the optimizer's: it gets memory.
     """
     bare = bare_model(model)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                empty = torch.empty_like(parameter, device="cpu")
+                setattr(module, name, nn.Parameter(empty, parameter.requires_grad))
     names = getattr(bare, "_no_split_modules", None) or ()
     embeddings, head = bare.get_input_embeddings(), bare.get_output_embeddings()
     holders = {

@@ -6,19 +6,20 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from recipelib.encoding import IGNORED, CausalAsker, Counts, Demonstrate, MaskedAsker
 from recipelib.runtime import is_main_process, printable, say
-from recipelib.task import ClozeTask, Task
+from recipelib.task import ClassTask, ClozeTask, Task
 
 
 def preview(task: Task, count: int) -> None:
     """Show a task's first training examples token by token as the model will see them, the
     supervised ones marked: colored in a terminal, elsewhere in ⟦ ⟧. Of several tasks, or several
     texts that are trained on a row, the first of each. Of a task that is asked through a cloze its
-    first rows, with the words that may fill it.
+    first rows, with the words that may fill it; of one whose classes are read from states the texts
+    and their classes.
     """
     if not is_main_process():
         return
-    if isinstance(task, ClozeTask):
-        _preview_cloze(task, count)
+    if isinstance(task, ClozeTask | ClassTask):
+        (_preview_cloze if isinstance(task, ClozeTask) else _preview_classes)(task, count)
         return
     names = [template.name for template in task.templates]
     parts, start = task.encoded.parts or [len(task.encoded.examples)], 0
@@ -111,6 +112,17 @@ def _prompts(
         ids = [prompt.ids for prompt in asked.prompts]
         return list(zip(ids, candidates, strict=True)), len(asked.demonstrations)
     return [], 0
+
+
+def _preview_classes(task: ClassTask, count: int) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    examples = task.encoded.examples
+    for number, example in enumerate(examples.select(range(min(count, len(examples)))), start=1):
+        console.rule(f"example {number}: {example['length']} tokens")
+        console.print(printable(task.tokenizer.decode(example["input_ids"])), markup=False)
+        console.print(printable(f"⟦{task.classes[example['labels']]}⟧"), markup=False)
 
 
 def _preview_cloze(task: ClozeTask, count: int) -> None:

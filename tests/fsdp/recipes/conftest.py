@@ -14,6 +14,7 @@ import lora_sft
 import prompt_tuning
 import pytest
 import search_label_words
+import watched_cache
 from datasets import Dataset
 from launching import CONFIGS, SAVING, Launched, command
 from optional_packages import HAS_BITSANDBYTES
@@ -25,7 +26,13 @@ Runs = dict[str, tuple[ModuleType, dict]]
 @pytest.fixture(scope="session")
 def recipe_runs(root) -> Runs:
     """Recipes and what they are told, by the names of their runs."""
-    return {**_text_runs(root), **_adapter_runs(), **_prompt_runs(root), **_packed_runs(root)}
+    return {
+        **_text_runs(root),
+        **_adapter_runs(),
+        **_prompt_runs(root),
+        **_upper_runs(root),
+        **_packed_runs(root),
+    }
 
 
 def _text_runs(root: Path) -> Runs:
@@ -131,6 +138,22 @@ def _prompt_runs(root: Path) -> Runs:
         "masked_resumed": (prompt_tuning, {**network, **resumed}),
         "few_shot": (prompt_tuning, {**soft, **masked, **few}),
         "searched": (search_label_words, {**shared, **masked}),
+    }
+
+
+def _upper_runs(root: Path) -> Runs:
+    """The upper one of two layers, on what the lower one puts out once; and the same cache again,
+    whole and without a shard.
+    """
+    upper = {"train_layers": 1, "max_steps": 8, "cache_dir": root / "states"}
+    masked = {"model_name_or_path": root / "masked", "max_length": 100, "max_steps": 6}
+    head = {"head": "classifier", "max_length": 100}
+    return {
+        "upper": (watched_cache, upper),
+        "upper_again": (watched_cache, upper),
+        f"upper{watched_cache.LOSES}": (watched_cache, upper),
+        "upper_masked": (watched_cache, {**upper, **masked, "train_head": True}),
+        "upper_head": (watched_cache, {**upper, **masked, **head, "peft": "lora"}),
     }
 
 

@@ -22,7 +22,6 @@ from recipelib.activations import (
     WithStates,
     state_cache,
 )
-from recipelib.activations.folder import clear_caches
 from recipelib.adapters import adapt_layers
 from recipelib.runtime import UserError
 
@@ -330,18 +329,3 @@ def test_each_sequence_of_an_example_is_a_row(tmp_path):
 def test_held_out_rows_have_no_states(tmp_path):
     examples = examples_of([3, 4])
     assert WithStates(pad, filled(tmp_path, examples))([*examples]).keys() == {"input_ids"}
-
-
-# All of them ------------------------------------------------------------------------------------
-
-
-def test_clearing_removes_the_caches_and_says_how_much_they_took(tmp_path):
-    (tmp_path / "examples-0123").mkdir()
-    (tmp_path / "examples-0123" / "rows.arrow").write_text("prepared rows")
-    (tmp_path / "activations.txt").write_text("somebody's notes")
-    caches = [filled(tmp_path, examples_of(lengths)) for lengths in ([3, 4], [5])]
-    size = sum(file.stat().st_size for kept in caches for file in kept.folder.iterdir())
-    assert clear_caches(tmp_path) == size > 12 * WIDTH * 4
-    assert {path.name for path in tmp_path.iterdir()} == {"examples-0123", "activations.txt"}
-    assert (tmp_path / "examples-0123" / "rows.arrow").exists()
-    assert clear_caches(tmp_path) == clear_caches(tmp_path / "nowhere") == 0
