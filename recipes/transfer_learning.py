@@ -115,7 +115,7 @@ def main(args: TransferArguments, training) -> dict | None:
         train_only(model, layers, args)
     frozen = FrozenLayers.of(model)  # which compute the same in every pass
     cache = keep_states(frozen, model, task, args, training)
-    thaw = [GradualUnfreezing(frozen, args.unfreeze_every)] if args.unfreeze_every else []
+    thaw = [GradualUnfreezing(frozen, args.unfreeze_every, training)] if args.unfreeze_every else []
     rates = rates_by_depth(model, training.learning_rate, args.layer_decay)
     trainer = trainer_of(task)(model, training, task, rates=rates, cache=cache, callbacks=thaw)
 

@@ -185,7 +185,7 @@ def train_above(folder, model, answers: str, *, cached: bool, callbacks=None, **
     Args:
         answers: see `deep`.
         cached: whether what the frozen layers compute is kept.
-        callbacks: made of the model's frozen layers.
+        callbacks: made of the model's frozen layers and the trainer's arguments.
     Returns:
         The trainer afterwards; its `losses` are those of the steps.
     """
@@ -219,13 +219,14 @@ def train_above(folder, model, answers: str, *, cached: bool, callbacks=None, **
     )
     frozen = FrozenLayers.of(model)
     cache = StateCache(frozen, encoded.examples, folder, torch.float32) if cached else None
+    training = RecipeConfig(**{**defaults, **options})
     trainer = kind(
         model,
-        RecipeConfig(**{**defaults, **options}),
+        training,
         task,
         rates=rates,
         cache=cache,
-        callbacks=callbacks(frozen) if callbacks else None,
+        callbacks=callbacks(frozen, training) if callbacks else None,
     )
     trainer.train()
     trainer.losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

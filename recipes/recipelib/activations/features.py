@@ -69,11 +69,12 @@ def pooled_states(
     wanted = range(depth + 1) if layer is None else [layer]
     head = bare_model(model).get_output_embeddings()
     place = torch.zeros(1, 2, dtype=torch.long, device=run.device)
-    mask = torch.empty(0)
+    mask: torch.Tensor | None = None  # None in a pass that only keeps step with other processes
     found: dict[int, torch.Tensor] = {}
 
     def keep(number: int, states: torch.Tensor) -> None:
-        found[number] = pool(states.float(), mask).cpu()
+        if mask is not None:
+            found[number] = pool(states.float(), mask).cpu()
 
     def enter(module, args: tuple, kwargs: dict) -> None:
         keep(0, args[0] if args else kwargs["hidden_states"])
@@ -93,6 +94,7 @@ def pooled_states(
         width = batch["input_ids"].shape[1]
         with logits_at(model, place, width) if head is not None else nullcontext():
             run(**batch, use_cache=False)
+        mask = None
         return [*torch.stack([found[number] for number in wanted], 1).numpy()]
 
     with ExitStack() as stack:

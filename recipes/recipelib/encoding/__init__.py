@@ -15,6 +15,7 @@ from recipelib.encoding.chat_template import ensure_chat_template
 from recipelib.encoding.class_rows import (
     ClassCollator,
     ClassRows,
+    class_asker,
     class_encoding,
     encode_class_rows,
     pad_texts,
@@ -62,6 +63,7 @@ __all__ = [
     "before_cloze",
     "beginning",
     "check_words",
+    "class_asker",
     "class_encoding",
     "cloze_encoding",
     "collate",

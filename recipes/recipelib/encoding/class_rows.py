@@ -10,10 +10,26 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from recipelib.encoding.asking import Asked, CausalAsker, MaskedAsker
+from recipelib.encoding.asking import Asked, CausalAsker, MaskedAsker, asker_of
 from recipelib.encoding.examples import Encoding, Example
-from recipelib.encoding.prompt_encoder import Counts
+from recipelib.encoding.prompt_encoder import Counts, PromptEncoder
 from recipelib.runtime import UserError, digest
+
+
+def class_asker(encoder: PromptEncoder, masked: bool) -> CausalAsker | MaskedAsker:
+    """How a row becomes one text: the prompt; for a masked model, or where the prompt asks once per
+    label word, the cloze, of which a causal model reads what stands before the mask.
+
+    Raises:
+        UserError: the cloze that this needs is missing.
+    """
+    template = encoder.template
+    if template.asks_each_word and not template.texts.get("cloze"):
+        raise UserError(
+            f"{template.path}: cloze: is missing; the prompt asks once per label word, and a class "
+            "is read from one text"
+        )
+    return asker_of(encoder, masked, template.asks_each_word)
 
 
 @dataclass
@@ -38,7 +54,7 @@ def encode_class_rows(
     Args:
         answers: False for rows without answers.
     Raises:
-        UserError: no row fits; a row is several questions.
+        UserError: no row fits.
     """
     encoded = ClassRows(counts=Counts(rows=len(rows)))
     for number, row in enumerate(rows):
@@ -84,11 +100,6 @@ def _ask(
         counts.left_out += 1
         return None
     (asked,) = asked
-    if len(asked.questions) > 1:
-        raise UserError(
-            f"{asker.encoder.template.path}: second: asks once per label word, so a row is several "
-            "texts; a class is read from one, such as the cloze: pass a masked model"
-        )
     prompt = asked.prompts[0]
     counts.examples += 1
     counts.shortened += prompt.shortened

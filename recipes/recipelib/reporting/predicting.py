@@ -9,7 +9,13 @@ from pathlib import Path
 from recipelib.activations import FrozenLayers, pooled_states
 from recipelib.adapters import load_tuned
 from recipelib.data import load_questions, parse_columns
-from recipelib.encoding import PromptEncoder, asker_of, encode_class_rows, encode_cloze_rows
+from recipelib.encoding import (
+    PromptEncoder,
+    asker_of,
+    class_asker,
+    encode_class_rows,
+    encode_cloze_rows,
+)
 from recipelib.evaluation import (
     TaskScore,
     evaluate_task,
@@ -69,7 +75,7 @@ def answer_file(args, training) -> None:
     model = _load(folder, run, args, training)
     budget = {"batch_tokens": args.eval_batch_tokens, "description": "answering"}
     if run.get("head") == "classifier":
-        asker = asker_of(encoder, run["masked"], False)
+        asker = class_asker(encoder, run["masked"])
         encoded = encode_class_rows(asker, rows.rows, answers=False)
         result = score_classes(model, encoder, encoded, answers=False, **budget)
     elif "verbalizer" in run:  # trained through a cloze
@@ -100,7 +106,7 @@ def _answer_by_probe(folder: Path, encoder: PromptEncoder, rows, args, training)
     asked = replace(args, model_name_or_path=named, revision=args.revision or facts["revision"])
     model = load_model(asked, training, masked=facts["masked"]).requires_grad_(False)
     frozen = FrozenLayers.of(model)
-    encoded = encode_class_rows(asker_of(encoder, facts["masked"], False), rows.rows, answers=False)
+    encoded = encode_class_rows(class_asker(encoder, facts["masked"]), rows.rows, answers=False)
     (features,) = pooled_states(
         place_model(model, training),
         frozen.layers,

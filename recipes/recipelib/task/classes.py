@@ -16,7 +16,7 @@ from recipelib.encoding import (
     ClassRows,
     EncodedRows,
     MaskedAsker,
-    asker_of,
+    class_asker,
     class_encoding,
     encode_class_rows,
     encode_cloze_rows,
@@ -186,7 +186,7 @@ def load_class_task(args, training) -> ClassTask:
         training,
         room=lambda tokenizer: min(training.max_length, tokenizer.model_max_length),
     )
-    asker = asker_of(encoder, masked, False)
+    asker = class_asker(encoder, masked)
     encoding = class_encoding(asker)
     if isinstance(train, RowStream):
         encoded = encode_stream(train, [encoding], training)

@@ -38,8 +38,11 @@ def keep_states(frozen: FrozenLayers, model, task, args, training) -> StateCache
         UserError: the folder cannot be used; --torch_compile.
     """
     boundary, depth = frozen.boundary, len(frozen.layers)
-    if not args.cache and (unused := args.cache_dtype or args.cache_dir or args.clear_cache):
-        raise UserError(f"--cache false: nothing is kept, {unused} changes nothing; leave it out")
+    unused = [name for name in ("cache_dtype", "cache_dir", "clear_cache") if getattr(args, name)]
+    if not args.cache and unused:
+        raise UserError(
+            f"--cache false: nothing is kept, --{unused[0]} changes nothing; leave it out"
+        )
     cache, why = None, None
     if not args.cache:
         why = "--cache false"
@@ -107,15 +110,19 @@ class GradualUnfreezing(TrainerCallback):
     Args:
         frozen: the model's layers; those that are not frozen are trained in the end.
         every: how many steps it takes for one more.
+        training: the trainer's arguments, whose processes then expect parameters that a step leaves
+            out.
     """
 
-    def __init__(self, frozen: FrozenLayers, every: int):
+    def __init__(self, frozen: FrozenLayers, every: int, training):
+        training.ddp_find_unused_parameters = True
         self.layers, self.boundary, self.every = frozen.layers, frozen.boundary, every
         self._hook: RemovableHandle | None = None
 
     def lowest(self, step: int) -> int:
         """The number of the lowest layer that is trained in a step, counted from 0."""
-        return max(self.boundary, len(self.layers) - 1 - step // self.every)
+        top = len(self.layers) - 1
+        return max(min(self.boundary, top), top - step // self.every)
 
     def _move(self, step: int) -> None:
         if self._hook is not None:

@@ -145,9 +145,9 @@ def _upper_runs(root: Path) -> Runs:
     """The upper one of two layers, on what the lower one puts out once; and the same cache again,
     whole and without a shard.
     """
-    upper = {"train_layers": 1, "max_steps": 8, "cache_dir": root / "states"}
-    masked = {"model_name_or_path": root / "masked", "max_length": 100, "max_steps": 6}
-    head = {"head": "classifier", "max_length": 100}
+    upper = {"train_layers": 1, "max_steps": 6, "cache_dir": root / "states"}
+    masked = {"model_name_or_path": root / "masked", "max_length": 100}
+    head = {"head": "classifier"}
     return {
         "upper": (watched_cache, upper),
         "upper_again": (watched_cache, upper),

@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 from collections import namedtuple
+from collections.abc import Callable
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -69,6 +70,19 @@ def contents(folder: Path) -> dict[str, tuple]:
 
 def written(kept: StateCache) -> dict[str, int]:
     return {file.name: file.stat().st_mtime_ns for file in kept.folder.iterdir()}
+
+
+def in_another_process(work: Callable[[], None]) -> int:
+    """Its exit code."""
+
+    def run() -> None:
+        torch.set_num_threads(1)  # others do not survive a fork
+        work()
+
+    process = get_context("fork").Process(target=run)
+    process.start()
+    process.join(60)
+    return process.exitcode
 
 
 # Made again -------------------------------------------------------------------------------------
@@ -172,7 +186,6 @@ def test_what_breaks_in_the_middle_leaves_whole_shards_and_the_rest_is_made_next
 
 def test_a_kill_while_a_shard_is_written_leaves_none_that_is_taken_for_whole(tmp_path, made):
     def fill_and_be_killed() -> None:
-        torch.set_num_threads(1)  # others do not survive a fork
         saved = []
 
         def half_written(tensors, path, metadata):
@@ -185,10 +198,7 @@ def test_a_kill_while_a_shard_is_written_leaves_none_that_is_taken_for_whole(tmp
         state_cache.save_file = half_written
         fill(tmp_path)
 
-    process = get_context("fork").Process(target=fill_and_be_killed)
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
+    assert in_another_process(fill_and_be_killed) == -signal.SIGKILL
     kept = cache_in(tmp_path)
     (left,) = kept.folder.glob(".*.tmp")
     assert left.read_bytes() == b"half of it"
@@ -256,17 +266,21 @@ def test_a_disk_that_fills_up_meanwhile_is_one_line(tmp_path, monkeypatch):
 
 
 def test_so_is_a_file_that_the_system_lets_grow_no_further(tmp_path):
-    kept, (soft, hard) = cache_in(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        with pytest.raises(UserError, match=r"File too large.*; point --cache_dir") as told:
-            kept.fill(model_and_layers()[0])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
-    assert "\n" not in str(told.value)
-    assert contents(kept.folder) == {}
+    def fill_with_little_room() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            fill(tmp_path / "states")
+        except UserError as error:
+            (tmp_path / "said").write_text(str(error))
+
+    in_another_process(fill_with_little_room)
+    line = (tmp_path / "said").read_text()
+    assert line.startswith(f"{tmp_path}/states: ")
+    assert "File too large" in line
+    assert "; point --cache_dir at a folder with room" in line
+    assert "\n" not in line
+    assert contents(cache_in(tmp_path / "states").folder) == {}
 
 
 # In memory --------------------------------------------------------------------------------------

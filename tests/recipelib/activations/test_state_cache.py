@@ -254,6 +254,14 @@ def test_what_they_do_not_depend_on_is_not(model, tmp_path):
     assert key_of(model(), root=tmp_path) == key_of()
 
 
+def test_nor_is_a_frozen_weight_above_what_is_trained():
+    def key(model) -> str:
+        frozen = FrozenLayers.of(freeze(model, names=["layers.2.mlp"]))
+        return StateCache(frozen, examples_of(LENGTHS), Path("/nowhere"), torch.float32).key
+
+    assert key(changed("model.layers.3.mlp.up_proj.weight")) == key(deep("llama"))
+
+
 def test_a_model_that_is_loaded_from_wherever_it_lies_finds_its_states(tmp_path):
     deep("llama").save_pretrained(tmp_path / "here")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "here")

@@ -290,6 +290,9 @@ def test_a_tied_head_that_is_trained_becomes_a_weight_of_its_own_and_that_is_sai
     assert f"a weight of its own, {head.numel():,} parameters more" in said
     assert name in trained(model)
     assert torch.equal(logits(model), untouched)
+    model(ids()).logits.sum().backward()
+    named = model.named_parameters()
+    assert {name for name, weight in named if weight.grad is not None} == trained(model)
     train_a_step(model)
     assert not torch.allclose(logits(model), untouched, atol=0.1)
     assert torch.equal(model.get_input_embeddings().weight, embeddings)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Column, Dataset
 from peft import LoraConfig, get_peft_model
 from tiny_llama import tiny_llama
 from tiny_task import examples_task
@@ -446,3 +446,27 @@ def test_where_memory_is_measured_the_plan_is_shown_and_figures_hold_all_of_it(t
     assert (without.peak_memory_bytes, without.estimated_memory_bytes) == (0, 0)
     assert with_meter.estimated_memory_bytes == trainer.estimated.total > 0
     assert with_meter.peak_memory_bytes >= 0
+
+
+@pytest.mark.parametrize("strategy", ["batch_rebalance", "group_by_length"])
+def test_the_order_of_the_rows_is_drawn_from_lengths_that_are_read_at_once(
+    strategy, tmp_path, monkeypatch
+):
+    read = []
+
+    class Watched(Column):
+        def __getitem__(self, key):
+            read.append(key)
+            return super().__getitem__(key)
+
+        def __iter__(self):
+            read.append("one by one")
+            return super().__iter__()
+
+    trainer = trainer_for(tmp_path, train_sampling_strategy=strategy)
+    monkeypatch.setattr("datasets.arrow_dataset.Column", Watched)
+    sampler = trainer._get_train_sampler()
+    assert read == [slice(None)]
+    order = [place for batch in sampler for place in (batch if type(batch) is list else [batch])]
+    assert sorted(order) == [*range(len(ROWS))]
+    assert read == [slice(None)]
