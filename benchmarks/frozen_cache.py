@@ -44,7 +44,7 @@ from measuring import (
 from recipelib.models import describe_model
 from recipelib.runtime import versions, write_json
 
-FULL, QUICK = {"rows": 160, "rounds": 3}, {"rows": 24, "rounds": 1}
+FULL, QUICK = {"rows": 96, "rounds": 3}, {"rows": 24, "rounds": 1}
 PASSES = 3
 LOSS_TOLERANCE = 1e-4
 ARMS = {"cached": "last {} layers, cached", "uncached": "last {} layers", "full": "all parameters"}
@@ -83,8 +83,8 @@ def measure(args: argparse.Namespace) -> None:
 
     training = RecipeConfig(
         output_dir=str(args.result.parent / "out"),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=4,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
         train_sampling_strategy="batch_rebalance",
         num_train_epochs=PASSES,
         learning_rate=1e-4,

@@ -25,8 +25,8 @@ DEFAULTS = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,  # of all steps
     "num_train_epochs": 3,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 4,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
     "train_sampling_strategy": "batch_rebalance",
 }
 PROBES = ["logistic", "svm", "boosting", "neighbors", "mlp"]

@@ -375,7 +375,10 @@ def test_every_option_changes_something_or_one_line_refuses_it(recipe, option, w
                 ({"train_layers": 1, "freeze_layers": 1}, "--freeze_layers: --train_layers says"),
                 ({"train_modules": ["mlp"], "train_layers": 1}, "--train_modules: --train_layers"),
                 ({"peft": "lora", "train_head": True}, "--train_head: with --peft adapters are"),
-                ({"cache": False, "cache_dtype": "bfloat16"}, "--cache false: nothing is kept, --c"),
+                (
+                    {"cache": False, "cache_dtype": "bfloat16"},
+                    "--cache false: nothing is kept, --c",
+                ),
                 ({"mode": "features", "layer": "3"}, "--layer 3: pass a number from 0 to 2, or"),
                 ({"train_layers": 3}, "--train_layers 3: the model has 2 layers"),
                 (

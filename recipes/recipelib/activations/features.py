@@ -134,7 +134,8 @@ def kept_features(
         return pooled_states(model, frozen.layers, texts, pad, **options)
     ids = np.concatenate([np.asarray(text, dtype=np.int64) for text in texts])
     lengths = np.array([len(text) for text in texts])
-    key = digest(frozen.key, layer, pooling, memoryview(ids), memoryview(lengths))
+    device = next(model.parameters()).device.type
+    key = digest(frozen.key, device, layer, pooling, memoryview(ids), memoryview(lengths))
     path = root / f"{FEATURES}{key}.safetensors"
     kept = from_main_process(lambda: _read(path))
     if kept is None:

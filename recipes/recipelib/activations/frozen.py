@@ -119,12 +119,16 @@ def _key(model: nn.Module, boundary: int) -> str:
     parts: list[Any] = [
         config,
         bare.config._attn_implementation,
-        _device(model).type,
         [version(name) for name in ("torch", "transformers")],
     ]
     for name, tensor in (*bare.named_parameters(), *bare.named_buffers()):
         number = layer_of(name, place)
-        if tensor.requires_grad or (number is not None and number >= boundary):
+        # PEFT keeps a frozen copy of a head that is trained.
+        if (
+            ".original_module." in name
+            or tensor.requires_grad
+            or (number is not None and number >= boundary)
+        ):
             continue
         flat = tensor.detach().cpu().contiguous().flatten()
         parts += [name, [*tensor.shape], str(tensor.dtype)]

@@ -12,7 +12,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ from recipelib.inference import (
     process_group,
 )
 from recipelib.models import bare_model, logits_at
-from recipelib.runtime import UserError, digest, megabytes, progress_bar, replacing
+from recipelib.runtime import UserError, digest, megabytes, progress_bar, replacing, say
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,6 +43,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 STATES = "states"  # of a shard, and of a batch
 _SHARD_BYTES = 32 * 2**20
 _LEAST_SHARDS = 16  # so that several processes have work, and little is lost to a kill
+_PASSES = 4  # of the budget's tokens that are planned together
 _CURE = "point --cache_dir at a folder with room, pass --cache_dtype bfloat16, or --cache false"
 
 
@@ -56,7 +57,7 @@ class StateCache:
             sequences, with their `lengths`.
         root: the folder of this and other caches.
         dtype: of the states on disk.
-        computed: in what precision they are computed, such as "bf16"; for the key.
+        computed: in what precision they are computed, such as "bf16, cuda"; for the key.
     """
 
     def __init__(
@@ -193,6 +194,9 @@ class StateCache:
                 said = file.metadata()
             error, square = error + float(said["error"]), square + float(said["square"])
         self.relative_error = (error / square) ** 0.5 if square else 0.0
+        if self.relative_error:
+            kind = str(self.dtype).removeprefix("torch.")
+            say(f"kept in {kind}: states differ from those computed by {self.relative_error:.2%}")
         self.seconds = time.perf_counter() - start
 
     def _check_room(self, missing: Sequence[int]) -> None:
@@ -226,25 +230,40 @@ class StateCache:
         ):
             if run.device.type == "cpu":
                 batch_tokens = min(batch_tokens, CPU_PASS_TOKENS)
-            for shard in shards:
-                states = self._compute(run, kept, shard, batch_tokens)
+            for together in self._together(shards, _PASSES * batch_tokens):
+                places = [place for shard in together for place in self._places(shard)]
+                states = self._compute(run, kept, places, batch_tokens)
+                own = states.split([self._size(shard) for shard in together])
                 try:
-                    self._write(shard, states)
+                    for shard, part in zip(together, own, strict=True):
+                        self._write(shard, part)
                 except (OSError, SafetensorError) as error:  # the latter for a disk that is full
                     said = getattr(error, "strerror", None) or error
                     raise UserError(f"{self.root}: {said}; {_CURE}") from None
-                bar.update(len(self._places(shard)))
+                bar.update(len(places))
+
+    def _together(self, shards: Sequence[int], tokens: int) -> Iterator[list[int]]:
+        """Shards of so many tokens, whose rows are run together: small ones alone would make small
+        passes.
+        """
+        group: list[int] = []
+        for shard in shards:
+            group.append(shard)
+            if sum(map(self._size, group)) >= tokens:
+                yield group
+                group = []
+        if group:
+            yield group
 
     def _compute(
-        self, run: Lockstep, kept: list[torch.Tensor], shard: int, budget: int
+        self, run: Lockstep, kept: list[torch.Tensor], places: Sequence[int], budget: int
     ) -> torch.Tensor:
-        """[tokens, width] the states of a shard, as they are computed.
+        """[tokens, width] the states of examples, one after the other, as they are computed.
 
         Args:
             kept: where each pass leaves them.
         """
-        places = self._places(shard)
-        examples = self._examples[places.start : places.stop]
+        examples = self._examples[places]
         sequences: list[list[int]] = []
         for number, ids in enumerate(examples["input_ids"]):
             lengths = examples["lengths"][number] if "lengths" in examples else [len(ids)]

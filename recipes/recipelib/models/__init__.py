@@ -1,7 +1,9 @@
 """Tokenizer and model from anywhere, the bundled model, 4 bits, logits at places, sharding."""
 
 from recipelib.models.freezing import (
+    EMBEDDINGS,
     find_layers,
+    group_of,
     head_modules,
     layer_map,
     layer_of,
@@ -40,6 +42,7 @@ from recipelib.models.sharding import (
 )
 
 __all__ = [
+    "EMBEDDINGS",
     "FSDP_OFF",
     "bare_model",
     "check_shards",
@@ -50,6 +53,7 @@ __all__ = [
     "describe_quantization",
     "find_layers",
     "four_bit_loading",
+    "group_of",
     "head_modules",
     "hub_errors_in_one_line",
     "is_masked",

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from recipelib.activations import DTYPES, FrozenLayers, StateCache, cache_folder
 from recipelib.inference import from_main_process
-from recipelib.models import bare_model, find_layers, layer_map
+from recipelib.models import EMBEDDINGS, bare_model, find_layers, group_of, layer_map
 from recipelib.runtime import UserError, megabytes, print_table, say
 from recipelib.task import ClassTask, ClozeTask, Task
 from recipelib.training.class_trainer import ClassTrainer
@@ -55,8 +55,8 @@ def keep_states(frozen: FrozenLayers, model, task, args, training) -> StateCache
             raise UserError("--torch_compile: the cache changes what is compiled; --cache false")
         root = cache_folder(args, task.store)
         dtype = DTYPES[args.cache_dtype] if args.cache_dtype else model.dtype
-        precision = training.mixed_precision
-        cache = StateCache(frozen, task.encoded.examples, root, dtype, precision)
+        computed = f"{training.mixed_precision}, {training.device.type}"
+        cache = StateCache(frozen, task.encoded.examples, root, dtype, computed)
         once = passes(len(task.encoded.examples), training) <= 1
         if once and not from_main_process(cache.is_there):  # all processes have to agree
             cache, why = None, "each row is met at most once"
@@ -95,9 +95,8 @@ def rates_by_depth(model: nn.Module, rate: float, decay: float) -> dict[str, flo
     bare, (name, layers) = bare_model(model), find_layers(model)
     depth = len(layers)
     rates = {f"{name}.{number}.": rate * decay ** (depth - 1 - number) for number in range(depth)}
-    embeddings = bare.get_input_embeddings()
-    below = next(name for name, module in bare.named_modules() if module is embeddings)
-    return {**rates, f"{below}.": rate * decay**depth}
+    below = [name for name, group in group_of(bare).items() if group == EMBEDDINGS]
+    return {**rates, **dict.fromkeys(below, rate * decay**depth)}
 
 
 class GradualUnfreezing(TrainerCallback):

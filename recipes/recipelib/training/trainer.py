@@ -270,6 +270,8 @@ class RecipeTrainer(SFTTrainer):
         with self.accelerator.autocast():
             cache.fill(self.model, description="frozen layers, once")
         reshard(self.model)
+        if isinstance(self.data_collator, WithStates):  # trained before
+            return
         places = np.arange(len(self.train_dataset))
         self.train_dataset = self.train_dataset.add_column("place", places)
         self.data_collator = WithStates(self.data_collator, cache)
