@@ -14,6 +14,7 @@ import lora_sft
 import prompt_tuning
 import pytest
 import search_label_words
+import transfer_learning
 import watched_cache
 from datasets import Dataset
 from launching import CONFIGS, SAVING, Launched, command
@@ -154,6 +155,7 @@ def _upper_runs(root: Path) -> Runs:
         f"upper{watched_cache.LOSES}": (watched_cache, upper),
         "upper_masked": (watched_cache, {**upper, **masked, "train_head": True}),
         "upper_head": (watched_cache, {**upper, **masked, **head, "peft": "lora"}),
+        "features": (transfer_learning, {"mode": "features", "cache": False}),
     }
 
 

@@ -103,3 +103,17 @@ def test_a_head_of_its_own_is_saved_from_shards_as_plain_transformers_loads_it(b
     assert not torch.equal(
         names["cls.predictions.decoder.weight"], names["bert.embeddings.word_embeddings.weight"]
     )
+
+
+def test_features_of_two_processes_and_what_is_trained_on_them_are_one_s(both):
+    two, one = both("features")
+    found, wanted = (load_file(folder / "probe.safetensors") for folder in (two, one))
+    assert found.keys() == wanted.keys()
+    for key in wanted:
+        torch.testing.assert_close(found[key], wanted[key], atol=1e-4, rtol=1e-4)
+    for ours, theirs in zip(records(two), records(one), strict=True):
+        assert ours["scores"] == pytest.approx(theirs["scores"], abs=1e-4)
+    found, wanted = (read_json(folder / "metrics.json") for folder in (two, one))
+    for key in ("score", "base_score", "layer", "train_tokens", "layer_accuracies"):
+        assert found[key] == wanted[key], key
+    assert (found["world_size"], wanted["world_size"]) == (2, 1)
