@@ -31,7 +31,8 @@ PASSES |= {"gradient_accumulation_steps": 2, "world_size": 2}
 
 
 def training_of(**changes) -> SimpleNamespace:
-    plain = {"torch_compile": False, "mixed_precision": "no"}
+    device = torch.device("cpu")
+    plain = {"torch_compile": False, "mixed_precision": "no", "device": device}
     return SimpleNamespace(**{**PASSES, **plain, **changes})
 
 
@@ -134,11 +135,12 @@ def test_they_have_the_models_precision_unless_another_is_asked_for(
     assert cache.dtype == expected
 
 
-def test_what_is_computed_in_another_precision_is_kept_apart(tmp_path):
-    first, second = (
-        keep(tmp_path, training=training_of(mixed_precision=kind))[0] for kind in ("no", "bf16")
-    )
-    assert first.folder != second.folder
+def test_what_is_computed_in_another_precision_or_elsewhere_is_kept_apart(tmp_path):
+    caches = [
+        keep(tmp_path, training=training_of(**other))[0]
+        for other in ({}, {"mixed_precision": "bf16"}, {"device": torch.device("cuda")})
+    ]
+    assert len({cache.folder for cache in caches}) == 3
 
 
 def test_without_a_folder_they_lie_beside_prepared_rows(tmp_path):
