@@ -1,5 +1,7 @@
 """Features are the pooled states of a text at a layer, computed once."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -34,7 +36,9 @@ def texts():
 
 @pytest.fixture(scope="module", params=KINDS)
 def model(request):
-    model = tiny_bert(VOCABULARY) if request.param == "bert" else MODELS[request.param]
+    bert = request.param == "bert"
+    # A copy: others train these models.
+    model = tiny_bert(VOCABULARY) if bert else copy.deepcopy(MODELS[request.param])
     return model.requires_grad_(False).eval()
 
 
