@@ -48,9 +48,7 @@ KINDS = {
     "reasoning": ("cot_sft", {"samples": 2, "max_new_tokens": 6}),
     "reasoning, all": ("cot_sft", {"full": True, "max_new_tokens": 6}),
     "frozen": ("transfer_learning", {}),
-    "frozen, masked": ("transfer_learning", {"model_name_or_path": "MASKED"}),
     "frozen, adapters": ("transfer_learning", {"peft": "lora", "head": "classifier"}),
-    "classifier": ("transfer_learning", {"head": "classifier"}),
     "features": ("transfer_learning", {"mode": "features"}),
     # Nothing is trained.
     "scored": ("cloze_sft", {"score_only": True}),
