@@ -3,48 +3,25 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from recipelib.encoding import ClassCollator
 from recipelib.training.batches import micro_batches
+from recipelib.training.choice_trainer import ChoiceTrainer
 from recipelib.training.fake_step import MicroBatch
 from recipelib.training.memory import MemoryEstimate, estimate_memory
-from recipelib.training.trainer import RecipeTrainer
 
 
-class ClassTrainer(RecipeTrainer):
-    """A `RecipeTrainer` whose loss is the cross-entropy of the right class."""
+class ClassTrainer(ChoiceTrainer):
+    """A `ChoiceTrainer` of a classification head."""
 
     def __init__(self, model, training, task, **options):
-        training.remove_unused_columns = False
         collator = ClassCollator(task.tokenizer.pad_token_id)
         super().__init__(model, training, task, data_collator=collator, **options)
-        # A step's loss is a mean over its rows, as below.
-        self._loss_shifts_labels = False
-        self.model_accepts_loss_kwargs = True
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Cross-entropy over the classes, summed over the rows and divided by the number of rows in
-        the whole step, of all processes and accumulation steps.
-        """
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        logits = model(input_ids=ids, attention_mask=mask).logits.float()
-        loss = F.cross_entropy(
-            logits,
-            inputs["labels"],
-            reduction="sum",
-            label_smoothing=self.args.label_smoothing_factor,
-        )
-        if num_items_in_batch is None:
-            loss = loss / len(logits)
-        else:
-            loss = loss / num_items_in_batch
-            if self.args.average_tokens_across_devices:
-                loss = loss * self.accelerator.num_processes  # the gradients will be averaged
-        if model.training:
-            self.slots_seen += ids.numel()
-            self.tokens_seen += int(mask.sum())
-        return (loss, {"scores": logits}) if return_outputs else loss
+    def scores(self, model, inputs) -> torch.Tensor:
+        """[rows, classes] the head's logits."""
+        batch = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        return model(**batch).logits.float()
 
     def _estimate(self) -> MemoryEstimate:
         lengths = self.task.encoded.lengths

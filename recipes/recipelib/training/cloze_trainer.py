@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from peft import PeftModel, PromptEmbedding
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (
@@ -27,48 +26,25 @@ from recipelib.models import bare_model, logits_at, reshard
 from recipelib.prompts import combine_words
 from recipelib.runtime import TRAINED, clear_results
 from recipelib.training.batches import micro_batches
+from recipelib.training.choice_trainer import ChoiceTrainer
 from recipelib.training.fake_step import MicroBatch
 from recipelib.training.memory import MemoryEstimate, estimate_memory
-from recipelib.training.trainer import RecipeTrainer
 
 
-class ClozeTrainer(RecipeTrainer):
-    """A `RecipeTrainer` whose loss is the cross-entropy of the right label among the labels.
+class ClozeTrainer(ChoiceTrainer):
+    """A `ChoiceTrainer` of what label words, or embeddings in their place, fill in.
 
     Args:
         task: a `ClozeTask`, or anything with its `encoded`, `facts` and `trained_as`.
     """
 
     def __init__(self, model, training, task, **options):
-        training.remove_unused_columns = False
         super().__init__(model, training, task, data_collator=collate, **options)
-        # A step's loss is a mean over its rows, as below. The loss of masked models themselves
-        # ignores the number of rows and comes out multiplied by the accumulation steps.
-        self._loss_shifts_labels = False
-        self.model_accepts_loss_kwargs = True
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Cross-entropy over the labels, summed over the rows and divided by the number of rows in
-        the whole step, of all processes and accumulation steps.
-        """
+    def scores(self, model, inputs) -> torch.Tensor:
+        """[rows, labels] the log-likelihoods of the labels' words, combined."""
         words = word_scores(self.model, inputs, run=model)
-        scores = combine_words(words, inputs["word_labels"], self.task.facts["combine"])
-        loss = F.cross_entropy(
-            scores,
-            inputs["labels"],
-            reduction="sum",
-            label_smoothing=self.args.label_smoothing_factor,
-        )
-        if num_items_in_batch is None:
-            loss = loss / len(scores)
-        else:
-            loss = loss / num_items_in_batch
-            if self.args.average_tokens_across_devices:
-                loss = loss * self.accelerator.num_processes  # the gradients will be averaged
-        if model.training:
-            self.slots_seen += inputs["input_ids"].numel()
-            self.tokens_seen += int(inputs["attention_mask"].sum())
-        return (loss, {"scores": scores}) if return_outputs else loss
+        return combine_words(words, inputs["word_labels"], self.task.facts["combine"])
 
     def _estimate(self) -> MemoryEstimate:
         batch = heaviest_cloze_batch(self.task.encoded, self.args)
