@@ -123,13 +123,7 @@ def fit_probe(
     """
     if kind not in KINDS:
         raise UserError(f"probe {kind}: there is no such kind; choose from {', '.join(KINDS)}")
-    features = checked(features)
-    present, labels = np.unique(np.asarray(labels), return_inverse=True)
-    if len(present) < 2:
-        found = (
-            f"all {len(labels)} are {classes[present[0]]!r}" if len(present) else "there are none"
-        )
-        raise UserError(f"training rows: {found}; a probe needs rows of at least two classes")
+    features, present, labels = checked_rows(features, labels, classes)
     with one_thread():
         scaler = StandardScaler().fit(features.astype(np.float64))
         tensors = {"mean": scaler.mean_, "scale": scaler.scale_, "present": present}

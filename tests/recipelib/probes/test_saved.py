@@ -169,7 +169,7 @@ def test_a_damaged_file_is_refused(name, damage, tmp_path):
         data[place] ^= 0x40
     (tmp_path / name).write_bytes({"cut": data[:-9], "empty": b"", "one byte": data}[damage])
 
-    refusal(tmp_path)
+    assert refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_a_probe_json_of_something_else_is_refused(described, tmp_path):
     kept("svm", tmp_path)
     (tmp_path / "probe.json").write_text(described)
 
-    refusal(tmp_path)
+    assert refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_a_description_that_does_not_fit_the_tensors_is_refused(key, value, tmp_
     described = json.loads((tmp_path / "probe.json").read_text()) | {key: value}
     (tmp_path / "probe.json").write_text(json.dumps(described))
 
-    refusal(tmp_path)
+    assert refusal(tmp_path)
 
 
 # Files made by others
@@ -220,7 +220,7 @@ def test_tensors_of_another_shape_are_refused(kind, change, tmp_path):
         tensors = dict(probe.tensors) | {name: CHANGES[change](value)}
         safetensors.numpy.save_file(tensors, tmp_path / "probe.safetensors")
         mend_digests(tmp_path)
-        refusal(tmp_path)
+        assert refusal(tmp_path)
 
 
 @pytest.mark.parametrize("present", [[0, 1, 3], [-1, 0, 1], [1, 0, 2], [0, 0, 1]])
@@ -249,7 +249,7 @@ def test_a_pickle_is_refused_and_not_loaded(name, tmp_path):
     (tmp_path / name).write_bytes(pickle.dumps(Malicious(tmp_path / "ran")))
     mend_digests(tmp_path)
 
-    refusal(tmp_path)
+    assert refusal(tmp_path)
 
     assert not (tmp_path / "ran").exists()
 
@@ -264,7 +264,7 @@ def test_a_pickle_among_the_arrays_of_the_trees_is_refused_and_not_loaded(tmp_pa
             archive.writestr(name, pickled if name.endswith(".npy") else data)
     mend_digests(tmp_path)
 
-    refusal(tmp_path)
+    assert refusal(tmp_path)
 
     assert not (tmp_path / "ran").exists()
 
