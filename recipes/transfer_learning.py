@@ -39,9 +39,8 @@ class TransferArguments(RecipeArguments):
     """Arguments of this method."""
 
     mode: str = option(
-        "freeze", "Freeze layers and train the top, or train a small model on features.",
-        choices=["freeze", "features"],
-    )  # fmt: skip
+        "freeze", "freeze: train the top; features: a small model.", choices=["freeze", "features"]
+    )
     train_layers: int | None = freezing(None, "train the last N layers; else a sixth.", least=0)
     freeze_layers: int | None = freezing(None, "or freeze the first N.", least=0)
     train_modules: list[str] | None = freezing(
@@ -101,8 +100,10 @@ def main(args: TransferArguments, training) -> dict | None:
     from recipelib.task import load_class_task, load_word_task
     from recipelib.training import GradualUnfreezing, keep_states, rates_by_depth, trainer_of
 
-    by_class = args.mode == "features" or args.head == "classifier"
-    task = (load_class_task if by_class else load_word_task)(args, training)
+    if args.mode == "features" or args.head == "classifier":
+        task = load_class_task(args, training, trains=args.mode == "freeze")
+    else:
+        task = load_word_task(args, training)
     if args.preview:
         return preview(task, args.preview)
     if args.mode == "features":
@@ -139,8 +140,7 @@ def train_on_features(task, args: TransferArguments, training) -> dict:
     frozen = FrozenLayers.of(model)
     model = place_model(model, training)
     base = task.score_untouched(model)
-    # One pass over all rows; a text's states at a layer are pooled over its tokens.
-    train, evaluation = task.features(model, frozen, args)
+    train, evaluation = task.features(model, frozen, args)  # states, pooled over tokens
     choice = choose_probe(train, task.class_numbers, args.probe, task.classes, training.seed)
     tuned = task.score_chosen(choice.probe.scores(evaluation[choice.layer]), "small model")
     return save_features_run(task, training, model, choice, base, tuned)

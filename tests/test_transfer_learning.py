@@ -14,6 +14,7 @@ from peft import PeftModel
 from recipe_runs import changed, watched_training
 from run_files import losses, read_json, read_jsonl
 from safetensors.torch import load_file
+from transfer_learning import TransferArguments
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -21,6 +22,9 @@ from transformers import (
     AutoTokenizer,
 )
 
+from recipelib import probes
+from recipelib.activations import DTYPES, POOLING
+from recipelib.reporting import features
 from recipelib.runtime import UserError
 
 QUICK = {
@@ -320,3 +324,24 @@ def test_a_mistake_is_one_line_before_anything_is_written(run, tmp_path):
     with pytest.raises(UserError, match=r"^--train_layers 3: the model has 2 layers"):
         run(train_layers=3)
     assert not (tmp_path / "out").exists()
+
+
+# Features ---------------------------------------------------------------------------------------
+
+
+def test_the_options_name_all_kinds_there_are():
+    fields = TransferArguments.__dataclass_fields__
+    for name, kinds in (("probe", [*probes.KINDS, "all"]), ("pooling", POOLING)):
+        assert fields[name].metadata["choices"] == [*kinds]
+    assert fields["cache_dtype"].metadata["choices"] == [*DTYPES]
+
+
+def test_features_are_uploaded_if_that_is_asked_for_and_the_card_fetches_them(runs, monkeypatch):
+    run = runs(transfer_learning, mode="features")
+    uploaded = []
+    monkeypatch.setattr(features, "publish", lambda folder, training: uploaded.append(folder))
+    assert "snapshot_download" not in (run("kept") / "README.md").read_text()
+    assert uploaded == []
+    folder = run("uploaded", push_to_hub=True)
+    assert uploaded == [str(folder)]
+    assert f"snapshot_download({str(folder)!r})" in (folder / "README.md").read_text()

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from recipelib.activations.folder import FEATURES
+from recipelib.activations.folder import FEATURES, write_kept
 from recipelib.activations.frozen import FrozenLayers
 from recipelib.activations.layer_list import LayerList, ending_at
 from recipelib.encoding import pad_texts
@@ -24,7 +24,7 @@ from recipelib.inference import (
     run_passes,
 )
 from recipelib.models import bare_model, logits_at
-from recipelib.runtime import digest, is_main_process, replacing
+from recipelib.runtime import digest, is_main_process
 
 # From states [rows, tokens, width] and a mask [rows, tokens, 1] to [rows, width].
 POOLING: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
@@ -141,8 +141,9 @@ def kept_features(
     if kept is None:
         kept = pooled_states(model, frozen.layers, texts, pad, **options)
         if is_main_process():
-            with replacing(path) as temporary:
-                save_file({"features": kept}, temporary, {"checksum": digest(memoryview(kept))})
+            said = {"checksum": digest(memoryview(kept))}
+            cure = "point --cache_dir at a folder with room, or pass --cache false"
+            write_kept(path, lambda file: save_file({"features": kept}, file, said), cure)
     return kept
 
 

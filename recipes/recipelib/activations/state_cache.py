@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 
-from recipelib.activations.folder import ACTIVATIONS
+from recipelib.activations.folder import ACTIVATIONS, write_kept
 from recipelib.activations.frozen import FrozenLayers
 from recipelib.activations.layer_list import ending_at
 from recipelib.inference import (
@@ -34,7 +34,7 @@ from recipelib.inference import (
     process_group,
 )
 from recipelib.models import bare_model, logits_at
-from recipelib.runtime import UserError, digest, megabytes, progress_bar, replacing, say
+from recipelib.runtime import UserError, digest, megabytes, progress_bar, say
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -234,12 +234,8 @@ class StateCache:
                 places = [place for shard in together for place in self._places(shard)]
                 states = self._compute(run, kept, places, batch_tokens)
                 own = states.split([self._size(shard) for shard in together])
-                try:
-                    for shard, part in zip(together, own, strict=True):
-                        self._write(shard, part)
-                except (OSError, SafetensorError) as error:  # the latter for a disk that is full
-                    said = getattr(error, "strerror", None) or error
-                    raise UserError(f"{self.root}: {said}; {_CURE}") from None
+                for shard, part in zip(together, own, strict=True):
+                    self._write(shard, part)
                 bar.update(len(places))
 
     def _together(self, shards: Sequence[int], tokens: int) -> Iterator[list[int]]:
@@ -317,8 +313,9 @@ class StateCache:
             "error": repr(lost),
             "square": repr(states.float().square().sum(dtype=torch.float64).item()),
         }
-        with replacing(self.path(shard)) as temporary:
-            save_file({STATES: kept.contiguous()}, temporary, said)
+        write_kept(
+            self.path(shard), lambda path: save_file({STATES: kept.contiguous()}, path, said), _CURE
+        )
 
 
 def _ends(lengths: Sequence[int]) -> list[tuple[int, int]]:

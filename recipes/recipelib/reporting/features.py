@@ -7,6 +7,7 @@ from pathlib import Path
 from recipelib.evaluation import TaskScore
 from recipelib.models import count_parameters
 from recipelib.probes import ProbeChoice, save_probe
+from recipelib.reporting.card import publish
 from recipelib.reporting.figures import plot_confusion, plot_layers
 from recipelib.reporting.run import write_card
 from recipelib.runtime import (
@@ -114,7 +115,7 @@ def save_features_run(
             guessing=1 / len(task.classes),
         )
         written.append("layers.png")
-    write_card(folder, task, training, metrics, _snippet(folder))
+    write_card(folder, task, training, metrics, _snippet(training))
     write_json(folder / "metrics.json", metrics)
     print_table(
         "Done",
@@ -127,16 +128,28 @@ def save_features_run(
             "written to": f"{folder}/: {', '.join(written)}",
         },
     )
+    if training.publish:
+        publish(training.output_dir, training)
     return metrics
 
 
-def _snippet(folder: Path) -> str:
-    """Python that answers rows with what the folder holds."""
-    return (
-        "import sys\n\n"
-        'sys.path.append("recipes")  # of the collection\n'
-        "from recipelib.probes import load_probe\n\n"
-        f"probe, facts = load_probe({str(folder)!r})\n"
-        "# probe.scores(features): [rows, classes], of states that are pooled as facts says;\n"
-        f"# recipes/transfer_learning.py --output_dir {folder} --predict FILE makes them\n"
+def _snippet(training) -> str:
+    """Python that loads what the folder holds, from the hub if it is uploaded."""
+    folder = repr(training.output_dir)
+    if training.publish:  # which puts the repository's name for the folder's
+        folder = f"snapshot_download({folder})"
+    return "\n".join(
+        [
+            "import sys",
+            "",
+            *(["from huggingface_hub import snapshot_download"] if training.publish else []),
+            'sys.path.append("recipes")  # of the collection',
+            "from recipelib.probes import load_probe",
+            "",
+            f"folder = {folder}",
+            "probe, facts = load_probe(folder)",
+            "# probe.scores(features): [rows, classes], of states that are pooled as facts says;",
+            "# recipes/transfer_learning.py --output_dir FOLDER --predict FILE makes them",
+            "",
+        ]
     )

@@ -123,7 +123,7 @@ class ClassTask(Task):
         numbers = range(depth + 1) if layer == "all" else [int(layer)]
         pooling = args.pooling or ("mean" if self.masked else "last")
         texts = {"training": self.encoded.examples["input_ids"][:], "evaluation": self.scored.ids}
-        root = cache_folder(args, self.store) if args.cache else None
+        root = cache_folder(args, self.store)
         start, found = time.perf_counter(), []
         for rows, ids in texts.items():
             kept = kept_features(
@@ -159,16 +159,18 @@ class ClassTask(Task):
         return result
 
 
-def load_class_task(args, training) -> ClassTask:
+def load_class_task(args, training, *, trains: bool = True) -> ClassTask:
     """As `load_task`, for what reads classes from a model's states.
 
+    Args:
+        trains: False where the model only gives features.
     Raises:
         UserError: as `load_task`; a template without classes.
     """
     refuse_predict(args)
-    if args.mode == "features" and args.streaming:
+    if args.streaming and not trains:
         raise UserError("--streaming: features are computed before training; leave it out")
-    if args.mode == "features" and training.resume_from_checkpoint:
+    if training.resume_from_checkpoint and not trains:
         raise UserError("--resume_from_checkpoint: features have no checkpoints; leave it out")
     if training.packing:
         raise UserError("--packing: texts of which a class is read are padded; leave it out")

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
@@ -38,13 +37,9 @@ def keep_states(frozen: FrozenLayers, model, task, args, training) -> StateCache
         UserError: the folder cannot be used; --torch_compile.
     """
     boundary, depth = frozen.boundary, len(frozen.layers)
-    unused = [name for name in ("cache_dtype", "cache_dir", "clear_cache") if getattr(args, name)]
-    if not args.cache and unused:
-        raise UserError(
-            f"--cache false: nothing is kept, --{unused[0]} changes nothing; leave it out"
-        )
+    root = cache_folder(args, task.store)
     cache, why = None, None
-    if not args.cache:
+    if root is None:
         why = "--cache false"
     elif boundary == 0:
         why = "nothing is frozen below what is trained"
@@ -53,7 +48,6 @@ def keep_states(frozen: FrozenLayers, model, task, args, training) -> StateCache
     else:
         if training.torch_compile:
             raise UserError("--torch_compile: the cache changes what is compiled; --cache false")
-        root = cache_folder(args, task.store)
         dtype = DTYPES[args.cache_dtype] if args.cache_dtype else model.dtype
         computed = f"{training.mixed_precision}, {training.device.type}"
         cache = StateCache(frozen, task.encoded.examples, root, dtype, computed)
@@ -126,8 +120,11 @@ class GradualUnfreezing(TrainerCallback):
     def _move(self, step: int) -> None:
         if self._hook is not None:
             self._hook.remove()
-        layer = self.layers[self.lowest(step)]
-        self._hook = layer.register_forward_pre_hook(_detach, with_kwargs=True)
+        lowest = self.lowest(step)
+        # Where all have thawed, what is trained below them, such as the embeddings, is trained too.
+        if lowest > self.boundary:
+            layer = self.layers[lowest]
+            self._hook = layer.register_forward_pre_hook(_detach, with_kwargs=True)
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Freeze what has not thawed at this step, from which a resumed run goes on."""
@@ -141,13 +138,11 @@ class GradualUnfreezing(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         """Let the gradient through."""
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
 
 
 def _detach(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    def cut(states: torch.Tensor) -> torch.Tensor:
-        return states.detach()
-
     if args:
-        return (cut(args[0]), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": cut(kwargs["hidden_states"])}
+        return (args[0].detach(), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach()}

@@ -1,6 +1,7 @@
 """Features are the pooled states of a text at a layer, computed once."""
 
 import copy
+import errno
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tiny_models import MODELS, VOCABULARY
 
 from recipelib.activations import FrozenLayers, kept_features, pooled_states
 from recipelib.activations import features as module
+from recipelib.runtime import UserError
 
 MODELS = {name: MODELS[name] for name in ("llama", "gpt2", "gemma3", "bloom")}
 KINDS = [*MODELS, "bert"]
@@ -168,3 +170,13 @@ def test_damaged_features_are_computed_again(small, texts, passes, tmp_path):
         found = kept_features(model, frozen, texts, PAD, tmp_path, **options)
         assert np.array_equal(found, first)
         assert passes == [1]
+
+
+def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(small, texts, tmp_path, monkeypatch):
+    def no_space(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "save_file", no_space)
+    with pytest.raises(UserError, match=f"^{tmp_path}: No space left on device; point --cache_dir"):
+        kept_features(*small, texts, PAD, tmp_path, layer=1, pooling="mean")
+    assert not [*tmp_path.iterdir()]

@@ -9,8 +9,20 @@ from recipelib.activations import cache_folder
 from recipelib.runtime import Store, UserError
 
 
-def asked(cache_dir=None, clear_cache=False) -> SimpleNamespace:
-    return SimpleNamespace(cache_dir=cache_dir and str(cache_dir), clear_cache=clear_cache)
+def asked(cache_dir=None, clear_cache=False, **changes) -> SimpleNamespace:
+    plain = {"cache": True, "cache_dtype": None, "clear_cache": clear_cache}
+    return SimpleNamespace(**{**plain, "cache_dir": cache_dir and str(cache_dir), **changes})
+
+
+@pytest.mark.parametrize(
+    "option", [{"cache_dtype": "bfloat16"}, {"cache_dir": "states"}, {"clear_cache": True}]
+)
+def test_where_nothing_is_kept_there_is_none_and_an_option_for_it_is_one_line(option, tmp_path):
+    store = Store(1, tmp_path / "rows")
+    assert cache_folder(asked(cache=False), store) is None
+    with pytest.raises(UserError, match=f"--cache false: nothing is kept, --{next(iter(option))} "):
+        cache_folder(asked(cache=False, **option), store)
+    assert not (tmp_path / "rows").exists()
 
 
 def write(file: Path, size: int) -> None:

@@ -2,6 +2,7 @@
 thaw one by one.
 """
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -292,3 +293,22 @@ def test_a_layer_stays_as_it_was_until_it_thaws(family, answers, cached, tmp_pat
     assert "step 2: layer 1 is trained, too" in line
     assert "layer 0 is trained" not in line
     assert not any(layer._forward_pre_hooks for layer in layers["all"])
+
+
+def test_what_is_trained_below_the_layers_is_trained_once_all_have_thawed(tmp_path):
+    model = freeze(deep("bert", "classes"), range(LAYERS), head=True)
+    embeddings = model.get_input_embeddings().weight.requires_grad_(True)
+    seen = [embeddings.detach().clone()]
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            seen.append(embeddings.detach().clone())
+
+    def watch(frozen, training):
+        return [GradualUnfreezing(frozen, 1, training), Watch()]
+
+    train_above(tmp_path, model, "classes", cached=False, callbacks=watch, learning_rate=1e-3)
+    moved = [not torch.equal(after, before) for before, after in pairwise(seen)]
+    assert moved[: LAYERS - 1] == [False] * (LAYERS - 1)
+    assert moved[LAYERS - 1 :] == [True] * (len(moved) - LAYERS + 1)
+    assert len(moved) >= LAYERS
