@@ -14,7 +14,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 from recipelib.prompts import COMBINE
 from recipelib.runtime import UserError, end_process_group, load_yaml
@@ -51,6 +51,9 @@ def option(
 @dataclass
 class RecipeArguments:
     """Arguments of every recipe: the model, the template, the rows and what to do with them."""
+
+    # How the recipe writes checkpoints, if not as the launch's config says (`checkpoint_kind`).
+    checkpoints: ClassVar[str | None] = None
 
     model_name_or_path: str | None = option(
         None, "Hub id, folder or .gguf file; without it the bundled SmolLM2-135M-Instruct."

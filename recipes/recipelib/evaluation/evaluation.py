@@ -12,6 +12,7 @@ from recipelib.evaluation.answers import score_answers
 from recipelib.evaluation.labels import score_labels
 from recipelib.evaluation.losses import score_loss
 from recipelib.evaluation.scores import TaskScore
+from recipelib.inference import whole_model
 from recipelib.runtime import UserError
 
 
@@ -61,18 +62,19 @@ def evaluate_task(
             del record["predictions"]
             record["log_likelihoods"] = record.pop("scores")["sum"]
     else:
-        (result,) = score_answers(
-            model,
-            encoder,
-            rows,
-            [None],
-            max_new_tokens=max_new_tokens,
-            samples=samples,
-            temperature=temperature,
-            seed=seed,
-            answers=answers,
-            **budget,
-        ).draws
+        with whole_model(model) as whole:
+            (result,) = score_answers(
+                whole,
+                encoder,
+                rows,
+                [None],
+                max_new_tokens=max_new_tokens,
+                samples=samples,
+                temperature=temperature,
+                seed=seed,
+                answers=answers,
+                **budget,
+            ).draws
     for record in result.records:
         record.pop("draw", None)
     result.seconds = time.perf_counter() - start

@@ -2,6 +2,7 @@
 
 from recipelib.inference.classifying import class_scores
 from recipelib.inference.cloze_scoring import score_examples, word_scores
+from recipelib.inference.cut_model import CutModel, whole_model
 from recipelib.inference.embeddings import embedding_similarity
 from recipelib.inference.generation import Written, generate
 from recipelib.inference.journal import Journal
@@ -14,15 +15,18 @@ from recipelib.inference.lockstep import (
 )
 from recipelib.inference.scoring import (
     CPU_PASS_TOKENS,
+    join_scores,
     log_likelihoods,
     masked_log_likelihoods,
     plan_padded,
     run_passes,
+    split_requests,
 )
 from recipelib.inference.token_tree import Pass
 
 __all__ = [
     "CPU_PASS_TOKENS",
+    "CutModel",
     "Journal",
     "Lockstep",
     "OutOfMemory",
@@ -33,11 +37,14 @@ __all__ = [
     "from_main_process",
     "gather_results",
     "generate",
+    "join_scores",
     "log_likelihoods",
     "masked_log_likelihoods",
     "plan_padded",
     "process_group",
     "run_passes",
     "score_examples",
+    "split_requests",
+    "whole_model",
     "word_scores",
 ]

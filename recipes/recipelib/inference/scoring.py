@@ -8,12 +8,13 @@ of the requests. Where memory runs out, batches become smaller; no request is lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from recipelib.encoding import Cloze
+from recipelib.inference.cut_model import CutModel
 from recipelib.inference.journal import Journal
 from recipelib.inference.lockstep import Lockstep, OutOfMemory, gather_results, own_share
 from recipelib.inference.shared_cache import KeptBeginning, can_share
@@ -49,6 +50,8 @@ def log_likelihoods(
     """
     if not requests:
         return []
+    if isinstance(model, CutModel):
+        return model.log_likelihoods(requests, batch_tokens=batch_tokens, description=description)
     run = Lockstep(model)
     if can_share(run):
         if run.device.type == "cpu":
@@ -58,14 +61,10 @@ def log_likelihoods(
             run, requests, _shared_plan, compute, batch_tokens, description, journal
         )
         return [results[index] for index in range(len(requests))]
-    split, places = _split(requests)
+    split, places = split_requests(requests)
     compute = WholeScorer(run).score
     results = run_passes(run, split, _whole_plan, compute, batch_tokens, description, journal)
-    scores = [[0.0] * len(continuations) for _, continuations in requests]
-    for index, members in enumerate(places):
-        for (number, place), value in zip(members, results[index], strict=True):
-            scores[number][place] = value
-    return scores
+    return join_scores(requests, places, results)
 
 
 def run_passes(
@@ -167,7 +166,9 @@ def _sums(
 # Whole prompts ------------------------------------------------------------------------------------
 
 
-def _split(requests: Sequence[Request]) -> tuple[list[Request], list[list[tuple[int, int]]]]:
+def split_requests(
+    requests: Sequence[Request],
+) -> tuple[list[Request], list[list[tuple[int, int]]]]:
     """Requests whose continuations differ in their last token only, and where their scores belong:
     (number of the request, place among its continuations).
     """
@@ -181,6 +182,19 @@ def _split(requests: Sequence[Request]) -> tuple[list[Request], list[list[tuple[
             split.append((prompt, [continuations[place] for place in members]))
             places.append([(number, place) for place in members])
     return split, places
+
+
+def join_scores(
+    requests: Sequence[Request],
+    places: Sequence[list[tuple[int, int]]],
+    results: Mapping[int, Sequence[float]],
+) -> list[list[float]]:
+    """The scores of requests from those of the parts that `split_requests` made of them."""
+    scores = [[0.0] * len(continuations) for _, continuations in requests]
+    for index, members in enumerate(places):
+        for (number, place), value in zip(members, results[index], strict=True):
+            scores[number][place] = value
+    return scores
 
 
 def _whole_plan(requests: Sequence[Request], budget: int) -> list[Pass]:

@@ -23,6 +23,7 @@ from recipelib.models.loading import (
     load_tokenizer,
     most_positions,
     require_modules,
+    resolve_model,
     stored_config,
     weights_identity,
 )
@@ -72,6 +73,7 @@ __all__ = [
     "prepare_four_bit",
     "require_modules",
     "reshard",
+    "resolve_model",
     "stored_config",
     "top_layers",
     "train_only",

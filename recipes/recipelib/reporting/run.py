@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from recipelib.evaluation import TaskScore
-from recipelib.models import count_parameters, describe_quantization
+from recipelib.models import describe_quantization
 from recipelib.reporting.card import load_snippet, model_card, publish
 from recipelib.reporting.figures import plot_loss
 from recipelib.runtime import (
@@ -38,8 +38,8 @@ def save_run(
     it stands the run is whole. Then upload it, if that was asked for.
 
     Args:
-        trainer: whatever has trained: its `args`, `model`, `figures()`, `save_state()` and
-            `state.log_history` are used.
+        trainer: whatever has trained: its `args`, `model`, `figures()`, `parameter_counts()`,
+            `save_state()` and `state.log_history` are used.
         more: further figures for metrics.json.
     Returns:
         The content of metrics.json.
@@ -49,7 +49,7 @@ def save_run(
     training, folder = trainer.args, Path(trainer.args.output_dir)
     name = "+".join(template.name for template in task.templates)
     trainer.save_state()
-    trainable, total = count_parameters(trainer.model)
+    trainable, total = trainer.parameter_counts()
     took, encoder = trainer.figures(), task.encoder
     counts, skipped = task.encoded.counts, task.skipped_rows
     if task.encoded.stream is not None:

@@ -1,6 +1,7 @@
 """Processes and launching, errors, the files of a run, the console: what every other room uses."""
 
 from recipelib.runtime.checkpoints import (
+    STAGE_FILES,
     TRAINED,
     check_adapter,
     check_trained,
@@ -50,6 +51,7 @@ from recipelib.runtime.prepared import (
 )
 
 __all__ = [
+    "STAGE_FILES",
     "TRAINED",
     "ArrowFile",
     "MemoryMeter",

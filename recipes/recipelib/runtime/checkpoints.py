@@ -36,25 +36,30 @@ def is_whole(folder: Path) -> bool:
     return True
 
 
+# What the processes of a pipeline leave in a checkpoint.
+STAGE_FILES = "stage-*.safetensors"
+
+
 def checkpoint_kind(folder: Path) -> str:
     """How a checkpoint holds the training state: "plain" (one process, or data parallel), "full"
-    (FSDP, gathered into one file) or "sharded" (FSDP, a part from each process).
+    (FSDP, gathered into one file), "sharded" (FSDP, a part from each process) or "pipeline" (each
+    process's layers).
     """
+    if [*folder.glob(STAGE_FILES)]:
+        return "pipeline"
     if (folder / "pytorch_model_fsdp_0").is_dir():
         return "sharded"
     return "full" if (folder / "pytorch_model_fsdp.bin").is_file() else "plain"
 
 
-def _check_kind(folder: Path) -> None:
-    """Refuse a checkpoint that the trainer could not read under this launch's config."""
+def _check_kind(folder: Path, asked: str) -> None:
+    """Refuse a checkpoint that the trainer could not read."""
     configs = {
+        "pipeline": "as a pipeline (recipes/gpipe_sft.py)",
         "plain": "without FSDP",
         "full": "under FSDP with full state dicts (accelerate_configs/fsdp2.yaml)",
         "sharded": "under FSDP with sharded state dicts (accelerate_configs/fsdp2_sharded.yaml)",
     }
-    asked = "plain"
-    if uses_fsdp():
-        asked = "sharded" if fsdp_option("STATE_DICT_TYPE") == "sharded_state_dict" else "full"
     if (kind := checkpoint_kind(folder)) != asked:
         raise UserError(
             f"--resume_from_checkpoint {folder}: was written {configs[kind]}, and this run is "
@@ -62,8 +67,19 @@ def _check_kind(folder: Path) -> None:
         )
 
 
+def _launched_kind() -> str:
+    """How checkpoints are written under this launch's config."""
+    if not uses_fsdp():
+        return "plain"
+    return "sharded" if fsdp_option("STATE_DICT_TYPE") == "sharded_state_dict" else "full"
+
+
 def find_checkpoint(
-    output_dir: str, which: str | None, check: Callable[[Path], None] | None = None
+    output_dir: str,
+    which: str | None,
+    check: Callable[[Path], None] | None = None,
+    *,
+    kind: str | None = None,
 ) -> str | None:
     """The checkpoint to resume from.
 
@@ -72,6 +88,8 @@ def find_checkpoint(
         which: None for a fresh start, "last" for the newest whole checkpoint in `output_dir`,
             "auto" for that or, where there is none, a fresh start, or a folder.
         check: called with the checkpoint; raises an error if this run cannot resume from it.
+        kind: how the run writes its own (see `checkpoint_kind`), if not as the launch's config
+            says.
 
     Nothing in the folder changes yet (see `clear_way`), so that a mistake elsewhere on the command
     line shows before a finished run is given up for it. Only the main process refuses a fresh start
@@ -105,7 +123,7 @@ def find_checkpoint(
             f"--resume_from_checkpoint {which}: no whole checkpoint (its trainer_state.json is "
             "missing or cut short); pass another, or 'last'"
         )
-    _check_kind(checkpoint)
+    _check_kind(checkpoint, kind or _launched_kind())
     if check:
         check(checkpoint)
     return str(checkpoint)

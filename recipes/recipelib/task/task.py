@@ -255,7 +255,9 @@ def begin(task: Task, args, training) -> None:
     """
     task.store.say_what_was_kept()
     if not args.preview:
-        task.checkpoint = find_checkpoint(training.output_dir, training.resume_from_checkpoint)
+        task.checkpoint = find_checkpoint(
+            training.output_dir, training.resume_from_checkpoint, kind=args.checkpoints
+        )
         task.memory = MemoryMeter()
 
 

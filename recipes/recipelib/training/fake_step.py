@@ -216,7 +216,8 @@ def _step(
 ) -> list[Counter]:
     """The peaks of one step. `shortened`: the list of the layers, and how many of them to keep."""
     head = model.get_output_embeddings()
-    recorder = _Recorder(torch.Size() if head is None else head.weight.shape, batch.padded)
+    weight = getattr(head, "weight", None)  # another process may hold it
+    recorder = _Recorder(torch.Size() if weight is None else weight.shape, batch.padded)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     stand_ins: dict[int, Any] = {}  # id of a tensor or module -> what the copy has in its place
 

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -71,10 +72,37 @@ class MemoryEstimate:
         return f"{gib(self.total)} GiB = {' + '.join(terms)} (estimate{note})"
 
 
+class Sharding(NamedTuple):
+    """Whether FSDP divides what the processes hold, and how.
+
+    Attributes:
+        sharded: whether it does.
+        offloaded: whether the shards stand in the CPU's memory.
+        resharded: whether a layer is divided again after its forward pass.
+    """
+
+    sharded: bool = False
+    offloaded: bool = False
+    resharded: bool = True
+
+    @classmethod
+    def launched(cls) -> Sharding:
+        """That of the accelerate config which launched this process."""
+        return cls(
+            sharded=uses_fsdp(),
+            offloaded=fsdp_option("OFFLOAD_PARAMS") == "true",
+            resharded=fsdp_option("RESHARD_AFTER_FORWARD") != "false",
+        )
+
+
 def estimate_memory(
-    model: nn.Module, training, encoded: EncodedRows | MicroBatch, loss: Loss | None = None
+    model: nn.Module,
+    training,
+    encoded: EncodedRows | MicroBatch,
+    loss: Loss | None = None,
+    sharding: Sharding | None = None,
 ) -> MemoryEstimate:
-    """What training will need in each process, for the accelerate config that launched it.
+    """What training will need in each process.
 
     Parameters, gradients and optimizer states are counted; activations and logits are those of a
     fake step (`fake_step.py`) with the largest micro-batch, so that architecture, attention kernel,
@@ -92,9 +120,11 @@ def estimate_memory(
         training: the trainer's arguments.
         encoded: the training examples; or the largest micro-batch of them.
         loss: the fake step's, if it is not `RecipeTrainer`'s.
+        sharding: that of the accelerate config which launched this process, by default.
     """
+    sharding = Sharding.launched() if sharding is None else sharding
     batch = encoded if isinstance(encoded, MicroBatch) else heaviest_batch(encoded, training)
-    sharded = uses_fsdp()
+    sharded = sharding.sharded
     share = training.world_size if sharded else 1
     halved = sharded and (training.bf16 or training.fp16)
     weights = [*model.parameters()]
@@ -113,9 +143,9 @@ def estimate_memory(
 
     parameters = sum(map(stored, weights)) / share
     gradients = sum(map(stored, trained)) / share
-    states, notes = _optimizer_bytes(trained, training, stored)
+    states, notes = optimizer_bytes(trained, training, stored)
     optimizer = states / share
-    offloaded = sharded and fsdp_option("OFFLOAD_PARAMS") == "true"
+    offloaded = sharded and sharding.offloaded
     if offloaded:
         notes.append(f"{gib(parameters + gradients + optimizer)} GiB more in the CPU's memory")
         parameters = gradients = optimizer = 0
@@ -129,7 +159,7 @@ def estimate_memory(
     if sharded:
         largest = max((sum(map(gathered, layer.parameters())) for layer in layers), default=0)
         whole = sum(map(gathered, outside)) + 3 * largest
-        if fsdp_option("RESHARD_AFTER_FORWARD") == "false":
+        if not sharding.resharded:
             whole = sum(map(gathered, weights))
         # The gradients outside the layers are complete last, and are copied to be sent.
         sent = sum(gathered(weight) for weight in outside if weight.requires_grad)
@@ -161,10 +191,16 @@ def estimate_memory(
     return MemoryEstimate(**{name: round(highest[name]) for name in terms}, note="; ".join(notes))
 
 
-def _optimizer_bytes(
+def optimizer_bytes(
     trained: Sequence[nn.Parameter], training, stored: Callable[[nn.Parameter], int]
 ) -> tuple[float, list[str]]:
-    """The bytes of the optimizer's states, and a note if they are a guess."""
+    """The bytes of the optimizer's states, and a note if they are a guess.
+
+    Args:
+        trained: the parameters that it updates.
+        training: the trainer's `optim` and `optim_args`.
+        stored: the bytes of a parameter as the optimizer holds it.
+    """
     name = getattr(training.optim, "value", training.optim)
     if name == "adafactor":  # a row and a column for each matrix (Shazeer and Stern 2018)
         return sum(

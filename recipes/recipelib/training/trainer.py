@@ -33,6 +33,7 @@ from recipelib.models import (
     FSDP_OFF,
     bare_model,
     check_shards,
+    count_parameters,
     logits_at,
     prepare_for_fsdp2,
     prepare_four_bit,
@@ -253,7 +254,7 @@ class RecipeTrainer(SFTTrainer):
         """
         checkpoint, memory = resume_from_checkpoint or self.task.checkpoint, self.task.memory
         if memory:
-            show_plan(self.model, self.args, self.task, self.estimated, self.rates)
+            self.show_plan()
             memory.restart()
         clear_way(self.args.output_dir, checkpoint)
         reshard(self.model)
@@ -264,6 +265,14 @@ class RecipeTrainer(SFTTrainer):
         self.seconds = time.perf_counter() - start
         self._peak = memory.stop() if memory else 0
         return output
+
+    def show_plan(self) -> None:
+        """Show what is trained, on what, and how much of it."""
+        show_plan(self.model, self.args, self.task, self.estimated, self.rates)
+
+    def parameter_counts(self) -> tuple[int, int]:
+        """Trainable and all parameters of the model."""
+        return count_parameters(self.model)
 
     def _begin_above(self, cache: StateCache) -> None:
         """Run the frozen layers, and give each batch what they put out."""

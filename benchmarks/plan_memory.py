@@ -1,0 +1,195 @@
+"""How close the memory that `recipes/plan.py` states comes to what runs then take, on CPUs.
+
+    python benchmarks/plan_memory.py                # rows of 256 tokens: a quarter of an hour
+    python benchmarks/plan_memory.py --quick        # of 128 tokens
+    python benchmarks/plan_memory.py --arms lora_ddp full_fsdp2
+
+Runs recipes for two steps in float32, alone and in two processes, on rows that all have the same
+length, so that a plan knows the shapes. `planned` is the plan's memory of a GPU, `measured` the
+`peak_memory_bytes` of metrics.json: the largest process's, while it trains. The last line is one
+JSON object; `largest_error` is the largest difference, as a part of measured.
+"""
+
+import argparse
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from measuring import (
+    ROOT,
+    failure,
+    parser_of,
+    require_least,
+    run_script,
+    set_numbers,
+    show_table,
+    threads,
+    words,
+)
+
+from recipelib.runtime import versions, write_jsonl
+
+FULL_RUN, QUICK = {"length": 256}, {"length": 128}
+STEPS = 2  # the optimizer's states exist in the second
+MICRO_BATCHES = 4  # of a step, in all processes together
+
+
+class Arm(NamedTuple):
+    """A run.
+
+    Attributes:
+        recipe: that makes it.
+        method, layout: the plan that it is held against.
+        config: the accelerate config of its two processes; None: one process.
+        options: further ones of the recipe.
+    """
+
+    recipe: str
+    method: str
+    layout: str
+    config: str | None = None
+    options: tuple[str, ...] = ()
+
+
+LORA, FULL = "LoRA", "all parameters"
+CHAT = ("--rendering", "text")  # as the other recipes do, so that the rows are as long
+ARMS = {
+    "lora": Arm("lora_sft", LORA, "one GPU"),
+    "lora_ddp": Arm("lora_sft", LORA, "DDP", "ddp"),
+    "lora_fsdp2": Arm("lora_sft", LORA, "FSDP2", "fsdp2"),
+    "full": Arm("instruction_sft", FULL, "one GPU", None, CHAT),
+    "full_ddp": Arm("instruction_sft", FULL, "DDP", "ddp", CHAT),
+    "full_fsdp2": Arm("instruction_sft", FULL, "FSDP2", "fsdp2", CHAT),
+}
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run all arms and print the table.
+
+    Returns:
+        What the last line holds.
+    """
+    parser = parser_of(__doc__, f"rows of {QUICK['length']} tokens")
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS], default=[*ARMS])
+    parser.add_argument("--length", type=int, help=f"tokens of a row [{FULL_RUN['length']}]")
+    parser.add_argument("--micro_batch", type=int, default=2, help="rows of a forward pass [2]")
+    args = parser.parse_args(argv)
+    set_numbers(args, FULL_RUN, QUICK)
+    require_least(args, "micro_batch", 1)
+    cases = []
+    for name in args.arms:
+        with tempfile.TemporaryDirectory(prefix="plan-memory-") as folder:
+            metrics = run(name, ARMS[name], args, Path(folder))
+        case = {"arm": name, "planned": planned(ARMS[name], args, metrics)}
+        case["measured"] = metrics["peak_memory_bytes"]
+        case["ratio"] = round(case["planned"] / case["measured"], 4)
+        print(f"{name}: {case['ratio']:.3f} of what was measured", flush=True)
+        cases.append(case)
+    result = {
+        "largest_error": max(abs(case["ratio"] - 1) for case in cases),
+        "cases": cases,
+        "length": args.length,
+        "micro_batch": args.micro_batch,
+        "model": metrics["model"],
+        "omp_num_threads": threads(),
+        "versions": versions(),
+    }
+    show_table(
+        f"{result['model']}, float32, {args.micro_batch} rows of {args.length} tokens at a time",
+        ("trained", "in each process", "planned, GiB", "measured, GiB", "ratio"),
+        [
+            (
+                ARMS[case["arm"]].method,
+                ARMS[case["arm"]].layout,
+                *(f"{case[one] / 2**30:.2f}" for one in ("planned", "measured")),
+                f"{case['ratio']:.2f}",
+            )
+            for case in cases
+        ],
+        names=2,
+    )
+    print(json.dumps(result))
+    return result
+
+
+def run(name: str, arm: Arm, args: argparse.Namespace, folder: Path) -> dict:
+    """The metrics of a recipe's run, made in processes of its own.
+
+    Raises:
+        RunFailed: it ended with another code than 0.
+    """
+    draw, vocabulary = random.Random(0), "a film was the long story that they never saw in town"
+    for split, rows in (("train", STEPS * MICRO_BATCHES * args.micro_batch), ("validation", 2)):
+        # More words than tokens are wanted: the recipe cuts each text to fill a row.
+        texts = [" ".join(draw.choices(vocabulary.split(), k=args.length)) for _ in range(rows)]
+        reviews = [
+            {"sentence": text, "label": ("negative", "positive")[number % 2]}
+            for number, text in enumerate(texts)
+        ]
+        write_jsonl(folder / "data" / f"{split}.jsonl", reviews)
+    processes = 2 if arm.config else 1
+    options = {
+        "dataset": folder / "data",
+        "template": "movie_reviews",
+        "model_name_or_path": args.model_name_or_path,
+        "max_length": args.length,
+        "per_device_train_batch_size": args.micro_batch,
+        "gradient_accumulation_steps": MICRO_BATCHES // processes,
+        "max_steps": STEPS,
+        "dataset_cache": False,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "output_dir": folder / "out",
+    }
+    if arm.recipe == "instruction_sft":
+        options["template"] = f"movie_reviews={options.pop('dataset')}"
+    command = [sys.executable]
+    if arm.config:
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            port = one.getsockname()[1]
+        config = ROOT / "accelerate_configs" / f"{arm.config}.yaml"
+        command += ["-m", "accelerate.commands.launch"]
+        command += words(
+            {"config_file": config, "num_processes": processes, "main_process_port": port}
+        )
+    command += [str(ROOT / "recipes" / f"{arm.recipe}.py"), *words(options), *arm.options]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": threads(), "CUDA_VISIBLE_DEVICES": ""},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise failure(name, done.returncode, done.stderr)
+    return json.loads((folder / "out" / "metrics.json").read_text(encoding="utf-8"))
+
+
+def planned(arm: Arm, args: argparse.Namespace, metrics: dict) -> int:
+    """The bytes that a GPU would need by the plan, for a run's shapes in float32."""
+    from recipelib.planning import GPUS, Workload, compare_strategies, read_config
+
+    tokens = metrics["train_examples"] * args.length
+    work = Workload(
+        gpus=2 if arm.config else 1,
+        batch=MICRO_BATCHES * args.micro_batch,
+        micro_batch=args.micro_batch,
+        length=args.length,
+        supervised=metrics["supervised_tokens"] / tokens,
+        dtype="float32",
+        schedule="gpipe",
+    )
+    plans = compare_strategies(read_config(args.model_name_or_path), work, GPUS["h100"])
+    (plan,) = (one for one in plans if (one.method, one.layout) == (arm.method, arm.layout))
+    return plan.memory.total
+
+
+if __name__ == "__main__":
+    run_script(main)
