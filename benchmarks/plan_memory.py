@@ -1,7 +1,7 @@
 """How close the memory that `recipes/plan.py` states comes to what runs then take, on CPUs.
 
-    python benchmarks/plan_memory.py                # rows of 256 tokens: a quarter of an hour
-    python benchmarks/plan_memory.py --quick        # of 128 tokens
+    python benchmarks/plan_memory.py                # a quarter of an hour on two cores
+    python benchmarks/plan_memory.py --quick        # LoRA only
     python benchmarks/plan_memory.py --arms lora_ddp full_fsdp2
 
 Runs recipes for two steps in float32, alone and in two processes, on rows that all have the same
@@ -27,7 +27,6 @@ from measuring import (
     parser_of,
     require_least,
     run_script,
-    set_numbers,
     show_table,
     threads,
     words,
@@ -35,7 +34,6 @@ from measuring import (
 
 from recipelib.runtime import versions, write_jsonl
 
-FULL_RUN, QUICK = {"length": 256}, {"length": 128}
 STEPS = 2  # the optimizer's states exist in the second
 MICRO_BATCHES = 4  # of a step, in all processes together
 
@@ -75,15 +73,16 @@ def main(argv: list[str] | None = None) -> dict:
     Returns:
         What the last line holds.
     """
-    parser = parser_of(__doc__, f"rows of {QUICK['length']} tokens")
-    parser.add_argument("--arms", nargs="+", choices=[*ARMS], default=[*ARMS])
-    parser.add_argument("--length", type=int, help=f"tokens of a row [{FULL_RUN['length']}]")
+    parser = parser_of(__doc__, "LoRA only")
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS], help="[all]")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a row [256]")
     parser.add_argument("--micro_batch", type=int, default=2, help="rows of a forward pass [2]")
     args = parser.parse_args(argv)
-    set_numbers(args, FULL_RUN, QUICK)
-    require_least(args, "micro_batch", 1)
+    for name in ("length", "micro_batch"):
+        require_least(args, name, 1)
+    quick = [name for name, arm in ARMS.items() if arm.method == LORA]
     cases = []
-    for name in args.arms:
+    for name in args.arms or (quick if args.quick else ARMS):
         with tempfile.TemporaryDirectory(prefix="plan-memory-") as folder:
             metrics = run(name, ARMS[name], args, Path(folder))
         case = {"arm": name, "planned": planned(ARMS[name], args, metrics)}

@@ -1,7 +1,7 @@
 """What fits on some GPUs, and what is fastest: from a model's config alone, without its weights.
 
 Compares, for all parameters and for LoRA, a whole model on each GPU (DDP), a share (FSDP2) and a
-stage of a pipeline ("pipeline of 4 x 2": 4 stages, each with 2 replicas); for all parameters also
+stage of a pipeline ("pipeline 4 x 2": 4 stages, each with 2 replicas); for all parameters also
 shares in the CPU's memory (offloaded), for LoRA also a base in 4 bits (QLoRA).
 
     python recipes/plan.py
@@ -115,7 +115,7 @@ def plan(args: argparse.Namespace) -> None:
         f"{name} on {work.gpus} x {args.gpu} ({gpu.memory_gib:g} GiB), {work.dtype}, "
         f"{work.batch} rows of {work.length:,} tokens a step"
     )
-    show_plans(title, plans, work)
+    show_plans(title, plans)
     print(answer(plans, USABLE * gpu.memory_gib))
 
 

@@ -13,7 +13,7 @@ LIBRARY = RECIPES / "recipelib"
 ROOMS = [
     *("runtime", "prompts", "data", "encoding", "models", "adapters", "inference", "evaluation"),
     *("probes", "activations"),
-    *("task", "training", "reporting", "cli"),
+    *("task", "training", "planning", "reporting", "cli"),
 ]
 SCRIPTS = sorted(RECIPES.glob("*.py"))
 FILES = sorted(LIBRARY.rglob("*.py"))

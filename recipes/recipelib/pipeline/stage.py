@@ -105,6 +105,7 @@ def _with(module: nn.Module, name: str, part: nn.Module) -> nn.Module:
     """A module that shares all its parts with another, but for the one of this name."""
     child, _, rest = name.partition(".")
     twin = copy.copy(module)
+    twin.__dict__.pop("forward", None)  # that of TRL's fused head would run the whole part
     twin._modules = {
         **module._modules,
         child: _with(module._modules[child], rest, part) if rest else part,

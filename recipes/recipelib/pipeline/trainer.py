@@ -213,7 +213,7 @@ class PipelineTrainer(RecipeTrainer):
         measured share, in which unequal stages and messages count as well.
         """
         schedule = self.pipeline.schedule
-        share = schedule.watch.seconds / schedule.seconds if schedule.seconds else 0.0
+        share = schedule.busy / schedule.seconds if schedule.seconds else 0.0
         busy = self.accelerator.reduce(torch.tensor(share, device=self.args.device), "mean")
         return {
             "stages": [[layers.start, layers.stop] for layers in self.stages.cut],

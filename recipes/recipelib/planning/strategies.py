@@ -29,8 +29,8 @@ class Plan:
 
     Attributes:
         method: what is trained: FULL, LORA or QLORA.
-        layout: what each GPU holds: "DDP", "FSDP2", "pipeline of 4 x 2" (4 stages, 2
-            replicas of each).
+        layout: what each GPU holds: "DDP", "FSDP2", "pipeline 4 x 2" (4 stages, each with 2
+            replicas).
         memory: of the GPU that needs the most.
         time: of a step.
         fits: whether the memory suffices.
@@ -107,7 +107,7 @@ def _pipelines(
     found = []
     for depth in depths:
         stages, replicas = stages_of(model, costs, depth), work.gpus // depth
-        layout = f"pipeline of {depth}" + (f" x {replicas}" if replicas > 1 else "")
+        layout = f"pipeline {depth}" + (f" x {replicas}" if replicas > 1 else "")
         memory = pipeline_memory(model, work, stages, activations)
         found.append(plan(method, layout, memory, pipeline_time(model, work, gpu, stages)))
     return found

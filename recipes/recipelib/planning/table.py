@@ -10,29 +10,33 @@ from rich.table import Table
 from rich.text import Text
 
 from recipelib.planning.strategies import Plan
-from recipelib.planning.workload import Workload
 from recipelib.runtime import gib, printable
 
 
-def show_plans(title: str, plans: Sequence[Plan], work: Workload) -> None:
+def show_plans(title: str, plans: Sequence[Plan]) -> None:
     """Print a line for each plan; 100 columns wide outside of a terminal."""
-    table = Table(title=Text(printable(title), "bold"), title_justify="left")
+    table = Table(
+        title=Text(printable(title), "bold"),
+        title_justify="left",
+        caption="GiB of a GPU; seconds of a step: compute + waited + bubble",
+        caption_justify="left",
+    )
     for heading in ("trained", "on each GPU"):
         table.add_column(heading)
-    for heading in ("GiB", "step, s", "compute", "traffic", "waited", "bubble", "tokens/s"):
+    for heading in ("GiB", "fits", "step", "compute", "traffic", "waited", "bubble"):
         table.add_column(heading, justify="right")
     for plan in plans:
-        memory = f"{plan.memory.total / 2**30:,.1f}" + ("" if plan.fits else ", too much")
-        time = plan.time
+        size, time = plan.memory.total / 2**30, plan.time
+        cells = [plan.method, plan.layout, f"{size:,.1f}" if size < 1000 else f"{size:,.0f}"]
+        cells.append("yes" if plan.fits else "no")
         parts = (time.total, time.compute, time.traffic, time.waited, time.bubble)
-        speed = f"{work.batch * work.length / time.total:,.0f}"
-        cells = (plan.method, plan.layout, memory, *(f"{part:,.2f}" for part in parts), speed)
+        cells += [f"{part:,.2f}" for part in parts]
         table.add_row(*map(Text, cells), style=None if plan.fits else "dim")
     plain = {} if sys.stdout.isatty() else {"width": 100, "force_terminal": False}
     Console(**plain).print(table)
     for plan in plans:
         if plan.memory.note:
-            print(f"{plan.method}, {plan.layout}: {plan.memory.note}")
+            print(f"{plan.method} by {plan.layout}: {plan.memory.note}")
 
 
 def answer(plans: Sequence[Plan], usable: float) -> str:
