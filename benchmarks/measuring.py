@@ -8,8 +8,10 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -335,6 +337,42 @@ def run_recipe(recipe: str, options: Mapping[str, Any], folder: Path) -> dict:
             output = log.read_text(errors="replace")
             raise failure(folder.name, done.returncode, output, " (--keep DIR keeps the log)")
     return json.loads(metrics.read_text(encoding="utf-8"))
+
+
+def launch_recipe(
+    recipe: str, options: Mapping[str, Any], config: str | None = None, processes: int = 1
+) -> dict:
+    """The metrics of a run in fresh processes on CPUs, which share the cores.
+
+    Args:
+        config: the name of the accelerate config of several processes.
+    Raises:
+        RunFailed: it ended with another code than 0.
+    """
+    command = [sys.executable]
+    if config:
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            port = one.getsockname()[1]
+        file = ROOT / "accelerate_configs" / f"{config}.yaml"
+        launch = {"config_file": file, "num_processes": processes, "main_process_port": port}
+        command += ["-m", "accelerate.commands.launch", *words(launch)]
+    with tempfile.TemporaryDirectory(prefix="recipe-") as folder:
+        line = words({**options, "output_dir": folder, "disable_tqdm": True})
+        done = subprocess.run(
+            [*command, str(ROOT / "recipes" / f"{recipe}.py"), *line],
+            env=os.environ
+            | {
+                "OMP_NUM_THREADS": str(max(1, cores() // processes)),
+                "CUDA_VISIBLE_DEVICES": "",
+            },
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise failure(recipe, done.returncode, done.stderr)
+        return json.loads(Path(folder, "metrics.json").read_text(encoding="utf-8"))
 
 
 # What they came to -------------------------------------------------------------------------------

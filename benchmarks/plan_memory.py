@@ -56,14 +56,16 @@ class Arm(NamedTuple):
 
 
 LORA, FULL = "LoRA", "all parameters"
-CHAT = ("--rendering", "text")  # as the other recipes do, so that the rows are as long
+TEXT = ("--rendering", "text")  # as the other recipes do, so that the rows are as long
 ARMS = {
     "lora": Arm("lora_sft", LORA, "one GPU"),
     "lora_ddp": Arm("lora_sft", LORA, "DDP", "ddp"),
     "lora_fsdp2": Arm("lora_sft", LORA, "FSDP2", "fsdp2"),
-    "full": Arm("instruction_sft", FULL, "one GPU", None, CHAT),
-    "full_ddp": Arm("instruction_sft", FULL, "DDP", "ddp", CHAT),
-    "full_fsdp2": Arm("instruction_sft", FULL, "FSDP2", "fsdp2", CHAT),
+    "lora_pipeline": Arm("gpipe_sft", LORA, "pipeline 2", "pipeline", ("--peft", "lora")),
+    "full": Arm("instruction_sft", FULL, "one GPU", options=TEXT),
+    "full_ddp": Arm("instruction_sft", FULL, "DDP", "ddp", TEXT),
+    "full_fsdp2": Arm("instruction_sft", FULL, "FSDP2", "fsdp2", TEXT),
+    "full_pipeline": Arm("gpipe_sft", FULL, "pipeline 2", "pipeline"),
 }
 
 
@@ -146,6 +148,8 @@ def run(name: str, arm: Arm, args: argparse.Namespace, folder: Path) -> dict:
         "use_cpu": True,
         "output_dir": folder / "out",
     }
+    if arm.recipe == "gpipe_sft":
+        options |= {"gradient_accumulation_steps": 1, "micro_batches": MICRO_BATCHES}
     if arm.recipe == "instruction_sft":
         options["template"] = f"movie_reviews={options.pop('dataset')}"
     command = [sys.executable]

@@ -64,15 +64,16 @@ def main(args: GPipeArguments, training) -> dict | None:
     # Imported here, so that --help answers at once.
     from peft import LoraConfig, get_peft_model
 
-    from recipelib.pipeline import PipelineTrainer, Stages, load_part
+    from recipelib.pipeline import PipelineTrainer, Stages, check_pipeline, load_part
     from recipelib.reporting import preview, save_run
     from recipelib.task import load_task
 
-    stages = Stages.of(args, training)  # layers are cut by what they cost, from the config alone
+    check_pipeline(args, training)
     task = load_task(args, training)  # template, tokenizer, checked and encoded rows
     if args.preview:
         return preview(task, args.preview)
-    # The weights of this process's stages; other layers are shapes without memory.
+    # Layers are cut by what they cost; this process loads its own, the others are only shapes.
+    stages = Stages.of(args, training, task.encoded.counts)
     model = load_part(args, training, stages, float32=not args.peft)
     if args.peft:
         lora = LoraConfig(

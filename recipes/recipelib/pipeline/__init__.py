@@ -3,7 +3,7 @@ them (GPipe): cutting, loading, schedules, the trainer and its checkpoints.
 """
 
 from recipelib.pipeline.pipeline import Pipeline
-from recipelib.pipeline.stages import Stages, load_part
+from recipelib.pipeline.stages import Stages, check_pipeline, load_part
 from recipelib.pipeline.trainer import PipelineTrainer
 
-__all__ = ["Pipeline", "PipelineTrainer", "Stages", "load_part"]
+__all__ = ["Pipeline", "PipelineTrainer", "Stages", "check_pipeline", "load_part"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -27,21 +28,22 @@ def bubble(stages: Stages, micro_batches: int) -> float:
 
 
 def in_flight(stages: Stages, schedule: str, micro_batches: int) -> int:
-    """Of how many micro-batches this process keeps what the backward pass needs."""
+    """Of how many micro-batches at once this process keeps what the backward pass needs, at most.
+    Interleaved, the stages of a process wait for one another, too.
+    """
     if stages.mesh is None:
         return 1
     if schedule == "gpipe":
         return micro_batches
-    return min(micro_batches, stages.processes - stages.place)
+    waiting = stages.processes - stages.place
+    return min(micro_batches, waiting if schedule == "1f1b" else waiting + stages.processes)
 
 
 def stage_memory(
     model: nn.Module, ends: Ends, stages: Stages, args, training, encoded: EncodedRows
 ) -> MemoryEstimate:
-    """The memory that training needs in this process.
-
-    A fake step (see `estimate_memory`) of one micro-batch and another one of two tell what each
-    micro-batch keeps until its backward pass; a schedule says how many are kept at once.
+    """The memory that training needs in this process: that of one micro-batch (see
+    `estimate_memory`), and what the others that are on their way keep for their backward pass.
 
     Args:
         model: with what this process holds of it.
@@ -62,47 +64,52 @@ def stage_memory(
     # Other processes hold other weights: there are no copies of gradients for them.
     alone = {"world_size": 1, "gradient_accumulation_steps": args.micro_batches}
     alone = SimpleNamespace(**alone, **{name: getattr(training, name) for name in names})
-    kept = in_flight(stages, args.schedule, args.micro_batches)
-    # Interleaved, a pipeline's other stages run in between.
-    kept = kept * len(stages.own) if args.schedule == "interleaved" else kept
-    one, two = (
-        estimate_memory(model, alone, batch, _fake_loss(ends, stages, flying), Sharding())
-        for flying in (1, 2)
-    )
-    terms = {name: getattr(one, name) for name in ("parameters", "gradients", "optimizer")}
-    for name in ("activations", "logits"):
-        more = max(0, getattr(two, name) - getattr(one, name))
-        terms[name] = getattr(one, name) + (kept - 1) * more
-    return MemoryEstimate(**terms, note=one.note)
+    saved: dict[int, int] = {}
+    one = estimate_memory(model, alone, batch, _fake_loss(ends, stages, saved), Sharding())
+    others = in_flight(stages, args.schedule, args.micro_batches) - 1
+    return replace(one, activations=one.activations + others * sum(saved.values()))
 
 
-def _fake_loss(ends: Ends, stages: Stages, flying: int):
-    """A stand-in for the loss of several micro-batches on shapes, which tell nothing of which
-    tokens are supervised, but how many.
+def _fake_loss(ends: Ends, stages: Stages, saved: dict[int, int]):
+    """A stand-in for the loss of a micro-batch on shapes, which tell nothing of which tokens are
+    supervised, but how many.
+
+    Args:
+        saved: is filled with the bytes of each tensor that the backward pass needs.
     """
 
     def loss(model: nn.Module, training, batch: MicroBatch) -> torch.Tensor:
         bare, device = bare_model(model), training.device
-        shape = (batch.rows, batch.width)
-        mask = torch.ones(shape, dtype=torch.long, device=device)
+        own = {weight.untyped_storage()._cdata for weight in model.parameters()}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                saved[storage._cdata] = storage.nbytes()
+            return tensor
+
+        mask = torch.ones(batch.rows, batch.width, dtype=torch.long, device=device)
         picked = torch.zeros(batch.supervised, dtype=torch.long, device=device)
         halved = torch.float16 if training.fp16 else torch.bfloat16
         total = torch.zeros((), device=device, requires_grad=True)
-        for _ in range(flying):
-            for stage in views(bare, ends, stages):
-                named = {"input_ids": mask}
-                if not stage.first:
-                    states = torch.zeros(*shape, bare.config.hidden_size, dtype=bare.dtype)
-                    named = {"inputs_embeds": states.to(device).requires_grad_()}
-                inputs = {**named, "attention_mask": mask, "use_cache": False}
-                with torch.autocast(device.type, halved, enabled=training.bf16 or training.fp16):
-                    if not stage.last:
-                        states = stage.model.base_model(**inputs).last_hidden_state
-                        total = total + states.sum()
-                        continue
-                    with logits_at(stage.model, torch.stack([picked, picked], 1), batch.width):
-                        logits = stage.model(**inputs).logits[0]
-                total = total + F.cross_entropy(logits.float(), picked, reduction="sum")
+        for stage in views(bare, ends, stages):
+            inputs = {"attention_mask": mask, "use_cache": False}
+            if stage.first:
+                inputs["input_ids"] = mask
+            else:
+                shape = (*mask.shape, bare.config.hidden_size)
+                states = torch.zeros(shape, dtype=bare.dtype, device=device)
+                inputs["inputs_embeds"] = states.requires_grad_()
+            with (
+                torch.autocast(device.type, halved, enabled=training.bf16 or training.fp16),
+                torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            ):
+                if not stage.last:
+                    total = total + stage.model.base_model(**inputs).last_hidden_state.sum()
+                    continue
+                with logits_at(stage.model, torch.stack([picked, picked], 1), batch.width):
+                    logits = stage.model(**inputs).logits[0]
+            total = total + F.cross_entropy(logits.float(), picked, reduction="sum")
         return total
 
     return loss

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import AutoConfig, set_seed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from recipelib.encoding import Counts
 from recipelib.models import (
     find_layers,
     hub_errors_in_one_line,
@@ -59,45 +60,29 @@ class Stages:
     mesh: DeviceMesh | None
 
     @classmethod
-    def of(cls, args, training) -> Stages:
+    def of(cls, args, training, counts: Counts) -> Stages:
         """Cut the model that a recipe's arguments name, without loading it.
 
         Args:
             args: a recipe's `stages` and `schedule`, and those that name its model.
             training: its `RecipeConfig`, which has set up the processes.
+            counts: of the training tokens, since only supervised ones go through the head.
         Raises:
-            UserError: a model of another family, a number of stages or micro-batches that does not
-                fit, or an option of the trainer that a pipeline cannot follow.
+            UserError: a model of another family, or one with fewer layers than stages.
         """
-        _refuse_options(args, training)
-        processes = args.stages or training.world_size
-        if training.world_size % processes:
-            raise UserError(
-                f"--stages {processes}: {training.world_size} processes were started, which is no "
-                "multiple; start as many as stages, or twice, three times as many"
-            )
+        world, processes = training.world_size, args.stages or training.world_size
+        kind, config = _model_class(args)
+        with torch.device("meta"):
+            outline = kind(config)
         count = processes
         if args.schedule == "interleaved" and processes > 1:
             count *= VIRTUAL
-        rounds = max(1, args.micro_batches // processes)
-        if args.schedule == "1f1b" and args.micro_batches < processes:
-            raise UserError(
-                f"--schedule 1f1b: needs as many micro-batches as stages; raise --micro_batches to "
-                f"{processes}, or take gpipe"
-            )
-        if args.schedule == "interleaved" and args.micro_batches % rounds:
-            raise UserError(
-                f"--schedule interleaved: --micro_batches {args.micro_batches} is no multiple of "
-                f"{rounds}; take {args.micro_batches // rounds * rounds}"
-            )
-        model = _outline(args, training)
         mesh = None
-        if training.world_size > 1:
-            shape = (training.world_size // processes, processes)
-            mesh = init_device_mesh(
-                training.device.type, shape, mesh_dim_names=("pipelines", "stages")
-            )
-        return cls(cut_layers(*layer_costs(model), count), processes, mesh)
+        if world > 1:
+            shape, names = (world // processes, processes), ("pipelines", "stages")
+            mesh = init_device_mesh(training.device.type, shape, mesh_dim_names=names)
+        supervised = counts.supervised_tokens / counts.tokens
+        return cls(cut_layers(*layer_costs(outline, supervised), count), processes, mesh)
 
     @property
     def pipelines(self) -> int:
@@ -151,7 +136,16 @@ class Stages:
         return None if self.mesh is None else self.mesh.get_group(dimension)
 
 
-def _refuse_options(args, training) -> None:
+def check_pipeline(args, training) -> None:
+    """Refuse what a pipeline cannot do, before rows are prepared.
+
+    Args:
+        args: a recipe's `stages`, `schedule`, `micro_batches`, and those that name its model.
+        training: its `RecipeConfig`.
+    Raises:
+        UserError: an option of the trainer that cannot be followed, a model of another family, or
+            numbers of stages or micro-batches that do not fit.
+    """
     for name, (value, why) in _CANNOT.items():
         if (getattr(training, name) or value) != value:
             raise UserError(f"--{name}: {why}; leave it out")
@@ -164,12 +158,30 @@ def _refuse_options(args, training) -> None:
         )
     if uses_fsdp():
         raise UserError(
-            "the accelerate config asks for FSDP, which this recipe stands in for; launch with "
+            "the accelerate config asks for FSDP, whose place a pipeline takes; launch with "
             "accelerate_configs/pipeline.yaml"
         )
+    processes, parts = args.stages or training.world_size, args.micro_batches
+    if training.world_size % processes:
+        raise UserError(
+            f"--stages {processes}: {training.world_size} processes were started, which is no "
+            "multiple; start as many as stages, or two or three times as many"
+        )
+    if args.schedule == "1f1b" and parts < processes:
+        raise UserError(
+            "--schedule 1f1b: needs as many micro-batches as stages; raise --micro_batches to "
+            f"{processes}, or take gpipe"
+        )
+    rounds = max(1, parts // processes)
+    if args.schedule == "interleaved" and parts % rounds:
+        raise UserError(
+            f"--schedule interleaved: --micro_batches {parts} is no multiple of {rounds}; take "
+            f"{parts // rounds * rounds}"
+        )
+    _model_class(args)
 
 
-def _model_class(args, training) -> tuple[type, object]:
+def _model_class(args) -> tuple[type, Any]:
     """The class of the model that a recipe's arguments name, and its configuration.
 
     Raises:
@@ -180,20 +192,13 @@ def _model_class(args, training) -> tuple[type, object]:
     if kind not in FAMILIES:
         raise UserError(
             f"--model_name_or_path {name}: models of type {kind} are not cut into stages here; "
-            f"take one of {', '.join(FAMILIES)}, or shard it: accelerate_configs/fsdp2.yaml with "
-            "another recipe"
+            f"take one of {', '.join(FAMILIES)}, or another recipe with "
+            "accelerate_configs/fsdp2.yaml"
         )
     source = resolve_model(name)
     with hub_errors_in_one_line(name or "the bundled model", source, args.revision):
         config = AutoConfig.from_pretrained(source, revision=args.revision or "main")
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config
-
-
-def _outline(args, training) -> nn.Module:
-    """The model without weights."""
-    kind, config = _model_class(args, training)
-    with torch.device("meta"):
-        return kind(config)
 
 
 def load_part(args, training, stages: Stages, *, float32: bool = False):
@@ -206,7 +211,7 @@ def load_part(args, training, stages: Stages, *, float32: bool = False):
     Raises:
         UserError: as `load_pretrained`.
     """
-    kind, _ = _model_class(args, training)
+    kind, _ = _model_class(args)
     others: dict[int, nn.Module] = {}
 
     def make(self, config, *rest, **options) -> None:
