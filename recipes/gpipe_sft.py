@@ -21,11 +21,11 @@ from recipelib.cli import RecipeArguments, option, run_recipe
 
 DEFAULTS = {
     "output_dir": "runs/gpipe_sft",
-    "learning_rate": 2e-5,
+    "learning_rate": 1e-4,  # for a small model; 1e-5 for billions of parameters
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,  # of all steps
     "num_train_epochs": 2,
-    "per_device_train_batch_size": 1,  # rows of a micro-batch
+    "per_device_train_batch_size": 4,  # rows of a micro-batch
     "train_sampling_strategy": "group_by_length",  # a step's rows are padded to one length
 }
 
@@ -40,12 +40,13 @@ class GPipeArguments(RecipeArguments):
         None, "Processes of a pipeline; by default all. With twice as many there are two.", least=1
     )
     micro_batches: int = option(
-        8, "Parts of a step: four times the stages keep 80 % of the time busy.", least=1
+        4, "Parts of a step; with four times the stages a process waits a fifth of it.", least=1
     )
     schedule: str = option(
         "gpipe",
-        "gpipe: all forward, then all back; 1f1b: in turn, with fewer activations in memory; "
-        "interleaved: two stages in each process, half the bubble, twice the messages.",
+        "gpipe: all forward, then all back (in the paper with --activation_checkpointing); 1f1b: "
+        "in turn, which keeps fewer activations; interleaved: two stages in each process, half "
+        "the bubble, twice the messages.",
         choices=["gpipe", "1f1b", "interleaved"],
     )
     peft: str | None = option(

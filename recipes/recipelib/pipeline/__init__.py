@@ -1,6 +1,4 @@
-"""A model cut into stages that stand in several processes, and micro-batches on their way through
-them (GPipe): cutting, loading, schedules, the trainer and its checkpoints.
-"""
+"""A model cut into stages that stand in several processes, and its trainer (GPipe)."""
 
 from recipelib.pipeline.pipeline import Pipeline
 from recipelib.pipeline.stages import Stages, check_pipeline, load_part

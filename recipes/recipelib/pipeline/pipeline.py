@@ -49,12 +49,6 @@ class Pipeline(CutModel, nn.Module):
         super().__init__()
         self.model, self.own = model, nn.ModuleList(own)
         self.stages, self.schedule, self.tied, self._load = stages, schedule, tied, load
-        self._ends = None
-        if stages.processes > 1:  # all processes have to make the groups of all pipelines
-            for ranks in stages.mesh.mesh.tolist():
-                group = distributed.new_group([ranks[0], ranks[-1]])
-                if distributed.get_rank() in ranks:
-                    self._ends = group
 
     # Training ---------------------------------------------------------------------------------
 
@@ -71,7 +65,7 @@ class Pipeline(CutModel, nn.Module):
         if self.stages.mesh is None:
             return loss
         if self.tied is not None:
-            distributed.all_reduce(self.tied.weight.grad, group=self._ends)
+            self._sum_tied(self.tied.weight.grad)
         if self.stages.pipelines > 1:
             group = self.stages.group("pipelines")
             works = []
@@ -83,6 +77,19 @@ class Pipeline(CutModel, nn.Module):
                 work.wait()
         distributed.all_reduce(loss)
         return loss
+
+    def _sum_tied(self, gradient: torch.Tensor) -> None:
+        """Add the gradient of the other end of the tied weight."""
+        peer = {
+            "group": self.stages.group("stages"),
+            "group_peer": self.stages.processes - 1 if self.stages.is_first else 0,
+        }
+        other = torch.empty_like(gradient)
+        ends = [(distributed.isend, gradient), (distributed.irecv, other)]
+        operations = [distributed.P2POp(way, tensor, **peer) for way, tensor in ends]
+        for work in distributed.batch_isend_irecv(operations):
+            work.wait()
+        gradient += other
 
     def clip(self, most: float) -> torch.Tensor:
         """Scale the gradients of all stages down to a norm of at most this; gives the norm that

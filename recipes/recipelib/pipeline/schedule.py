@@ -53,20 +53,19 @@ class Stopwatch:
 
 
 class _WatchedStage(PipelineStage):
-    """torch's stage, which computes in a given precision and by the watch: waiting for other
-    processes does not count.
-    """
+    """torch's stage, which computes by the watch: waiting for other processes does not count."""
 
-    def __init__(self, *args, watch: Stopwatch, precision, **options):
+    def __init__(self, *args, watch: Stopwatch, **options):
         super().__init__(*args, **options)
-        self._watch, self._precision = watch, precision
+        self._watch = watch
 
     def forward_one_chunk(self, *args, **options):
-        with self._watch.running(), self._precision():
+        with self._watch.running():
             return super().forward_one_chunk(*args, **options)
 
     def backward_one_chunk(self, *args, **options):
-        with self._watch.running():
+        # A backward pass computes in the precision that the forward pass has chosen.
+        with self._watch.running(), torch.autocast(self.device.type, enabled=False):
             return super().backward_one_chunk(*args, **options)
 
 
@@ -83,7 +82,8 @@ class Schedule:
         micro_batches: into which a batch is cut, with equally many rows each.
         width, dtype: of the states that are sent.
         device: where the stages are.
-        precision: makes the context in which they compute.
+        precision: makes the context in which they compute. It lasts for a whole step, so that all
+            micro-batches share one copy of the weights in 16 bits.
     """
 
     def __init__(
@@ -132,17 +132,18 @@ class Schedule:
                     with self.precision():
                         loss = self._share(stage(part.pop("input_ids"), **part))
                     loss.backward()
-                losses.append(loss.detach())
+                losses.append(loss)
         else:
             schedule = self._schedule(batch, trains=True)
             inputs = (batch.pop("input_ids"),)
-            schedule.step(
-                *(inputs if self.stages.is_first else ()),
-                target=batch["labels"],
-                losses=losses,
-                return_outputs=False,
-                **batch,
-            )
+            with self.precision():
+                schedule.step(
+                    *(inputs if self.stages.is_first else ()),
+                    target=batch["labels"],
+                    losses=losses,
+                    return_outputs=False,
+                    **batch,
+                )
         loss = sum((loss.detach() for loss in losses), torch.zeros((), device=self.device))
         self.busy += self.watch.seconds - busy
         self.seconds += time.perf_counter() - start
@@ -163,7 +164,8 @@ class Schedule:
         else:
             schedule = self._schedule(batch, trains=False)
             inputs = (batch.pop("input_ids"),)
-            found = schedule.step(*(inputs if self.stages.is_first else ()), **batch)
+            with self.precision():
+                found = schedule.step(*(inputs if self.stages.is_first else ()), **batch)
         return found if found is None or "labels" in batch else found[:rows]
 
     def _share(self, loss: torch.Tensor, _=None) -> torch.Tensor:
@@ -225,7 +227,6 @@ class Schedule:
                     else outline(*states, learns=self._learning[at]),
                     group=self.stages.group("stages"),
                     watch=self.watch,
-                    precision=self.precision,
                 )
             )
         loss = self._share if trains else None

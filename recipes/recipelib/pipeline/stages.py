@@ -43,16 +43,16 @@ _SAMPLING = ("group_by_length", "random", "sequential")
 
 @dataclass(frozen=True)
 class Stages:
-    """The stages of a model and the processes that compute them: process 0 the first, and so on.
+    """The stages of a model and the processes that compute them, the first ones the first stage.
 
-    With more processes than stages there are several pipelines side by side (data parallel), each
-    of neighboring processes, whose gradients are summed. Interleaved, each process computes two
-    stages (Narayanan et al. 2021, arXiv:2104.04473, section 2.2).
+    With more processes than stages there are several pipelines side by side (data parallel), whose
+    gradients are summed; neighboring processes hold the same stage. Interleaved, each process
+    computes two stages (Narayanan et al. 2021, arXiv:2104.04473, section 2.2).
 
     Attributes:
         cut: the layers of each stage.
         processes: of one pipeline.
-        mesh: [pipelines, processes]; None for a single process.
+        mesh: of `stages` and `pipelines`; None for a single process.
     """
 
     cut: Sequence[range]
@@ -79,7 +79,8 @@ class Stages:
             count *= VIRTUAL
         mesh = None
         if world > 1:
-            shape, names = (world // processes, processes), ("pipelines", "stages")
+            # Neighbors hold the same stage: whole gradients stay within a node, if it has room.
+            shape, names = (processes, world // processes), ("stages", "pipelines")
             mesh = init_device_mesh(training.device.type, shape, mesh_dim_names=names)
         supervised = counts.supervised_tokens / counts.tokens
         return cls(cut_layers(*layer_costs(outline, supervised), count), processes, mesh)
@@ -87,7 +88,7 @@ class Stages:
     @property
     def pipelines(self) -> int:
         """How many pipelines there are side by side."""
-        return 1 if self.mesh is None else self.mesh.size(0)
+        return 1 if self.mesh is None else self.mesh["pipelines"].size()
 
     @property
     def pipeline(self) -> int:
