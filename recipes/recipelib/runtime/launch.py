@@ -73,7 +73,7 @@ def join_on_cpu(use_cpu: bool) -> bool:
         return use_cpu
     if not uses_fsdp():
         if not use_cpu and processes_started() > 1:
-            say(f"no GPU: a rehearsal, data parallel over {processes_started()} gloo processes")
+            say(f"no GPU: a rehearsal over {processes_started()} gloo processes")
         return use_cpu or processes_started() > 1
     if _has_accelerator():
         raise UserError(
