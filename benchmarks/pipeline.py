@@ -43,6 +43,7 @@ TEXT = {"template": "movie_reviews", "rendering": "text"}
 # Name -> processes, and the options of recipes/gpipe_sft.py.
 MEMORY = {
     "one process": (1, {}),
+    "one process, recomputing": (1, {"activation_checkpointing": True}),
     "gpipe": (2, {}),
     "gpipe, recomputing": (2, {"activation_checkpointing": True}),
     "1f1b": (2, {"schedule": "1f1b"}),
@@ -139,12 +140,16 @@ def memory(args: argparse.Namespace, folder: Path) -> dict:
             )["peak_memory_bytes"]
             for way, (processes, options) in MEMORY.items()
         }
-        alone = found[name]["one process"]
+        alone, again = (size for way, size in found[name].items() if way.startswith("one"))
         show_table(
             f"All parameters, head {name}, {ROWS} micro-batches of one row of {args.length} tokens",
-            ("", "peak of a process", "of one process's"),
+            ("", "peak of a process", "of one process's, likewise"),
             [
-                (way, f"{size / 2**30:.2f} GiB", f"{size / alone:.2f}")
+                (
+                    way,
+                    f"{size / 2**30:.2f} GiB",
+                    f"{size / (again if 'recomputing' in way else alone):.2f}",
+                )
                 for way, size in found[name].items()
             ],
         )
