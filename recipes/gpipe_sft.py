@@ -52,8 +52,8 @@ class GPipeArguments(RecipeArguments):
     peft: str | None = option(
         None, "lora: train adapters instead of all parameters.", choices=["lora"]
     )
-    r: int = option(16, "With --peft lora: rank of the update.", least=1)
-    alpha: int = option(32, "With --peft lora: the update is scaled by alpha / r.", least=1)
+    r: int = option(16, "Rank of the update.", least=1, needs="--peft lora")
+    alpha: int = option(32, "The update is scaled by alpha / r.", least=1, needs="--peft lora")
 
 
 def main(args: GPipeArguments, training) -> dict | None:

@@ -46,21 +46,22 @@ def _as_in_a_new_process():
 
 
 def pytest_xdist_make_scheduler(config, log):
-    """A file's tests stay together, for they share fixtures; so do a folder's below tests/fsdp,
-    which share launches.
+    """A file's tests stay together, for they share fixtures; so do those of tests/pipeline and of
+    a folder below tests/fsdp, which share launches.
     """
     from xdist.scheduler import LoadFileScheduling
 
     class Files(LoadFileScheduling):
         def _split_scope(self, nodeid):
             file = super()._split_scope(nodeid)
-            return file.rpartition("/")[0] if "tests/fsdp/" in file else file
+            launched = "tests/fsdp/" in file or "tests/pipeline/" in file
+            return file.rpartition("/")[0] if launched else file
 
     return Files(config, log)
 
 
 # What takes longest, so that no worker is left alone with it: folders of launches, then files.
-FIRST = ["lora", "recipes", "launches", "sharded"]
+FIRST = ["lora", "recipes", "pipeline", "launches", "sharded"]
 FIRST += ["test_prompt_tuning.py", "test_recipe_matrix.py", "test_icl_eval.py"]
 
 
@@ -69,8 +70,8 @@ def pytest_collection_modifyitems(items):
     places = {name: place for place, name in enumerate(FIRST)}
 
     def place(item) -> int:
-        launched = item.path.parent.parent.name == "fsdp"
-        name = item.path.parent.name if launched else item.path.name
+        folder = item.path.parent
+        name = folder.name if folder.parent.name in ("fsdp", "tests") else item.path.name
         return places.get(name, len(FIRST))
 
     items.sort(key=place)

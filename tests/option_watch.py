@@ -22,6 +22,7 @@ from recipelib.adapters import BottleneckConfig, adapter_layers
 from recipelib.cli import run_recipe
 from recipelib.evaluation import TaskScore
 from recipelib.models import loading
+from recipelib.pipeline import PipelineTrainer, stages
 from recipelib.reporting import answer_file
 from recipelib.runtime import UserError
 from recipelib.training.cloze_trainer import ClozeTrainer
@@ -168,14 +169,15 @@ def watched(seen: dict[str, Any]) -> Iterator[None]:
         return get_peft_model(model, BottleneckConfig(task_type="CAUSAL_LM"))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "load_pretrained", load)
-        # The tiny model's folder stands for a hub id, which has revisions.
-        patch.setattr(loading, "hub_errors_in_one_line", lambda *_: contextlib.nullcontext())
+        for module in (loading, stages):
+            patch.setattr(module, "load_pretrained", load)
+            # The tiny model's folder stands for a hub id, which has revisions.
+            patch.setattr(module, "hub_errors_in_one_line", lambda *_: contextlib.nullcontext())
         for name in ("task.task.evaluate_task", "task.cloze.score_cloze"):
             patch.setattr(f"recipelib.{name}", score)
         for name in ("score_labels", "score_answers", "score_losses"):
             patch.setattr(f"recipelib.evaluation.{name}", score)
-        for trainer in (RecipeTrainer, ClozeTrainer):
+        for trainer in (RecipeTrainer, ClozeTrainer, PipelineTrainer):
             patch.setattr(trainer, "train", train)
             patch.setattr(trainer, "save_model", lambda self: None)
         patch.setattr("recipelib.reporting.save_run", save)

@@ -13,7 +13,7 @@ from recipelib.cli import arguments
 
 TRAINING = [
     *("lora_sft", "adapter_sft", "prompt_tuning", "cloze_sft", "instruction_sft", "cot_sft"),
-    "transfer_learning",
+    *("transfer_learning", "gpipe_sft"),
 ]
 RECIPES = [*TRAINING, "icl_eval"]
 REVIEWS = [
@@ -85,6 +85,8 @@ def options_of(recipe: str, place: Place, **given: Any) -> dict[str, Any]:
         options |= {"max_eval_samples": -1}  # of which a draw would change the order
     if recipe == "icl_eval":
         options |= {"shots": 1, "max_length": 256}
+    if recipe == "gpipe_sft":
+        options |= {"micro_batches": 2, "per_device_train_batch_size": 1}
     if recipe == "prompt_tuning":
         options |= {"virtual_tokens": 4}
     if recipe == "instruction_sft":

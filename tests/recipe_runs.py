@@ -33,6 +33,16 @@ def write_rows(folder: Path, **splits: list[dict]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def fork_server() -> Iterator[Any]:
+    """A `ForkServer`, which all launches of these tests share."""
+    from launching import ForkServer
+
+    server = ForkServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
 def causal_model(tmp_path_factory) -> Path:
     """A tiny causal model with its tokenizer."""
     from tiny_llama import save_tiny_llama
@@ -80,12 +90,13 @@ def without_slow_parts() -> Iterator[None]:
     """Meanwhile no memory is estimated and no figure drawn, which have tests of their own and take
     longer than all the rest of a tiny run.
     """
+    from recipelib.pipeline import plan
     from recipelib.training import cloze_trainer, trainer
     from recipelib.training.memory import MemoryEstimate
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("matplotlib.figure.Figure.savefig", lambda self, file, **_: file.touch())
-        for module in (trainer, cloze_trainer):
+        for module in (trainer, cloze_trainer, plan):
             patch.setattr(module, "estimate_memory", lambda *_: MemoryEstimate(0, 0, 0, 0, 0))
         yield
 

@@ -107,6 +107,7 @@ def test_there_is_a_config_for_every_need():
         "fsdp2_sharded",
         "multi_node",
         "one_gpu",
+        "pipeline",
     ]
 
 
@@ -200,8 +201,9 @@ def test_one_machine_starts_a_process_per_gpu_unless_told_otherwise(launch, file
     assert with_config(launch, file, "--num_processes", "3").torchrun.nproc_per_node == "3"
 
 
-def test_data_parallel_training_has_nothing_to_do_with_fsdp(launch):
-    ready = with_config(launch, ROOT / "accelerate_configs" / "ddp.yaml")
+@pytest.mark.parametrize("name", ["ddp", "pipeline"])
+def test_data_parallel_training_and_a_pipeline_have_nothing_to_do_with_fsdp(launch, name):
+    ready = with_config(launch, ROOT / "accelerate_configs" / f"{name}.yaml")
     assert ready.arguments.multi_gpu
     assert not {key for key in ready.environment if key.startswith(("FSDP_", "ACCELERATE_USE_"))}
 
@@ -246,7 +248,8 @@ def test_a_header_shows_how_to_launch_with_its_own_file(launch, file):
     for words in shown:
         ready = launch(*words[2:])
         assert ready.arguments.config_file == f"accelerate_configs/{file.name}"
-        assert ready.arguments.training_script == "recipes/lora_sft.py"
+        recipe = "gpipe_sft" if file.stem == "pipeline" else "lora_sft"
+        assert ready.arguments.training_script == f"recipes/{recipe}.py"
 
 
 @every_file

@@ -7,9 +7,11 @@ silence. Each has a test below that would fail then. The first tests hold the li
 
 import argparse
 import ast
+import copy
 import inspect
 import types
 from pathlib import Path
+from typing import ClassVar
 
 import evaluate
 import jinja2
@@ -20,9 +22,16 @@ from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from peft import LoraConfig, LoraModel, PeftModel, PeftType, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from tiny_llama import tiny_llama
+from tiny_llama import save_tiny_llama, tiny_llama
 from tokenizers_for_tests import tokenizer_for
-from transformers import BertConfig, BertForMaskedLM, DynamicCache, Trainer, masking_utils
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    DynamicCache,
+    Trainer,
+    masking_utils,
+)
 from transformers.cache_utils import DummyLayer, DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -32,6 +41,7 @@ from trl import SFTTrainer
 
 from recipelib.adapters.bottleneck import BottleneckModel
 from recipelib.evaluation.metrics import load_metric
+from recipelib.pipeline.trainer import PipelineTrainer
 from recipelib.prompts import sandbox
 from recipelib.training.cloze_trainer import ClozeTrainer
 from recipelib.training.config import RecipeConfig
@@ -49,6 +59,18 @@ LEANS_ON = {
     # transformers
     "SFTTrainer._get_train_sampler": "the trainer takes the order of the rows from it",
     "RecipeTrainer._load_from_checkpoint": "resuming puts a checkpoint's weights back through it",
+    "PipelineTrainer._wrap_model": "what a step is given as its model: else data parallel",
+    "PipelineTrainer._clip_grad_norm": "is called in each step, if gradients are clipped",
+    "PipelineTrainer._get_grad_norm": "is called in each step, with the norm before clipping",
+    "PipelineTrainer._get_train_sampler": "our data loader takes the order of the rows from it",
+    "PipelineTrainer._save_optimizer_and_scheduler": "is called in each process, for a checkpoint",
+    "PipelineTrainer._save_rng_state": "the last before trainer_state.json makes it whole",
+    "PipelineTrainer._load_from_checkpoint": "as RecipeTrainer's",
+    "PipelineTrainer._load_optimizer_and_scheduler": "is called once the optimizer is there",
+    "PipelineTrainer._load_best_model": "is called at the end of training",
+    "_prepare_inputs": "a batch on its device",
+    "_remove_unused_columns": "of the rows, those that no model takes",
+    "_keys_to_ignore_on_load_unexpected": "patterns of weights in a file that nothing has room for",
     "_loss_shifts_labels": "by which a step's tokens are counted: labels from the second on",
     "_n_gpu": "more than one would scatter a batch over torch's DataParallel",
     "_attn_implementation": "sdpa, eager, ...: of the config",
@@ -61,6 +83,7 @@ LEANS_ON = {
     "_preprocessor": "None, or it would change the features before the trees see them",
     # torch
     "_parameters": "a module's own parameters, from which a doubled bias is taken",
+    "_modules": "a module's own children; a copy with others leaves the first as it was",
     "_scaled_dot_product_flash_attention_for_cpu": "gives values and the logarithms of normalizers",
     "_subclasses.fake_tensor": "tensors without values, for the memory estimate",
     "utils._python_dispatch": "every operator passes by, for the memory estimate",
@@ -117,7 +140,15 @@ def private_names() -> set[str]:
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in FILES]
     own, found = own_names(trees), set()
     for tree in trees:
+        formatted = {
+            id(part)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.JoinedStr)
+            for part in node.values
+        }
         for node in ast.walk(tree):
+            if id(node) in formatted:  # a piece of an f-string is no name
+                continue
             if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own:
                 found.add(node.attr)
             elif isinstance(node, ast.ImportFrom):
@@ -138,6 +169,7 @@ def overrides() -> set[str]:
     bases = {
         "SFTTrainer": (SFTTrainer, RecipeTrainer),
         "RecipeTrainer": (SFTTrainer, ClozeTrainer),
+        "PipelineTrainer": (SFTTrainer, PipelineTrainer),
         "BaseTuner": (LoraModel, BottleneckModel),  # for hooks that tuners have by agreement
         "ImmutableSandboxedEnvironment": (
             jinja2.sandbox.ImmutableSandboxedEnvironment,
@@ -221,6 +253,62 @@ def test_resuming_loads_weights_through_the_hook():
     assert list(inspect.signature(Trainer._load_from_checkpoint).parameters) == list(
         inspect.signature(ClozeTrainer._load_from_checkpoint).parameters
     )
+
+
+PIPELINE = [name.split(".")[1] for name in LEANS_ON if name.startswith("PipelineTrainer.")]
+
+
+@pytest.mark.parametrize("method", PIPELINE)
+def test_a_trainers_hook_takes_what_the_pipelines_takes(method):
+    theirs, ours = (
+        [*inspect.signature(getattr(kind, method)).parameters.values()]
+        for kind in (SFTTrainer, PipelineTrainer)
+    )
+    assert [(one.name, one.default) for one in theirs] == [(one.name, one.default) for one in ours]
+
+
+def test_a_trainer_calls_the_hooks_of_a_pipeline_where_it_needs_them():
+    loop = inspect.getsource(Trainer)
+    for call in (
+        "model = self._wrap_model(self.model_wrapped)",
+        "grad_norm = self._clip_grad_norm(model)",
+        "grad_norm = self._get_grad_norm(model, grad_norm=grad_norm)",
+        "self._load_optimizer_and_scheduler(resume_from_checkpoint)",
+        "self._load_best_model()",
+    ):
+        assert loop.count(call) == 1, call
+    written = inspect.getsource(Trainer._save_checkpoint)
+    calls = ("self.save_model(output_dir, _internal_call=True)", "self._save_optimizer_and_sched")
+    calls += ("self._save_rng_state(output_dir)", "self.state.save_to_json(")
+    places = [written.index(call) for call in calls]
+    assert places == sorted(places)
+
+
+def test_a_weight_that_nothing_has_room_for_is_passed_over_where_a_pattern_says_so(tmp_path):
+    folder = save_tiny_llama(tmp_path / "model")
+    kind = type(AutoModelForCausalLM.from_pretrained(folder))
+
+    class Shorter(kind):
+        _keys_to_ignore_on_load_unexpected: ClassVar = [".*"]
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.model.layers[1] = torch.nn.Identity()
+
+    model, info = Shorter.from_pretrained(folder, output_loading_info=True)
+    assert not any(map(len, info.values()))
+    whole = kind.from_pretrained(folder)
+    first = (one.model.layers[0].mlp.up_proj.weight for one in (model, whole))
+    assert torch.equal(*first)
+
+
+def test_a_copy_of_a_module_with_other_children_leaves_the_first_as_it_was():
+    first = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    twin = copy.copy(first)
+    twin._modules = {**first._modules, "1": torch.nn.Identity()}
+    assert isinstance(first[1], torch.nn.ReLU)
+    assert isinstance(twin[1], torch.nn.Identity)
+    assert twin[0] is first[0]
 
 
 def test_the_number_of_gpus_is_kept_under_its_private_name(tmp_path):

@@ -50,6 +50,8 @@ KINDS = {
     "frozen": ("transfer_learning", {}),
     "frozen, adapters": ("transfer_learning", {"peft": "lora", "head": "classifier"}),
     "features": ("transfer_learning", {"mode": "features"}),
+    "pipeline": ("gpipe_sft", {}),
+    "pipeline, lora": ("gpipe_sft", {"peft": "lora"}),
     # Nothing is trained.
     "scored": ("cloze_sft", {"score_only": True}),
     "demonstrations": ("icl_eval", {}),
@@ -119,7 +121,7 @@ def results(folder: Path) -> list[Path]:
 
 def measured(metrics: dict) -> dict:
     """Figures without what they took, which no two runs share."""
-    took = re.compile("seconds|_bytes|_per_second")
+    took = re.compile("seconds|_bytes|_per_second|idle_fraction")
     return {
         key: measured(value) if isinstance(value, dict) else value
         for key, value in metrics.items()

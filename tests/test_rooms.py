@@ -13,7 +13,7 @@ LIBRARY = RECIPES / "recipelib"
 ROOMS = [
     *("runtime", "prompts", "data", "encoding", "models", "adapters", "inference", "evaluation"),
     *("probes", "activations"),
-    *("task", "training", "planning", "reporting", "cli"),
+    *("task", "training", "planning", "pipeline", "reporting", "cli"),
 ]
 SCRIPTS = sorted(RECIPES.glob("*.py"))
 FILES = sorted(LIBRARY.rglob("*.py"))

@@ -1,6 +1,7 @@
 """A Llama so small that a test can make, save and load it at once."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
@@ -24,28 +25,31 @@ def tiny_backend() -> Tokenizer:
     return backend
 
 
-def tiny_llama(vocabulary: int, hidden_size: int = 32) -> LlamaForCausalLM:
-    """The same float32 weights at every call."""
+def tiny_llama(vocabulary: int, hidden_size: int = 32, **fields: Any) -> LlamaForCausalLM:
+    """The same float32 weights at every call; `fields` are further ones of its configuration."""
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocabulary,
             hidden_size=hidden_size,
             intermediate_size=2 * hidden_size,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=128,
-            tie_word_embeddings=True,
+            **{
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 128,
+                "tie_word_embeddings": True,
+                **fields,
+            },
         )
     )
 
 
-def save_tiny_llama(folder: Path, hidden_size: int = 32) -> Path:
+def save_tiny_llama(folder: Path, hidden_size: int = 32, **fields: Any) -> Path:
     """The model and its tokenizer, which has no pad token, as `from_pretrained` takes them."""
     backend = tiny_backend()
     PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)
-    tiny_llama(backend.get_vocab_size(), hidden_size).save_pretrained(folder)
+    tiny_llama(backend.get_vocab_size(), hidden_size, **fields).save_pretrained(folder)
     return folder

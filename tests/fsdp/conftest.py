@@ -3,7 +3,8 @@ has launches of its own, and tests that need no others.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -11,7 +12,7 @@ import full_tuning
 import lora_sft
 import pytest
 import torch
-from launching import ForkServer, Launched, words_of
+from launching import Launched
 from recipe_runs import without_slow_parts
 from tiny_bert import save_tiny_bert
 from tiny_llama import save_tiny_llama
@@ -136,13 +137,6 @@ def single_full(alone) -> Path:
 
 
 @pytest.fixture(scope="session")
-def launch(root) -> Iterator[Callable[..., Launched]]:
+def launch(root, fork_server) -> Callable[..., Launched]:
     """Launches runs under a config, one after another in the same processes, and waits."""
-    server = ForkServer()
-
-    def run(config: Path, processes: int, runs: dict[str, list[str]]) -> Launched:
-        file = root / "runs" / f"{next(iter(runs))}_and_{len(runs) - 1}_more.json"
-        return server.launch(words_of(config, file, runs, "--num_processes", str(processes)))
-
-    yield run
-    server.close()
+    return partial(fork_server.runs, root / "runs")

@@ -31,41 +31,42 @@ def save_weights(folder: str, pipeline: Pipeline) -> None:
 
 def save_optimizer(folder: str, pipeline: Pipeline, optimizer: torch.optim.Optimizer) -> None:
     """Write the optimizer's states of what this process trains, each under the name of its weight.
-    Numbers become tensors; which ones they were is kept beside them.
+    Numbers become tensors; which ones they were is kept beside them, and all names, for there are
+    optimizers without states.
     """
-    tensors, numbers = {}, []
-    for name, weight in pipeline.trained(once=True).items():
+    tensors, numbers, own = {}, [], pipeline.trained(once=True)
+    for name, weight in own.items():
         for kind, value in optimizer.state[weight].items():
             key = f"{kind}:{name}"
             if not isinstance(value, torch.Tensor):
                 numbers.append(key)
             tensors[key] = torch.as_tensor(value)
-    _save(folder, _OPTIMIZER_FILES, pipeline, tensors, {"numbers": json.dumps(numbers)})
+    notes = {"numbers": json.dumps(numbers), "names": json.dumps([*own])}
+    _save(folder, _OPTIMIZER_FILES, pipeline, tensors, notes)
 
 
 def load_weights(folder: str, pipeline: Pipeline) -> None:
     """Read what this process trains.
 
     Raises:
-        UserError: the checkpoint holds something else.
+        UserError: the checkpoint holds something else, or a file is missing or damaged.
     """
     own = pipeline.trained()
-    found = {name: tensor for name, tensor, _ in _read(folder, STAGE_FILES, own)}
-    for name, weight in own.items():
-        if name not in found or found[name].shape != weight.shape:
+    for name, tensor, _ in _read(folder, STAGE_FILES, own):
+        if tensor.shape != own[name].shape:
             raise UserError(
-                f"--resume_from_checkpoint {folder}: holds other weights than this run trains "
-                f"({name}); go on with the same model, --peft and --r"
+                f"--resume_from_checkpoint {folder}: {name} has another shape than here; go on "
+                "with the same model, --peft and --r"
             )
         with torch.no_grad():
-            weight.copy_(found[name])
+            own[name].copy_(tensor)
 
 
 def load_optimizer(folder: str, pipeline: Pipeline, optimizer: torch.optim.Optimizer) -> None:
     """Read the optimizer's states of what this process trains.
 
     Raises:
-        UserError: a file is damaged.
+        UserError: a file is missing or damaged.
     """
     own = pipeline.trained()
     for key, tensor, numbers in _read(folder, _OPTIMIZER_FILES, own):
@@ -99,11 +100,17 @@ def _read(
 ) -> Iterator[tuple[str, torch.Tensor, list[str]]]:
     """The tensors of all processes' files that belong to weights of these names, with the file's
     list of those that are numbers.
+
+    Raises:
+        UserError: a file is damaged, or no file knows one of the names.
     """
+    missing = {*names}
     for path in sorted(Path(folder).glob(files)):
         try:
             with safe_open(path, "pt") as file:
-                numbers = json.loads((file.metadata() or {}).get("numbers", "[]"))
+                notes = file.metadata() or {}
+                numbers = json.loads(notes.get("numbers", "[]"))
+                missing -= {*file.keys(), *json.loads(notes.get("names", "[]"))}
                 for key in file.keys():  # noqa: SIM118 - it is no dict
                     if key.rpartition(":")[2] in names:
                         yield key, file.get_tensor(key), numbers
@@ -111,3 +118,8 @@ def _read(
             raise UserError(
                 f"{path}: cannot be read ({error}); resume from an earlier checkpoint"
             ) from None
+    if missing:
+        raise UserError(
+            f"--resume_from_checkpoint {folder}: no {files} has {min(missing)}; go on with the "
+            "same model, --peft and --r, or from an earlier checkpoint if a file was lost"
+        )

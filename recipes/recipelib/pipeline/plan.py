@@ -65,7 +65,8 @@ def stage_memory(
     alone = {"world_size": 1, "gradient_accumulation_steps": args.micro_batches}
     alone = SimpleNamespace(**alone, **{name: getattr(training, name) for name in names})
     saved: dict[int, int] = {}
-    one = estimate_memory(model, alone, batch, _fake_loss(ends, stages, saved), Sharding())
+    loss = _fake_loss(ends, stages, saved) if stages.mesh is not None else None
+    one = estimate_memory(model, alone, batch, loss, Sharding())
     others = in_flight(stages, args.schedule, args.micro_batches) - 1
     return replace(one, activations=one.activations + others * sum(saved.values()))
 

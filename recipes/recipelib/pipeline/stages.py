@@ -74,15 +74,13 @@ class Stages:
         kind, config = _model_class(args)
         with torch.device("meta"):
             outline = kind(config)
-        count = processes
-        if args.schedule == "interleaved" and processes > 1:
-            count *= VIRTUAL
         mesh = None
         if world > 1:
             # Neighbors hold the same stage: whole gradients stay within a node, if it has room.
             shape, names = (processes, world // processes), ("stages", "pipelines")
             mesh = init_device_mesh(training.device.type, shape, mesh_dim_names=names)
         supervised = counts.supervised_tokens / counts.tokens
+        count = _count(args, processes)
         return cls(cut_layers(*layer_costs(outline, supervised), count), processes, mesh)
 
     @property
@@ -165,7 +163,7 @@ def check_pipeline(args, training) -> None:
     processes, parts = args.stages or training.world_size, args.micro_batches
     if training.world_size % processes:
         raise UserError(
-            f"--stages {processes}: {training.world_size} processes were started, which is no "
+            f"--stages {processes}: the number of started processes, {training.world_size}, is no "
             "multiple; start as many as stages, or two or three times as many"
         )
     if args.schedule == "1f1b" and parts < processes:
@@ -179,7 +177,13 @@ def check_pipeline(args, training) -> None:
             f"--schedule interleaved: --micro_batches {parts} is no multiple of {rounds}; take "
             f"{parts // rounds * rounds}"
         )
-    _model_class(args)
+    _, config = _model_class(args)
+    cut_layers([1.0] * config.num_hidden_layers, 0.0, 0.0, _count(args, processes))
+
+
+def _count(args, processes: int) -> int:
+    """How many stages there are, those that stand in the same process included."""
+    return processes * (VIRTUAL if args.schedule == "interleaved" and processes > 1 else 1)
 
 
 def _model_class(args) -> tuple[type, Any]:

@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
+from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
 from transformers.trainer import SCHEDULER_NAME
@@ -241,6 +244,10 @@ class PipelineTrainer(RecipeTrainer):
                 weights[name] = tensor.to("cpu", copy=True)
         if self.args.should_save:
             self._save(output_dir, state_dict=weights)
+            if isinstance(self.model, PeftModel):  # which leaves out other processes' layers
+                whole = {name.replace(".default.", "."): it for name, it in weights.items()}
+                file = Path(output_dir, SAFETENSORS_WEIGHTS_NAME)
+                save_file(whole, file, {"format": "pt"})
             Path(output_dir, "training_args.bin").unlink(missing_ok=True)  # a pickle
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

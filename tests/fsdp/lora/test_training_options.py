@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import with_options
-from comparing import assert_stopped_alike
 from run_files import read_json
+from stopping import assert_stopped_alike
 
 pytestmark = pytest.mark.slow
 

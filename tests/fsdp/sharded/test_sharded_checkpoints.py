@@ -10,10 +10,10 @@ from comparing import (
     MODEL,
     assert_equal_losses,
     assert_equal_updates,
-    assert_stopped_alike,
 )
 from consolidate import consolidate
 from launching import records
+from stopping import assert_stopped_alike
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.slow

@@ -21,7 +21,7 @@ import launched  # noqa: F401 (what the processes import)
 import torch.distributed.run
 from accelerate.commands.launch import launch_command, launch_command_parser
 
-from recipelib import adapters, models, reporting, task, training  # noqa: F401
+from recipelib import adapters, models, pipeline, reporting, task, training  # noqa: F401
 
 
 def fork(run: Callable[[], None]) -> int:

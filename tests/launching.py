@@ -19,7 +19,7 @@ from run_files import read_jsonl
 
 from recipelib.prompts.values import as_list
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "accelerate_configs"
 # Of a run that leaves checkpoints 4, 6 and 8.
 SAVING = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 3}
@@ -91,7 +91,7 @@ def words_of(config: Path, file: Path, runs: dict[str, list[str]], *options: str
 
 def environment() -> dict[str, str]:
     """What launches see."""
-    paths = [str(ROOT / "recipes"), str(Path(__file__).parent), str(ROOT / "tests")]
+    paths = [str(ROOT / place) for place in ("recipes", "tests", "tests/fsdp")]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
@@ -161,6 +161,18 @@ class ForkServer:
         out, errors = (Path(file).read_text() for file in files)
         assert ended, _hung(out, errors)
         return _launched(int(self._process.stdout.readline()), out, errors)
+
+    def runs(
+        self, folder: Path, config: Path, processes: int, runs: dict[str, list[str]]
+    ) -> Launched:
+        """Launch runs under a config, one after another in the same processes, and wait.
+
+        Args:
+            folder: where to write what is run and said.
+            runs: see `words_of`.
+        """
+        file = folder / f"{next(iter(runs))}_and_{len(runs) - 1}_more.json"
+        return self.launch(words_of(config, file, runs, "--num_processes", str(processes)))
 
     def close(self) -> None:
         """End the server and whatever it has started."""
