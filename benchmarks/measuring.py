@@ -272,11 +272,18 @@ def check_run_options(args: argparse.Namespace, tasks: Sequence[str]) -> None:
     if args.data is None and (others := [task for task in args.tasks if task != BUNDLED]):
         raise UserError(f"--tasks {others[0]}: needs --data, the folder that holds {others[0]}")
     for option, folder in (("--keep", args.keep), ("--figure", args.figure and args.figure.parent)):
-        try:
-            if folder:
-                folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{option} {folder}: {error.strerror}; pass another place") from None
+        if folder:
+            make_folder(option, folder)
+
+
+def make_folder(option: str, folder: Path) -> None:
+    """Raises:
+    UserError: the folder that an option names cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option} {folder}: {error.strerror}; pass another place") from None
 
 
 def data_files(task: str, data: Path | None) -> list[Path]:

@@ -13,8 +13,8 @@ Each run is of a recipe in fresh processes, which share the cores, on rows that 
   compute, beside (stages - 1) / (micro_batches + stages - 1), for LoRA.
 - speed: tokens a second and memory beside FSDP2 with the same rows in each step.
 
-Runs of a part take turns, in rounds; of each the least disturbed counts. The last line is one JSON
-object; `ratio` is the pipeline's tokens a second over FSDP2's.
+Runs of a part take turns: those of memory once, the others in rounds, of which the least disturbed
+counts. The last line is one JSON object; `ratio` is the pipeline's tokens a second over FSDP2's.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from measuring import (
     RunFailed,
     in_turn,
     launch_recipe,
+    make_folder,
     parser_of,
     require_least,
     run_script,
@@ -34,12 +35,12 @@ from measuring import (
     show_table,
 )
 
-from recipelib.runtime import versions, write_jsonl
+from recipelib.runtime import UserError, versions, write_jsonl
 
 PARTS = ("memory", "bubble", "speed")
 ROWS = 8  # of a step
 WORDS = ["a", "film", "was", "the", "long", "story", "that", "they", "never", "saw"]
-TEXT = {"template": "movie_reviews", "rendering": "text"}
+ONE_ROW = {"micro_batches": ROWS, "per_device_train_batch_size": 1}
 # Name -> processes, and the options of recipes/gpipe_sft.py.
 MEMORY = {
     "one process": (1, {}),
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Make the runs, print the tables, draw the figure, and return what the last line holds.
 
     Raises:
+        UserError: a number that makes no sense, or a figure that cannot be drawn.
         RunFailed: a recipe failed, or trained on other tokens than the rest.
     """
     parser = parser_of(__doc__, "one round, 1, 4 and 16 micro-batches")
@@ -67,14 +69,19 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     set_numbers(args, FULL, QUICK)
     require_least(args, "length", 16)
+    if args.figure:
+        if "bubble" not in args.parts:
+            raise UserError("--figure: shows the bubble; add bubble to --parts")
+        make_folder("--figure", args.figure.parent)
     with tempfile.TemporaryDirectory(prefix="pipeline-") as temporary:
         folder = Path(temporary)
         write_rows(folder / "data", args)
         measure = {"memory": memory, "bubble": bubbles, "speed": speed}
         found = {part: measure[part](args, folder) for part in args.parts}
     ratio = {"ratio": found["speed"]["ratio"]} if "speed" in found else {}
-    result = {**ratio, **found, "length": args.length, "versions": versions()}
-    if "bubble" in found and args.figure:
+    settings = {name: getattr(args, name) for name in ("length", "rounds", "steps")}
+    result = {**ratio, **found, **settings, "versions": versions()}
+    if args.figure:
         draw(found["bubble"], args.figure)
     print(json.dumps(result))
     return result
@@ -103,7 +110,7 @@ def run(
     return launch_recipe(
         recipe,
         {
-            **TEXT,
+            "rendering": "text",
             "template": f"movie_reviews={data}" if several else "movie_reviews",
             "dataset": None if several else data,
             "model_name_or_path": args.model_name_or_path,
@@ -127,19 +134,22 @@ def pipeline(args: argparse.Namespace, folder: Path, processes: int = 2, **optio
 
 def memory(args: argparse.Namespace, folder: Path) -> dict:
     """The peak of each way, in bytes, by whether the head is tied."""
-    models = {"tied": args.model_name_or_path, "untied": untied(args, folder / "untied")}
     found = {}
-    for name, model in models.items():
-        found[name] = {
-            way: pipeline(
-                args,
-                folder,
-                processes,
-                micro_batches=ROWS,
-                **{**options, "model_name_or_path": model},
-            )["peak_memory_bytes"]
-            for way, (processes, options) in MEMORY.items()
-        }
+    for name, model in heads(args, folder / "untied").items():
+
+        def one(way: str, _: int, model=model) -> dict:
+            processes, options = MEMORY[way]
+            options = {**ONE_ROW, **options, "model_name_or_path": model}
+            return pipeline(args, folder, processes, **options)
+
+        runs = in_turn(
+            [*MEMORY],
+            1,
+            one,
+            lambda metrics: f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB",
+            same_tokens,
+        )
+        found[name] = {way: metrics["peak_memory_bytes"] for way, (metrics,) in runs.items()}
         alone, again = (size for way, size in found[name].items() if way.startswith("one"))
         show_table(
             f"All parameters, head {name}, {ROWS} micro-batches of one row of {args.length} tokens",
@@ -156,18 +166,26 @@ def memory(args: argparse.Namespace, folder: Path) -> dict:
     return found
 
 
-def untied(args: argparse.Namespace, folder: Path) -> Path:
-    """The model with a head of its own, which starts as the embeddings."""
+def heads(args: argparse.Namespace, folder: Path) -> dict[str, Path | str | None]:
+    """The model, and if its head is tied to the embeddings also one with a head of its own, which
+    starts as the embeddings; by whether they are tied.
+
+    Args:
+        folder: for the second.
+    """
     from torch import nn
 
     from recipelib.models import load_pretrained, load_tokenizer
 
     model = load_pretrained(args.model_name_or_path, dtype="float32")
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    head = model.get_output_embeddings()
+    if head.weight is not model.get_input_embeddings().weight:
+        return {"untied": args.model_name_or_path}
+    head.weight = nn.Parameter(head.weight.detach().clone())
     model.config.tie_word_embeddings = False
     model.save_pretrained(folder)
     load_tokenizer(args.model_name_or_path).save_pretrained(folder)
-    return folder
+    return {"tied": args.model_name_or_path, "untied": folder}
 
 
 # The bubble --------------------------------------------------------------------------------------
@@ -263,8 +281,8 @@ def speed(args: argparse.Namespace, folder: Path) -> dict:
 
     def one(arm: str, _: int) -> dict:
         if arm == "pipeline":
-            return pipeline(args, folder, micro_batches=ROWS, schedule="1f1b")
-        rows = {"per_device_train_batch_size": ROWS // 2}
+            return pipeline(args, folder, **ONE_ROW, schedule="1f1b")
+        rows = {"per_device_train_batch_size": ROWS // 2, "gradient_accumulation_steps": 1}
         return run("instruction_sft", args, folder, 2, "fsdp2", **rows)
 
     runs = in_turn(

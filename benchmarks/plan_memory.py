@@ -12,25 +12,14 @@ JSON object; `largest_error` is the largest difference, as a part of measured.
 
 import argparse
 import json
-import os
 import random
-import socket
-import subprocess
-import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
-from measuring import (
-    ROOT,
-    failure,
-    parser_of,
-    require_least,
-    run_script,
-    show_table,
-    threads,
-    words,
-)
+from measuring import launch_recipe, parser_of, require_least, run_script, show_table
 
 from recipelib.runtime import versions, write_jsonl
 
@@ -52,16 +41,16 @@ class Arm(NamedTuple):
     method: str
     layout: str
     config: str | None = None
-    options: tuple[str, ...] = ()
+    options: Mapping[str, str] = MappingProxyType({})
 
 
 LORA, FULL = "LoRA", "all parameters"
-TEXT = ("--rendering", "text")  # as the other recipes do, so that the rows are as long
+TEXT = {"rendering": "text"}  # as the other recipes do, so that the rows are as long
 ARMS = {
     "lora": Arm("lora_sft", LORA, "one GPU"),
     "lora_ddp": Arm("lora_sft", LORA, "DDP", "ddp"),
     "lora_fsdp2": Arm("lora_sft", LORA, "FSDP2", "fsdp2"),
-    "lora_pipeline": Arm("gpipe_sft", LORA, "pipeline 2", "pipeline", ("--peft", "lora")),
+    "lora_pipeline": Arm("gpipe_sft", LORA, "pipeline 2", "pipeline", {"peft": "lora"}),
     "full": Arm("instruction_sft", FULL, "one GPU", options=TEXT),
     "full_ddp": Arm("instruction_sft", FULL, "DDP", "ddp", TEXT),
     "full_fsdp2": Arm("instruction_sft", FULL, "FSDP2", "fsdp2", TEXT),
@@ -86,7 +75,7 @@ def main(argv: list[str] | None = None) -> dict:
     cases = []
     for name in args.arms or (quick if args.quick else ARMS):
         with tempfile.TemporaryDirectory(prefix="plan-memory-") as folder:
-            metrics = run(name, ARMS[name], args, Path(folder))
+            metrics = run(ARMS[name], args, Path(folder))
         case = {"arm": name, "planned": planned(ARMS[name], args, metrics)}
         case["measured"] = metrics["peak_memory_bytes"]
         case["ratio"] = round(case["planned"] / case["measured"], 4)
@@ -98,7 +87,6 @@ def main(argv: list[str] | None = None) -> dict:
         "length": args.length,
         "micro_batch": args.micro_batch,
         "model": metrics["model"],
-        "omp_num_threads": threads(),
         "versions": versions(),
     }
     show_table(
@@ -119,9 +107,11 @@ def main(argv: list[str] | None = None) -> dict:
     return result
 
 
-def run(name: str, arm: Arm, args: argparse.Namespace, folder: Path) -> dict:
+def run(arm: Arm, args: argparse.Namespace, folder: Path) -> dict:
     """The metrics of a recipe's run, made in processes of its own.
 
+    Args:
+        folder: for its rows.
     Raises:
         RunFailed: it ended with another code than 0.
     """
@@ -133,10 +123,10 @@ def run(name: str, arm: Arm, args: argparse.Namespace, folder: Path) -> dict:
             {"sentence": text, "label": ("negative", "positive")[number % 2]}
             for number, text in enumerate(texts)
         ]
-        write_jsonl(folder / "data" / f"{split}.jsonl", reviews)
+        write_jsonl(folder / f"{split}.jsonl", reviews)
     processes = 2 if arm.config else 1
     options = {
-        "dataset": folder / "data",
+        "dataset": folder,
         "template": "movie_reviews",
         "model_name_or_path": args.model_name_or_path,
         "max_length": args.length,
@@ -146,33 +136,13 @@ def run(name: str, arm: Arm, args: argparse.Namespace, folder: Path) -> dict:
         "dataset_cache": False,
         "save_strategy": "no",
         "use_cpu": True,
-        "output_dir": folder / "out",
+        **arm.options,
     }
     if arm.recipe == "gpipe_sft":
         options |= {"gradient_accumulation_steps": 1, "micro_batches": MICRO_BATCHES}
     if arm.recipe == "instruction_sft":
         options["template"] = f"movie_reviews={options.pop('dataset')}"
-    command = [sys.executable]
-    if arm.config:
-        with socket.socket() as one:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
-        config = ROOT / "accelerate_configs" / f"{arm.config}.yaml"
-        command += ["-m", "accelerate.commands.launch"]
-        command += words(
-            {"config_file": config, "num_processes": processes, "main_process_port": port}
-        )
-    command += [str(ROOT / "recipes" / f"{arm.recipe}.py"), *words(options), *arm.options]
-    done = subprocess.run(
-        command,
-        env=os.environ | {"OMP_NUM_THREADS": threads(), "CUDA_VISIBLE_DEVICES": ""},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise failure(name, done.returncode, done.stderr)
-    return json.loads((folder / "out" / "metrics.json").read_text(encoding="utf-8"))
+    return launch_recipe(arm.recipe, options, arm.config, processes)
 
 
 def planned(arm: Arm, args: argparse.Namespace, metrics: dict) -> int:

@@ -285,7 +285,7 @@ CASES = {
         **COMMON,
         "streaming": refused(True, "--streaming: each process would read other rows"),
         "model_name_or_path": refused("<masked>", "models of type bert are not cut into stages"),
-        "stages": refused(2, "--stages 2: 1 process"),
+        "stages": refused(2, "--stages 2: the number of started processes, 1"),
         "micro_batches": started(3, leave("micro_batches")),
         "schedule": started("1f1b", leave("schedule")),
         "peft": started("lora", has_adapter),

@@ -24,25 +24,31 @@ def model_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def here(monkeypatch) -> None:
+def here(monkeypatch) -> list[list[str]]:
     """What a benchmark starts in processes of their own, recipes or its own arms, runs in this one,
-    where the libraries are imported; the command lines stay as they are.
+    where the libraries are imported; the command lines stay as they are, and are given. What it
+    launches in several processes is run in this one, too.
     """
+    commands = []
 
     def run(command, **options):
         from recipelib.cli import parse_arguments
 
-        script = importlib.import_module(Path(command[1]).stem)
+        commands.append(command)
+        place = next(at for at, word in enumerate(command) if word.endswith(".py"))
+        path, words = Path(command[place]), command[place + 1 :]
+        script = importlib.import_module(path.stem)
         gc.collect()  # else what earlier tests left is freed while the arm's memory grows
-        if Path(command[1]).parent.name == "recipes":
+        if path.parent.name == "recipes":
             kind = script.main.__annotations__["args"]
-            script.main(*parse_arguments(kind, "", script.DEFAULTS, command[2:]))
+            script.main(*parse_arguments(kind, "", script.DEFAULTS, words))
         else:
-            script.main(command[2:])
+            script.main(words)
         return subprocess.CompletedProcess(command, 0, "", "")
 
     fake = SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL)
     monkeypatch.setattr(measuring, "subprocess", fake)
+    return commands
 
 
 @pytest.fixture

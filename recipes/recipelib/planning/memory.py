@@ -19,6 +19,7 @@ from recipelib.training import (
     MemoryEstimate,
     MicroBatch,
     Sharding,
+    Steps,
     estimate_memory,
     optimizer_bytes,
     step_peaks,
@@ -51,14 +52,17 @@ def micro_batch_of(work: Workload) -> MicroBatch:
     return MicroBatch(work.micro_batch, work.length, supervised, padded=False)
 
 
-def process_memory(model: nn.Module, work: Workload, sharding: Sharding) -> MemoryEstimate:
+def process_memory(
+    model: nn.Module, work: Workload, sharding: Sharding, steps: Steps | None = None
+) -> MemoryEstimate:
     """What each GPU holds where all of them hold the whole model, or each a share of it.
 
     Args:
         model: under FSDP in the dtype in which it is gathered.
+        steps: fake steps that were made for the same `work`, see `step_peaks`.
     """
-    training = trainer_arguments(work, work.gpus)
-    return estimate_memory(model, training, micro_batch_of(work), sharding=sharding)
+    training, batch = trainer_arguments(work, work.gpus), micro_batch_of(work)
+    return estimate_memory(model, training, batch, sharding=sharding, steps=steps)
 
 
 @dataclass(frozen=True)
@@ -80,14 +84,21 @@ class LayerActivations:
     note: str = ""
 
 
-def layer_activations(model: nn.Module, work: Workload) -> LayerActivations:
-    """Measured by fake steps: of all layers and of one less, of one micro-batch and of two."""
+def layer_activations(
+    model: nn.Module, work: Workload, steps: Steps | None = None
+) -> LayerActivations:
+    """Measured by fake steps: of all layers and of one less, of one micro-batch and of two.
+
+    Args:
+        steps: those that were made for the same `work`, see `step_peaks`.
+    """
+    steps = {} if steps is None else steps
     layers = find_layers(model).layers
     depth, last = len(layers), layers[-1]
     try:
-        peaks, twice = _peaks(model, work, 1), _peaks(model, work, 2)
+        peaks, twice = (_peaks(model, work, times, steps) for times in (1, 2))
         del layers[-1]
-        less, less_twice = _peaks(model, work, 1), _peaks(model, work, 2)
+        less, less_twice = (_peaks(model, work, times, steps) for times in (1, 2))
     except Exception as error:  # as in `estimate_memory`
         return LayerActivations(note=f"without activations: {first_line(error)[:80]}")
     finally:
@@ -107,7 +118,7 @@ def layer_activations(model: nn.Module, work: Workload) -> LayerActivations:
     )
 
 
-def _peaks(model: nn.Module, work: Workload, times: int) -> list[Counter]:
+def _peaks(model: nn.Module, work: Workload, times: int, steps: Steps) -> list[Counter]:
     """Those of a forward pass with so many times a micro-batch's rows. No gradient counts: a
     stage's are kept over the micro-batches, and counted there.
     """
@@ -116,7 +127,7 @@ def _peaks(model: nn.Module, work: Workload, times: int) -> list[Counter]:
     shares = {id(weight): 0 for weight in model.parameters() if weight.requires_grad}
     logging.disable(logging.ERROR)  # torch logs what it raises
     try:
-        return step_peaks(model, trainer_arguments(work, 1), batch, shares)
+        return step_peaks(model, trainer_arguments(work, 1), batch, shares, None, steps)
     finally:
         logging.disable(logging.NOTSET)
 

@@ -9,7 +9,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+)
 
 from recipelib.models import find_layers, hub_errors_in_one_line, stored_config
 from recipelib.runtime import UserError
@@ -66,6 +71,13 @@ def read_config(model_name_or_path: str | None = None) -> PretrainedConfig:
         raise UserError(f"{name}: its config.json has no model_type; pass a model of transformers")
     with hub_errors_in_one_line(name, str(folder), None):
         config = AutoConfig.for_model(**values)
+    # Asked beforehand, for transformers imports all configs to list them in its error.
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"{name}: a {config.model_type} is no causal language model of transformers; pass one "
+            "that is, such as a llama"
+        )
+    with hub_errors_in_one_line(name, str(folder), None):
         find_layers(skeleton(config, torch.float32))
     return config
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from recipelib.planning.memory import layer_activations, pipeline_memory, proces
 from recipelib.planning.skeletons import skeleton
 from recipelib.planning.timing import StepTime, pipeline_time, replicas_time, shards_time
 from recipelib.planning.workload import Workload
-from recipelib.training import MemoryEstimate, Sharding
+from recipelib.training import MemoryEstimate, Sharding, Steps
 
 FULL, LORA, QLORA = "all parameters", "LoRA", "QLoRA"
 DDP, FSDP2, OFFLOADED = "DDP", "FSDP2", "FSDP2, offloaded"
@@ -63,19 +64,20 @@ def compare_strategies(config, work: Workload, gpu: Gpu) -> list[Plan]:
     """
     replica = skeleton(config, torch.float32)
     # FSDP gathers in the dtype that is computed in; there is no autocast.
-    gathered = skeleton(config, work.torch_dtype)
+    gathered = skeleton(config, work.torch_dtype) if work.halved else replica
     lora = skeleton(config, work.torch_dtype, work.r)
     packed = skeleton(config, work.torch_dtype, work.r, packed=True)
     whole, shared = Sharding(), Sharding(sharded=True)
     offloaded = Sharding(sharded=True, offloaded=True)
     copies = DDP if work.gpus > 1 else "one GPU"
+    steps: Steps = {}  # each is made once, whatever strategies it serves
 
     def plan(method: str, layout: str, memory: MemoryEstimate, time: StepTime) -> Plan:
         fits = memory.total <= USABLE * gpu.memory_gib * 2**30
         return Plan(method, layout, memory, time, fits)
 
     def data_parallel(method: str, layout: str, model: nn.Module, sharding: Sharding) -> Plan:
-        memory = process_memory(model, work, sharding)
+        memory = process_memory(model, work, sharding, steps)
         if sharding.sharded:
             return plan(method, layout, memory, shards_time(model, work, gpu, sharding))
         time = replicas_time(lora if method == QLORA else model, work, gpu, method == QLORA)
@@ -91,23 +93,22 @@ def compare_strategies(config, work: Workload, gpu: Gpu) -> list[Plan]:
         plans.append(data_parallel(LORA, FSDP2, lora, shared))
     plans.append(data_parallel(FULL, OFFLOADED, gathered, offloaded))
     for method, model in ((FULL, replica), (LORA, lora)):
-        plans += sorted(_pipelines(model, work, gpu, method, plan), key=lambda one: one.order)[
-            :_BEST_PIPELINES
-        ]
+        pipelines = _pipelines(model, work, gpu, steps, partial(plan, method))
+        plans += sorted(pipelines, key=lambda one: one.order)[:_BEST_PIPELINES]
     return sorted(plans, key=lambda one: one.order)
 
 
 def _pipelines(
-    model: nn.Module, work: Workload, gpu: Gpu, method: str, plan: Callable[..., Plan]
+    model: nn.Module, work: Workload, gpu: Gpu, steps: Steps, plan: Callable[..., Plan]
 ) -> Sequence[Plan]:
     """One plan for each number of stages."""
     costs = layer_costs(model, work.supervised)
     depths = pipeline_depths(work.gpus, len(costs[0]))
-    activations = layer_activations(model, work) if depths else None
+    activations = layer_activations(model, work, steps) if depths else None
     found = []
     for depth in depths:
         stages, replicas = stages_of(model, costs, depth), work.gpus // depth
         layout = f"pipeline {depth}" + (f" x {replicas}" if replicas > 1 else "")
         memory = pipeline_memory(model, work, stages, activations)
-        found.append(plan(method, layout, memory, pipeline_time(model, work, gpu, stages)))
+        found.append(plan(layout, memory, pipeline_time(model, work, gpu, stages)))
     return found

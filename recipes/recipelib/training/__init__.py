@@ -5,7 +5,7 @@ from recipelib.training.callbacks import SampleWriter, stop_early
 from recipelib.training.class_trainer import ClassTrainer
 from recipelib.training.cloze_trainer import ClozeTrainer, keep_best
 from recipelib.training.config import RecipeConfig
-from recipelib.training.fake_step import MicroBatch, step_peaks
+from recipelib.training.fake_step import MicroBatch, Steps, step_peaks
 from recipelib.training.frozen import GradualUnfreezing, keep_states, rates_by_depth, trainer_of
 from recipelib.training.memory import (
     MemoryEstimate,
@@ -26,6 +26,7 @@ __all__ = [
     "RecipeTrainer",
     "SampleWriter",
     "Sharding",
+    "Steps",
     "estimate_memory",
     "keep_best",
     "keep_states",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import heapq
+import itertools
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -49,7 +50,29 @@ class MicroBatch:
     lengths: tuple[int, ...] = ()
 
 
+class Count(NamedTuple):
+    """From one moment of a step on, a storage counts as so many bytes.
+
+    Attributes:
+        phase: 0; 1 once the backward pass has left the last layer, 2 the second.
+        storage: its number.
+        kind: `activations`, `logits` or `gradients`.
+        size: bytes; 0 once nothing refers to it.
+        made: whether it has just been made.
+        weight: id of a trained parameter whose gradient it is: it counts with the share that stays.
+    """
+
+    phase: int
+    storage: int
+    kind: str
+    size: int
+    made: bool = False
+    weight: int | None = None
+
+
 Loss = Callable[[nn.Module, Any, MicroBatch], torch.Tensor]
+# Model, micro-batch, how many layers are computed, whether these are all -> what was counted.
+Steps = dict[tuple[nn.Module, MicroBatch, int, bool], list[Count]]
 
 
 def heaviest_batch(encoded: EncodedRows, training) -> MicroBatch:
@@ -92,6 +115,7 @@ def step_peaks(
     batch: MicroBatch,
     weights: Mapping[int, float],
     loss: Loss | None = None,
+    steps: Steps | None = None,
 ) -> list[Counter]:
     """The highest sums of what is alive in a training step besides parameters and optimizer.
 
@@ -109,6 +133,9 @@ def step_peaks(
             computed: 1 where all of it stays in this process.
         loss: a function of a model, the trainer's arguments and a batch; by default
             `RecipeTrainer`'s loss.
+        steps: those of earlier calls, whose `training` and `loss` were the same: what is among them
+            is not computed again, be it for other weights or for a model that has got fewer layers
+            since, and what is not is added.
 
     Returns:
         Bytes of `activations`, `logits` and `gradients` at two moments: when the backward pass is
@@ -116,10 +143,19 @@ def step_peaks(
         same activations and adds the same gradients, so no sum is higher. Where the layers differ,
         only the highest sum.
     """
+    steps = {} if steps is None else steps
     alike = _list_of_equals(model)
+
+    def peaks(depth: int) -> list[Counter]:
+        key = (model, batch, depth, alike is None)
+        if key not in steps:
+            shortened = None if alike is None else (alike, depth)
+            steps[key] = _step(model, shortened, training, batch, loss)
+        return _highest_sums(steps[key], weights)
+
     if alike is None:
-        return _step(model, None, training, batch, weights, loss)
-    two, three = (_step(model, (alike, depth), training, batch, weights, loss) for depth in (2, 3))
+        return peaks(len(decoder_layers(model)))[:1]
+    two, three = (peaks(depth)[::2] for depth in (2, 3))
     more = len(alike) - 2
     return [
         Counter(
@@ -152,17 +188,33 @@ def _list_of_equals(model: nn.Module) -> nn.ModuleList | None:
     return lists[0] if lists and same else None
 
 
+def _highest_sums(counts: Iterable[Count], weights: Mapping[int, float]) -> list[Counter]:
+    """Of each of the three phases of a step, by kind."""
+    peaks = [Counter(), Counter(), Counter()]
+    alive: Counter = Counter()
+    counted: dict[int, tuple[str, float]] = {}
+    for count in counts:
+        kind, before = counted.pop(count.storage, (count.kind, 0))
+        share = 1 if count.weight is None else weights[count.weight]
+        counted[count.storage] = count.kind, count.size * share
+        alive[kind] -= before
+        alive[count.kind] += count.size * share
+        if count.made and alive.total() > peaks[count.phase].total():
+            peaks[count.phase] = alive.copy()
+    return peaks
+
+
 class _Recorder(TorchDispatchMode):
-    """Adds up what is alive, by kind, and keeps the highest sum of each phase."""
+    """Writes down what is made, and when nothing refers to it any more."""
 
     def __init__(self, vocabulary: torch.Size, padded: bool):
         super().__init__()
         self.vocabulary, self.padded = vocabulary, padded
-        self.phase = 0  # 1 once the backward pass has left the last layer, 2 the second
-        self.peaks = [Counter(), Counter(), Counter()]
-        self.alive: Counter = Counter()
-        # Of each storage: itself or a weak reference, its kind, its bytes.
-        self.storages: dict[int, list] = {}
+        self.phase = 0
+        self.counts: list[Count] = []
+        # Of each storage: itself or a weak reference, and its number.
+        self.storages: dict[int, tuple[Any, int]] = {}
+        self.numbers = itertools.count()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -178,32 +230,36 @@ class _Recorder(TorchDispatchMode):
     def ignore(self, tensor: torch.Tensor) -> None:
         """Do not count a tensor: it is a parameter or buffer."""
         storage = tensor.untyped_storage()
-        self.storages[storage._cdata] = [storage, "parameters", 0]
+        self.storages[storage._cdata] = storage, next(self.numbers)
 
-    def finished(self, gradient: torch.Tensor, weight: float) -> None:
-        """Count a gradient from now on with the share of it that stays."""
+    def finished(self, gradient: torch.Tensor, weight: int) -> None:
+        """Count a parameter's gradient from now on with the share of it that stays.
+
+        Args:
+            weight: the parameter's id.
+        """
         storage = gradient.untyped_storage()
-        entry = self.storages[storage._cdata]
-        self.alive[entry[1]] -= entry[2]
-        entry[1:] = "gradients", storage.nbytes() * weight
-        self.alive["gradients"] += entry[2]
+        number = self.storages[storage._cdata][1]
+        self._count(number, "gradients", storage.nbytes(), weight=weight)
 
     def _add(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key = storage._cdata
         if key in self.storages:
             return
         kind = "logits" if tensor.shape[-1:] == self.vocabulary[:1] else "activations"
         if tensor.shape == self.vocabulary:  # the gradient of the head's weights
             kind = "gradients"
-        self.storages[key] = [weakref.ref(storage, lambda _: self._drop(key)), kind, size]
-        self.alive[kind] += size
-        if self.alive.total() > self.peaks[self.phase].total():
-            self.peaks[self.phase] = self.alive.copy()
+        number = next(self.numbers)
+        self.storages[key] = weakref.ref(storage, lambda _: self._drop(key)), number
+        self._count(number, kind, storage.nbytes(), made=True)
 
     def _drop(self, key: int) -> None:
-        _, kind, size = self.storages.pop(key)
-        self.alive[kind] -= size
+        _, number = self.storages.pop(key)
+        self._count(number, "activations", 0)
+
+    def _count(self, *what, **more) -> None:
+        self.counts.append(Count(self.phase, *what, **more))
 
 
 def _step(
@@ -211,17 +267,16 @@ def _step(
     shortened: tuple[nn.ModuleList, int] | None,
     training,
     batch: MicroBatch,
-    weights: Mapping[int, float],
     loss: Loss | None,
-) -> list[Counter]:
-    """The peaks of one step. `shortened`: the list of the layers, and how many of them to keep."""
+) -> list[Count]:
+    """What is counted in one step. `shortened`: the list of the layers, and how many to keep."""
     head = model.get_output_embeddings()
     weight = getattr(head, "weight", None)  # another process may hold it
     recorder = _Recorder(torch.Size() if weight is None else weight.shape, batch.padded)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     stand_ins: dict[int, Any] = {}  # id of a tensor or module -> what the copy has in its place
 
-    def watch(parameter: nn.Parameter, weight: float) -> None:
+    def watch(parameter: nn.Parameter, weight: int) -> None:
         def finish(parameter: nn.Parameter) -> None:
             recorder.finished(parameter.grad, weight)
 
@@ -243,7 +298,7 @@ def _step(
             if isinstance(tensor, nn.Parameter):
                 shape = nn.Parameter(shape, requires_grad=tensor.requires_grad)
             if tensor.requires_grad:
-                watch(shape, weights[key])
+                watch(shape, key)
             stand_ins[key] = shape
     for module in modules:
         if (state := getattr(module, "quant_state", None)) is not None:
@@ -263,7 +318,7 @@ def _step(
     asking = mock.patch.object(masking_utils, "is_tracing", return_value=False)
     with asking, RowsApart(batch.lengths) if batch.lengths else nullcontext(), fake, recorder:
         (loss or _loss)(copied, training, batch).backward()
-    return recorder.peaks[:1] if shortened is None else recorder.peaks[::2]
+    return recorder.counts
 
 
 def _on_gradient(recorder: _Recorder, phase: int):

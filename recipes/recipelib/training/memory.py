@@ -13,7 +13,7 @@ from torch import nn
 from recipelib.encoding import EncodedRows
 from recipelib.models import decoder_layers
 from recipelib.runtime import fsdp_option, gib, uses_fsdp
-from recipelib.training.fake_step import Loss, MicroBatch, heaviest_batch, step_peaks
+from recipelib.training.fake_step import Loss, MicroBatch, Steps, heaviest_batch, step_peaks
 
 _BLOCKWISE = 1 + 4 / 256  # bytes: bitsandbytes keeps a float32 for every 256 states of 8 bits
 
@@ -101,6 +101,7 @@ def estimate_memory(
     encoded: EncodedRows | MicroBatch,
     loss: Loss | None = None,
     sharding: Sharding | None = None,
+    steps: Steps | None = None,
 ) -> MemoryEstimate:
     """What training will need in each process.
 
@@ -121,6 +122,7 @@ def estimate_memory(
         encoded: the training examples; or the largest micro-batch of them.
         loss: the fake step's, if it is not `RecipeTrainer`'s.
         sharding: that of the accelerate config which launched this process, by default.
+        steps: earlier fake steps, see `step_peaks`.
     """
     sharding = Sharding.launched() if sharding is None else sharding
     batch = encoded if isinstance(encoded, MicroBatch) else heaviest_batch(encoded, training)
@@ -174,7 +176,7 @@ def estimate_memory(
     moments = [step]
     logging.disable(logging.ERROR)  # torch logs what it raises
     try:
-        peaks = step_peaks(model, training, batch, shares, loss)
+        peaks = step_peaks(model, training, batch, shares, loss, steps)
     except Exception as error:  # a model's own code may do anything; an estimate must not end a run
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:80]
         notes.append(f"without activations, for the fake step failed: {reason}")

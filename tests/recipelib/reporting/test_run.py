@@ -57,6 +57,9 @@ class StandIn:
     def figures(self) -> TrainingFigures:
         return TrainingFigures(**self.took)
 
+    def parameter_counts(self) -> tuple[int, int]:
+        return count_parameters(self.model)
+
     def save_state(self) -> None:
         Path(self.args.output_dir, "trainer_state.json").write_text("{}")
 

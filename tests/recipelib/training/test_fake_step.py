@@ -245,6 +245,17 @@ def test_gradients_that_stay_elsewhere_do_not_count():
     assert none["gradients"] <= last
 
 
+def test_steps_that_were_made_serve_other_shares_and_fewer_layers(monkeypatch):
+    model, steps = llama(), {}
+    quarter = step_peaks(model, settings(), BATCH, Weights(1 / 4))
+    step_peaks(model, settings(), BATCH, Weights(1), steps=steps)
+    less = step_peaks(llama(4), settings(), BATCH, Weights(0))
+    monkeypatch.setattr("recipelib.training.fake_step._step", None)
+    assert step_peaks(model, settings(), BATCH, Weights(1 / 4), steps=steps) == quarter
+    del model.model.layers[-1]
+    assert step_peaks(model, settings(), BATCH, Weights(0), steps=steps) == less
+
+
 def test_the_model_is_left_as_it_was():
     torch.manual_seed(3)
     model = lora(llama(), lora_dropout=0.5).eval()
