@@ -44,7 +44,7 @@ class Place:
         bundled = Path(lora_sft.__file__).parents[1] / "data_templates/movie_reviews.yaml"
         self.template = folder / "task.yaml"
         self.template.write_text(bundled.read_text())
-        self.take("bundled")
+        self.take("llama2")
         self.options = {
             "template": str(self.template),
             "dataset": str(self.rows),
