@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -49,6 +50,7 @@ class Pipeline(CutModel, nn.Module):
         super().__init__()
         self.model, self.own = model, nn.ModuleList(own)
         self.stages, self.schedule, self.tied, self._load = stages, schedule, tied, load
+        self.seconds = self.busy = 0.0  # of training steps, and of them computing
 
     # Training ---------------------------------------------------------------------------------
 
@@ -61,9 +63,17 @@ class Pipeline(CutModel, nn.Module):
         Returns:
             The loss of the step, in every process.
         """
+        start, busy = time.perf_counter(), self.schedule.watch.seconds
         loss = self.schedule.train(batch, tokens)
-        if self.stages.mesh is None:
-            return loss
+        if self.stages.mesh is not None:
+            self._sum_gradients()
+            distributed.all_reduce(loss)  # with which all processes end the step
+        self.busy += self.schedule.watch.seconds - busy
+        self.seconds += time.perf_counter() - start
+        return loss
+
+    def _sum_gradients(self) -> None:
+        """Add up what was computed of the same weights elsewhere."""
         if self.tied is not None:
             self._sum_tied(self.tied.weight.grad)
         if self.stages.pipelines > 1:
@@ -75,8 +85,6 @@ class Pipeline(CutModel, nn.Module):
                 works.append(distributed.all_reduce(weight.grad, group=group, async_op=True))
             for work in works:
                 work.wait()
-        distributed.all_reduce(loss)
-        return loss
 
     def _sum_tied(self, gradient: torch.Tensor) -> None:
         """Add the gradient of the other end of the tied weight."""

@@ -101,7 +101,6 @@ class Schedule:
         self.own, self.stages, self.kind, self.micro_batches = own, stages, kind, micro_batches
         self.width, self.dtype, self.device, self.precision = width, dtype, device, precision
         self.watch = Stopwatch(device)
-        self.seconds = self.busy = 0.0  # of training steps, with and without waiting
         self._tokens = torch.ones((), device=device)  # by which the loss of a step is divided
         self._made: tuple[tuple, object] | None = None
         # Where nothing is trained in a stage nor before it, no gradient is sent back.
@@ -123,7 +122,6 @@ class Schedule:
         Returns:
             This process's part of the step's loss: in the last stage that of its rows, else 0.
         """
-        start, busy = time.perf_counter(), self.watch.seconds
         self._tokens, batch, losses = tokens, self._filled(batch), []
         if self.stages.mesh is None:
             (stage,) = self.own
@@ -144,10 +142,7 @@ class Schedule:
                     return_outputs=False,
                     **batch,
                 )
-        loss = sum((loss.detach() for loss in losses), torch.zeros((), device=self.device))
-        self.busy += self.watch.seconds - busy
-        self.seconds += time.perf_counter() - start
-        return loss
+        return sum((loss.detach() for loss in losses), torch.zeros((), device=self.device))
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> torch.Tensor | None:

@@ -215,8 +215,8 @@ class PipelineTrainer(RecipeTrainer):
         `bubble`, the share of a step in which a process idles in theory, and `idle_fraction`, the
         measured share, in which unequal stages and messages count as well.
         """
-        schedule = self.pipeline.schedule
-        share = schedule.busy / schedule.seconds if schedule.seconds else 0.0
+        took = self.pipeline.seconds
+        share = self.pipeline.busy / took if took else 0.0
         busy = self.accelerator.reduce(torch.tensor(share, device=self.args.device), "mean")
         return {
             "stages": [[layers.start, layers.stop] for layers in self.stages.cut],
