@@ -22,6 +22,17 @@ SUMS = [
     }
     for n in range(1, 13)
 ]
+# A template of gold answers that no label names, scored by their loss.
+QUESTIONS = """\
+name: questions
+form: generative
+dataset: {path: nowhere, train: train, eval: test}
+prompt: |-
+  Question: {{ question }}
+  Answer:
+answer: " {{ answer }}"
+metric: loss
+"""
 
 
 def write_rows(folder: Path, **splits: list[dict]) -> Path:

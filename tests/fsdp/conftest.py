@@ -13,7 +13,7 @@ import lora_sft
 import pytest
 import torch
 from launching import Launched
-from recipe_runs import without_slow_parts
+from recipe_runs import QUESTIONS, without_slow_parts
 from tiny_bert import save_tiny_bert
 from tiny_llama import save_tiny_llama
 from transformers import AutoModelForCausalLM
@@ -33,16 +33,6 @@ SUMS = [
     }
     for n in range(1, 24)
 ]
-QUESTIONS = """\
-name: questions
-form: generative
-dataset: {path: nowhere, train: train, eval: test}
-prompt: |-
-  Question: {{ question }}
-  Answer:
-answer: " {{ answer }}"
-metric: loss
-"""
 
 
 def _write(file: Path, rows: list[dict]) -> None:

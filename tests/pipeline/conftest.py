@@ -9,24 +9,13 @@ import gpipe_sft
 import pytest
 import torch
 from launching import CONFIGS, SAVING, Launched, command
-from recipe_runs import run_recipe
+from recipe_runs import QUESTIONS, run_recipe
 from run_files import read_json
 from tiny_llama import save_tiny_llama
 from transformers import AutoModelForCausalLM
 
 CONFIG = CONFIGS / "pipeline.yaml"
 IN_STAGES = Path(__file__).with_name("in_stages.py")
-# What is asked of gold answers that no label names.
-QUESTIONS = """\
-name: questions
-form: generative
-dataset: {path: nowhere, train: train, eval: test}
-prompt: |-
-  Question: {{ question }}
-  Answer:
-answer: " {{ answer }}"
-metric: loss
-"""
 
 
 @pytest.fixture(scope="session")

@@ -179,7 +179,7 @@ def in_stages(model: nn.Module, vocabulary: int, case: Case) -> tuple[list[float
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    pipeline = Pipeline(model, own, stages, schedule, tied, load=lambda: None).train()
+    pipeline = Pipeline(model, schedule, tied, load=lambda: None).train()
     weights = [*pipeline.trained().values()]
     optimizer = torch.optim.AdamW(weights, lr=RATE) if weights else None
     step, clip = _leaving_out(case.without, pipeline)

@@ -22,8 +22,7 @@ from recipelib.inference import (
 )
 from recipelib.models import bare_model
 from recipelib.pipeline.schedule import Batch, Schedule
-from recipelib.pipeline.stage import Stage, Tied
-from recipelib.pipeline.stages import Stages
+from recipelib.pipeline.stage import Tied
 from recipelib.runtime import UserError, gib, progress_bar
 
 
@@ -32,8 +31,7 @@ class Pipeline(CutModel, nn.Module):
 
     Args:
         model: with what this process holds of it, under its own names.
-        own: its stages.
-        schedule: that runs them.
+        schedule: that runs its stages.
         tied: a weight that stands in the first and in the last stage, in those.
         load: loads the whole model without adapters.
     """
@@ -41,15 +39,14 @@ class Pipeline(CutModel, nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        own: Sequence[Stage],
-        stages: Stages,
         schedule: Schedule,
         tied: Tied | None,
         load: Callable[[], nn.Module],
     ):
         super().__init__()
-        self.model, self.own = model, nn.ModuleList(own)
-        self.stages, self.schedule, self.tied, self._load = stages, schedule, tied, load
+        self.model, self.own = model, nn.ModuleList(schedule.own)  # which change modes together
+        self.schedule, self.stages = schedule, schedule.stages
+        self.tied, self._load = tied, load
         self.seconds = self.busy = 0.0  # of training steps, and of them computing
 
     # Training ---------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from recipelib.models import (
     resolve_model,
     stored_config,
 )
-from recipelib.planning import cut_layers, layer_costs
+from recipelib.planning import cut_layers, layer_costs, skeleton
 from recipelib.runtime import UserError, uses_fsdp
 
 # Models whose forward pass takes the states of another process as `inputs_embeds` and does nothing
@@ -71,17 +71,15 @@ class Stages:
             UserError: a model of another family, or one with fewer layers than stages.
         """
         world, processes = training.world_size, args.stages or training.world_size
-        kind, config = _model_class(args)
-        with torch.device("meta"):
-            outline = kind(config)
+        _, config = _model_class(args)
         mesh = None
         if world > 1:
             # Neighbors hold the same stage: whole gradients stay within a node, if it has room.
             shape, names = (processes, world // processes), ("stages", "pipelines")
             mesh = init_device_mesh(training.device.type, shape, mesh_dim_names=names)
         supervised = counts.supervised_tokens / counts.tokens
-        count = _count(args, processes)
-        return cls(cut_layers(*layer_costs(outline, supervised), count), processes, mesh)
+        costs = layer_costs(skeleton(config, torch.float32), supervised)
+        return cls(cut_layers(*costs, _count(args, processes)), processes, mesh)
 
     @property
     def pipelines(self) -> int:

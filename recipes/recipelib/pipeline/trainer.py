@@ -82,7 +82,7 @@ class PipelineTrainer(RecipeTrainer):
             precision=self.accelerator.autocast,
         )
         whole = partial(load_model, args, training, float32=bare.dtype == torch.float32)
-        self.pipeline = Pipeline(self.model, own, stages, schedule, tied, whole)
+        self.pipeline = Pipeline(self.model, schedule, tied, whole)
 
     # What the trainer asks ----------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from recipelib.planning.cutting import cut_layers, layer_costs
 from recipelib.planning.gpus import GPUS, Gpu
-from recipelib.planning.skeletons import read_config
+from recipelib.planning.skeletons import read_config, skeleton
 from recipelib.planning.strategies import USABLE, Plan, compare_strategies
 from recipelib.planning.table import answer, show_plans
 from recipelib.planning.workload import Workload
@@ -19,4 +19,5 @@ __all__ = [
     "layer_costs",
     "read_config",
     "show_plans",
+    "skeleton",
 ]

@@ -20,14 +20,14 @@ def test_a_model_without_room_beside_its_stages_is_refused(available, fits, monk
     monkeypatch.setattr(Stages, "from_all", lambda self, found: [found] * 2)
     memory = SimpleNamespace(available=available)
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
-    schedule, loaded = SimpleNamespace(device=torch.device("cpu")), []
-    stages = fake_stages(evenly(2, 2), 2, pipelines=2)  # of four processes
+    stages, loaded = fake_stages(evenly(2, 2), 2, pipelines=2), []  # of four processes
+    schedule = SimpleNamespace(device=torch.device("cpu"), own=[], stages=stages)
 
     def load():
         loaded.append(True)
         raise InterruptedError
 
-    pipeline = Pipeline(model, [], stages, schedule, None, load)
+    pipeline = Pipeline(model, schedule, None, load)
     with pytest.raises(InterruptedError if fits else UserError) as error, pipeline.gathered():
         pass
     assert bool(loaded) == fits
