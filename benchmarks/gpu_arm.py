@@ -171,6 +171,7 @@ def train(spec: dict) -> dict:
 
     watch = Stopwatch(spec["warmup"], spec["steps"])
     memory = MemoryMeter()
+    memory.restart()
     with suppress(Finished):
         (train_ours if spec["side"] == "ours" else train_with_trl)(spec, watch)
     (start, seen_before), (end, seen) = watch.marks

@@ -47,7 +47,7 @@ from measuring import (
 from word_problems import generate_problems, read_gsm8k
 
 from recipelib.models.bundled import bundled_folder
-from recipelib.models.loading import describe_model, resolve_model
+from recipelib.models.sources import describe_model, resolve_model
 from recipelib.runtime import UserError, versions
 
 HERE = Path(__file__).resolve().parent

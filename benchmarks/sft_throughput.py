@@ -51,7 +51,7 @@ from measuring import (
 )
 from word_problems import generate_problems, read_gsm8k
 
-from recipelib.models.loading import describe_model, resolve_model
+from recipelib.models.sources import describe_model, resolve_model
 from recipelib.runtime import UserError, versions, write_jsonl
 
 ROWS, ROWS_PER_STEP = 400, 8

@@ -29,8 +29,8 @@ DEFAULTS = {
     "per_device_train_batch_size": 8,
     "train_sampling_strategy": "batch_rebalance",
 }
-# Whatever --learning_rate is: embeddings in front of a model, or of labels, want steps that would
-# ruin its own weights.
+# At that --learning_rate, with which they rise and fall: embeddings in front of a model, or of
+# labels, want steps that would ruin its own weights.
 RATES = {"prompt_encoder": 0.03, "soft_verbalizer": 1e-3}
 
 
@@ -53,6 +53,7 @@ class ClozeSftArguments(ClozeArguments):
         needs="--soft_prompt true",
     )
     score_only: bool = option(False, "Score the untouched model and stop; train nothing.")
+    trains = property(lambda self: not self.score_only)
 
     def __post_init__(self):
         super().__post_init__()
@@ -67,14 +68,14 @@ def main(args: ClozeSftArguments, training) -> dict | None:
         What metrics.json holds; None after --preview.
     """
     # Imported here, so that --help answers at once.
-    from recipelib.adapters import refuse_shards
+    from recipelib.adapters import check_prompt
     from recipelib.models import load_model, place_model
     from recipelib.reporting import preview, save_draws, save_score
     from recipelib.runtime import refuse_trained_run
     from recipelib.task import load_cloze_task
 
     if args.soft_prompt:
-        refuse_shards("--soft_prompt")
+        check_prompt("--soft_prompt", args, training)
     if args.score_only:
         refuse_trained_run(training.output_dir)
     task = load_cloze_task(
@@ -114,7 +115,9 @@ def train(task, args: ClozeSftArguments, training, base) -> dict:
         model.base_model.requires_grad_(True)  # PEFT froze it
     if args.soft_verbalizer:
         SoftVerbalizer.at_words(model, task.words).into(model)
-    trainer = ClozeTrainer(model, training, task, rates=RATES)
+    scale = training.learning_rate / DEFAULTS["learning_rate"]
+    rates = {name: scale * rate for name, rate in RATES.items()}
+    trainer = ClozeTrainer(model, training, task, rates=rates)
     best = keep_best(trainer, task)
     trainer.train()
     tuned = task.score(trainer.model, "tuned model")

@@ -32,7 +32,7 @@ def consolidate(checkpoint: str, output: str | None = None) -> Path:
     Raises:
         UserError: no checkpoint, one that is not whole, or one that is not sharded.
     """
-    from recipelib.runtime import checkpoint_kind, is_whole
+    from recipelib.runtime import checkpoint_kind, clear_model, is_whole
 
     source = Path(checkpoint)
     target = Path(output) if output else source
@@ -42,23 +42,34 @@ def consolidate(checkpoint: str, output: str | None = None) -> Path:
             "pass a checkpoint-N folder of a run"
         )
     kind = checkpoint_kind(source)
+    if kind == "pipeline":
+        raise UserError(
+            f"{checkpoint}: of a pipeline; recipes/gpipe_sft.py goes on from it with "
+            "--resume_from_checkpoint, and what it leaves at its end is whole"
+        )
     if kind != "sharded":
         raise UserError(f"{checkpoint}: not sharded: its weights are in one file already")
     if target.exists() and not target.is_dir():
         raise UserError(f"--output {output}: is a file; name a folder")
+    if (target / "metrics.json").exists():
+        raise UserError(f"--output {output}: holds a run; name another folder")
 
     from accelerate.utils import merge_fsdp_weights
 
     adapter = (source / "adapter_config.json").is_file()
-    config = "adapter_config.json" if adapter else "config.json"
     file = target / ("adapter_model.safetensors" if adapter else "model.safetensors")
     target.mkdir(parents=True, exist_ok=True)
+    if target != source:  # with the tokenizer, and where answers end
+        clear_model(target)
+        for pattern in ("*config.json", "tokenizer.json", "*.jinja", "*/*.jinja"):
+            for found in source.glob(pattern):
+                copy = target / found.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copy(found, copy)
     # Beside the target, and moved at the end: half of a file never carries its name.
     with tempfile.TemporaryDirectory(dir=target, prefix="consolidating-") as folder:
         merge_fsdp_weights(source / "pytorch_model_fsdp_0", folder)
         os.replace(Path(folder) / "model.safetensors", file)
-    if target != source:
-        shutil.copy(source / config, target / config)
     return file
 
 

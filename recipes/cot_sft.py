@@ -81,7 +81,7 @@ def main(args: CotArguments, training) -> dict | None:
     # Imported here, so that --help answers at once.
     from peft import LoraConfig, get_peft_model
 
-    from recipelib.models import load_model
+    from recipelib.models import load_model, without_lora
     from recipelib.reporting import preview, save_predictions, save_run, say_wrong
     from recipelib.task import load_task, load_template
     from recipelib.training import RecipeTrainer
@@ -97,12 +97,12 @@ def main(args: CotArguments, training) -> dict | None:
             r=args.r,
             lora_alpha=args.alpha,
             target_modules="all-linear",
+            exclude_modules=without_lora(model),
             init_lora_weights="gaussian",
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(model, lora, revision=args.revision)
     trainer = RecipeTrainer(model, training, task)
-
     base = task.score(trainer.model, "base model")
     trainer.train()
     tuned = task.score(trainer.model, "tuned model")

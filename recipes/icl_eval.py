@@ -27,6 +27,13 @@ DEFAULTS = {"output_dir": "runs/icl_eval", "max_length": 4096}
 class IclArguments(RecipeArguments):
     """Arguments of this method."""
 
+    trains = False
+    template: str | None = option(
+        None, "The task: a name or your own .yaml file; else what --adapter's run had, or reviews."
+    )
+    rendering: str | None = option(
+        None, "text or chat; else what --adapter's run had, or text.", choices=["text", "chat"]
+    )
     shots: int | None = option(
         None, "Demonstrations per prompt: 0, 1, 4, 16; the template's k.", least=0
     )
@@ -38,9 +45,7 @@ class IclArguments(RecipeArguments):
     nearest_by: str = option(
         "bm25", "Nearest by words (bm25) or the model's embedding.", choices=["bm25", "embedding"]
     )
-    draws: int = option(
-        1, "Repeat with so many draws of demonstrations; 5 show the spread.", least=1
-    )
+    draws: int = option(1, "So many draws of demonstrations; 5 show the spread.", least=1)
     score: str = option(
         "sum",
         "What decides among labels; all are reported. calibrated: where one label always wins.",
@@ -55,12 +60,8 @@ class IclArguments(RecipeArguments):
     trigger: str = option(
         "Let's think step by step.", "what it begins with.", needs="--reasoning trigger"
     )
-    samples: int = option(
-        1, "Self-consistency: sample so many answers, the majority counts.", least=1
-    )
-    temperature: float | None = option(
-        None, "Of written answers: 0 is greedy. [0.7 with several samples, else 0]", least=0
-    )
+    samples: int = option(1, "Self-consistency: the majority of so many samples.", least=1)
+    temperature: float | None = option(None, "0: greedy. [0.7 for several samples]", least=0)
     adapter: str | None = option(None, "Folder or hub id of a PEFT adapter to put on the model.")
     predict: str | None = option(
         None, "A file of rows without answers: answer them, with --adapter if given, and stop."
@@ -109,9 +110,9 @@ def main(args: IclArguments, training) -> dict | None:
         return preview_prompts(task.asker, asked.rows[: args.preview], draws[0])
     say_first_prompt(task.asker, asked.rows[0], draws[0])
 
-    # What is scored is kept as it comes, for --resume.
-    journal = Journal.of_run(training, args, task.adapter)
-    result = score(model, task, draws, args, training.seed, journal)
+    journal = Journal.of_run(training, args, task.adapter)  # keeps what is scored, for --resume
+    with task.memory.sampling():
+        result = score(model, task, draws, args, training.seed, journal)
     metrics = save_few_shot(result, task, args, training, model)
     journal.discard()
     return metrics

@@ -50,10 +50,12 @@ class InstructionArguments(RecipeArguments):
         [], "Where columns have other names: text=review, with several tasks sst2.text=review."
     )
     mixing: str = option(
-        "size", "Each task's share: size, equal, or a temperature T: by size ** (1 / T)."
+        "size",
+        "Each task's share of a pass: by its size; equal; or T, by size ** (1 / T): both "
+        "repeat the rows of small tasks.",
     )
     max_train_samples: int | None = option(
-        300, "Rows of all tasks together in one pass; -1: as many as there are.", least=1
+        300, "At most so many rows of all tasks together in one pass; -1: all.", least=1
     )
     max_eval_samples: int | None = option(
         30, "Rows of each task that are scored; -1: all.", least=1
@@ -85,7 +87,7 @@ def main(args: InstructionArguments, training) -> dict | None:
     from peft import LoraConfig, get_peft_model
 
     from recipelib.data import mixture_counts
-    from recipelib.models import load_model
+    from recipelib.models import load_model, without_lora
     from recipelib.reporting import preview, save_run
     from recipelib.task import load_tasks, mix
     from recipelib.training import RecipeTrainer, SampleWriter, stop_early
@@ -104,6 +106,7 @@ def main(args: InstructionArguments, training) -> dict | None:
             r=args.r,
             lora_alpha=args.alpha,
             target_modules="all-linear",
+            exclude_modules=without_lora(model),
             init_lora_weights="gaussian",
             task_type="CAUSAL_LM",
         )

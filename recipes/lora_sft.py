@@ -80,7 +80,7 @@ def main(args: LoraArguments, training) -> dict | None:
     from peft import LoraConfig, get_peft_model
 
     from recipelib.adapters import save_as_lora, save_start
-    from recipelib.models import four_bit_loading, layer_names, load_model
+    from recipelib.models import four_bit_loading, layer_names, load_model, without_lora
     from recipelib.reporting import preview, save_run
     from recipelib.task import load_task
     from recipelib.training import RecipeTrainer
@@ -97,6 +97,7 @@ def main(args: LoraArguments, training) -> dict | None:
         lora_alpha=args.alpha,
         lora_dropout=args.lora_dropout,
         target_modules=layer_names(model, args.target_modules),
+        exclude_modules=without_lora(model),
         init_lora_weights="pissa" if args.pissa else "gaussian",
         use_rslora=args.rslora,
         use_dora=args.dora,

@@ -31,7 +31,7 @@ DEFAULTS = {
 # Embeddings in front of a frozen model want steps that would ruin the model's own weights. Three
 # times a prefix's was better on TREC (0.89 after 0.85) and below the untouched model on SST-2.
 RATES = {"soft_prompt": 0.03, "p_tuning": 3e-4, "prefix": 0.01}
-LABEL_RATE = 1e-3  # of --soft_verbalizer, whatever --learning_rate is
+LABEL_RATE = 1e-3  # of --soft_verbalizer, at that rate; it rises and falls with --learning_rate
 
 
 @dataclass
@@ -66,12 +66,12 @@ def main(args: PromptArguments, training) -> dict | None:
         What metrics.json holds; None after --preview.
     """
     # Imported here, so that --help answers at once.
-    from recipelib.adapters import refuse_shards, require_cache
+    from recipelib.adapters import check_prompt
     from recipelib.models import load_model, place_model
     from recipelib.reporting import preview, save_draws
     from recipelib.task import load_cloze_task
 
-    refuse_shards(f"--tune {args.tune}")
+    check_prompt(f"--tune {args.tune}", args, training, prefix=args.tune == "prefix")
     decide = ("tune", "virtual_tokens", "prompt_encoder", "soft_verbalizer")
     task = load_cloze_task(
         args, training, virtual_tokens=args.virtual_tokens, trained_as=decide
@@ -81,8 +81,6 @@ def main(args: PromptArguments, training) -> dict | None:
     if training.learning_rate is None:
         training.learning_rate = RATES[args.tune]
     model = load_model(args, training, masked=task.masked)
-    if args.tune == "prefix":
-        require_cache(model)
     base = task.score_untouched(place_model(model, training))
     del model
     runs = [train(draw, args, run, base) for draw, run in task.draws(args, training)]
@@ -100,7 +98,8 @@ def train(task, args: PromptArguments, training, base) -> dict:
     if args.soft_verbalizer:
         SoftVerbalizer.at_words(model, task.words).into(model)
     compute_prompt_once(model)
-    trainer = ClozeTrainer(model, training, task, rates={"soft_verbalizer": LABEL_RATE})
+    rates = {"soft_verbalizer": LABEL_RATE * training.learning_rate / RATES[args.tune]}
+    trainer = ClozeTrainer(model, training, task, rates=rates)
     best = keep_best(trainer, task)
     trainer.train()
     tuned = task.score(trainer.model, "tuned model")
@@ -128,13 +127,13 @@ def with_prompt(model, args: PromptArguments, task):
     )
 
     ids = start_ids(args.init, args.virtual_tokens, task.asker, task.question, task.words)
-    sizes = args.tune != "prefix"
-    shape = prompt_shape(model, args.virtual_tokens, revision=args.revision, sizes=sizes)
+    prefix = args.tune == "prefix"
+    shape = prompt_shape(model, args.virtual_tokens, revision=args.revision, prefix=prefix)
     if args.tune == "p_tuning":
         network = args.prompt_encoder.upper()
         config = PromptEncoderConfig(encoder_reparameterization_type=network, **shape)
         return get_peft_model(model, config)
-    if args.tune == "prefix":
+    if prefix:
         start = keys_and_values(model, ids)
         return start_prefix(get_peft_model(model, PrefixTuningConfig(**shape)), start)
     config = PromptTuningConfig(prompt_tuning_init="RANDOM", **shape)

@@ -22,6 +22,7 @@ DEFAULTS = {"output_dir": "runs/label_words"}
 class SearchArguments(RecipeArguments):
     """Arguments of this tool."""
 
+    trains = False
     cloze: bool = option(
         False,
         "Ask a causal model by the template's cloze, wherever its mask is, instead of the prompt.",

@@ -43,9 +43,8 @@ class TransferArguments(RecipeArguments):
     )
     train_layers: int | None = freezing(None, "train the last N layers; else a sixth.", least=0)
     freeze_layers: int | None = freezing(None, "or freeze the first N.", least=0)
-    train_modules: list[str] | None = freezing(
-        None, "or train what has these between dots in its name: layers.29 mlp bias."
-    )
+    trains = property(lambda self: self.mode == "freeze")
+    train_modules: list[str] | None = freezing(None, "or what has these dotted parts: layers.29.")
     train_embeddings: bool = freezing(False, "the embeddings, too: then no layer is frozen below.")
     train_norms: bool = freezing(False, "the norms of frozen layers, too; likewise.")
     train_head: bool = freezing(False, "the head, too; it is untied from the embeddings.")
@@ -136,7 +135,7 @@ def train_on_features(task, args: TransferArguments, training) -> dict:
     from recipelib.probes import choose_probe
     from recipelib.reporting import save_features_run
 
-    model = load_model(args, training, masked=task.masked).requires_grad_(False)
+    model = load_model(args, training, masked=task.masked, headless=True).requires_grad_(False)
     frozen = FrozenLayers.of(model)
     model = place_model(model, training)
     base = task.score_untouched(model)

@@ -5,8 +5,10 @@ from peft import get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
 )
 
 from recipelib.adapters.bottleneck import BottleneckConfig, BottleneckLayer
@@ -21,6 +23,11 @@ LLAMA = {
     "max_position_embeddings": 32,
 }
 BERT = {key: LLAMA[key] for key in list(LLAMA)[:4]} | {"max_position_embeddings": 40}
+BART = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2} | {
+    f"{stack}_{name}": size
+    for stack in ("encoder", "decoder")
+    for name, size in (("attention_heads", 2), ("ffn_dim", 24))
+}
 # Of each kind: the config's arguments, the class, and how many sublayers it has in both layers.
 KINDS = {
     "bert": (BERT, AutoModelForMaskedLM, 4),
@@ -28,6 +35,31 @@ KINDS = {
     "xlm-roberta": (BERT, AutoModelForMaskedLM, 4),
     "camembert": (BERT, AutoModelForMaskedLM, 4),
     "electra": (BERT | {"embedding_size": 16}, AutoModelForMaskedLM, 4),
+    **dict.fromkeys(
+        ("deberta", "deberta-v2"),
+        (BERT | {"relative_attention": True, "pos_att_type": ["p2c"]}, AutoModelForMaskedLM, 4),
+    ),
+    "modernbert": (
+        BERT | {"cls_token_id": 1, "sep_token_id": 2},
+        AutoModelForMaskedLM,
+        4,
+    ),
+    "vit": (
+        BERT | {"image_size": 8, "patch_size": 4, "num_labels": 3},
+        AutoModelForImageClassification,
+        4,
+    ),
+    "bart": (BART | {"max_position_embeddings": 32}, AutoModelForSeq2SeqLM, 10),
+    "whisper": (
+        BART | {"num_mel_bins": 4, "max_source_positions": 6, "max_target_positions": 16},
+        AutoModelForSpeechSeq2Seq,
+        10,
+    ),
+    "gptj": (
+        {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "rotary_dim": 4},
+        AutoModelForCausalLM,
+        4,
+    ),
     "distilbert": (
         {"dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2},
         AutoModelForMaskedLM,
@@ -81,7 +113,7 @@ NORMED = ("gemma2", "gemma3_text")
 # Wired as bert, t5 or llama are: tried with one input.
 ALIKE = (
     *("roberta", "xlm-roberta", "camembert", "electra", "mt5"),
-    *("mistral", "qwen2", "qwen3", "gemma", "phi3", "smollm3"),
+    *("deberta", "deberta-v2", "mistral", "qwen2", "qwen3", "gemma", "phi3", "smollm3"),
 )
 PAIRS = [
     (kind, given)
@@ -102,7 +134,7 @@ def build(kind: str, cls=None, **more):
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        **({"decoder_start_token_id": 0} if own is AutoModelForSeq2SeqLM else {}),
+        **({"decoder_start_token_id": 0} if "d_model" in shape else {}),
         **more,
     )
     return (cls or own).from_config(config).eval()
@@ -111,7 +143,11 @@ def build(kind: str, cls=None, **more):
 def batch(model) -> dict:
     """Two rows that a model can compute."""
     torch.manual_seed(2)
+    if model.config.model_type == "vit":
+        return {"pixel_values": torch.randn(2, 3, 8, 8)}
     rows = {"input_ids": torch.randint(3, 48, (2, 7))}
+    if model.config.model_type == "whisper":
+        rows = {"input_features": torch.randn(2, 4, 12)}
     if model.config.is_encoder_decoder:
         rows["decoder_input_ids"] = torch.randint(3, 48, (2, 5))
     return rows

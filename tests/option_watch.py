@@ -21,7 +21,7 @@ from quick_runs import (
 from recipelib.adapters import BottleneckConfig, adapter_layers
 from recipelib.cli import run_recipe
 from recipelib.evaluation import TaskScore
-from recipelib.models import loading
+from recipelib.models import loading, nature, sources
 from recipelib.pipeline import PipelineTrainer, stages
 from recipelib.reporting import answer_file
 from recipelib.runtime import UserError
@@ -138,6 +138,7 @@ def watched(seen: dict[str, Any]) -> Iterator[None]:
         seen["examples"] = len(trainer.task.encoded.examples)
         seen["trained"] = {name: it.sum().item() for name, it in trained.items()}
         seen["callbacks"] = numbers
+        seen["optimizer"] = type(optimizer).__name__.lower()
         seen["rates"] = {
             name: group["lr"]
             for group in optimizer.param_groups
@@ -171,6 +172,7 @@ def watched(seen: dict[str, Any]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in (loading, stages):
             patch.setattr(module, "load_pretrained", load)
+        for module in (loading, nature, sources, stages):
             # The tiny model's folder stands for a hub id, which has revisions.
             patch.setattr(module, "hub_errors_in_one_line", lambda *_: contextlib.nullcontext())
         for name in ("task.task.evaluate_task", "task.cloze.score_cloze"):

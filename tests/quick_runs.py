@@ -79,7 +79,8 @@ def options_of(recipe: str, place: Place, **given: Any) -> dict[str, Any]:
     }
     if recipe in RECIPES and recipe != "cot_sft":  # whose default is by the rows
         options |= {"max_new_tokens": 6}
-    if recipe in TRAINING:
+    trains = recipe in TRAINING and given.get("mode") != "features"
+    if trains and not given.get("score_only"):
         options |= {"max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no"}
         options |= {"learning_rate": 0.01, "gradient_accumulation_steps": 1}
         options |= {"max_eval_samples": -1}  # of which a draw would change the order

@@ -21,7 +21,12 @@ from recipelib.runtime.errors import UserError
 @pytest.fixture
 def run(runs, masked_model):
     """Runs the recipe on the tiny masked model; gives the output folder."""
-    return runs(cloze_sft, **QUICK, model_name_or_path=masked_model)
+
+    def run(**options):
+        quick = {} if options.get("score_only") else QUICK
+        return runs(cloze_sft, model_name_or_path=masked_model, **quick)(**options)
+
+    return run
 
 
 class Trained(NamedTuple):

@@ -50,9 +50,14 @@ def test_a_consolidated_adapter_loads_with_plain_peft(adapter, capsys):
 
 def test_the_output_folder_is_complete_and_the_checkpoint_left_as_it_was(adapter, tmp_path):
     folder, model = adapter
+    beside = {"generation_config.json", "tokenizer_config.json", "chat_template.jinja"}
+    for name in beside:
+        (folder / name).write_text("{}")
     before = sorted(folder.rglob("*"))
     file = consolidate(str(folder), str(tmp_path / "new" / "step4"))
     assert sorted(folder.rglob("*")) == before
+    names = {one.name for one in file.parent.iterdir()}
+    assert names == {file.name, "adapter_config.json", *beside}
     loaded = PeftModel.from_pretrained(tiny_llama(300), file.parent)
     torch.testing.assert_close(logits(loaded), logits(model))
 
@@ -77,6 +82,13 @@ def test_what_is_no_sharded_checkpoint_is_one_line(adapter, tmp_path, capsys):
         main([str(tmp_path)])
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+    (tmp_path / "stage-00001-of-00002.safetensors").write_text("")
+    with pytest.raises(UserError, match=r"of a pipeline; recipes/gpipe_sft\.py goes on from it"):
+        consolidate(str(tmp_path))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a run; name another folder"):
+        consolidate(str(folder), str(tmp_path / "run"))
 
 
 def test_a_checkpoint_that_was_cut_short_is_refused(adapter):

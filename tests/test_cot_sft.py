@@ -133,7 +133,7 @@ def test_a_run_is_scored_by_what_it_writes(finished, causal_model):
 
 def test_a_mixed_model_is_scored_under_both_instructions(run):
     metrics = read_json(run(target="mixed") / "metrics.json")
-    assert metrics["train_examples"] == 16
+    assert (metrics["train_rows"], metrics["train_examples"]) == (8, 16)
     assert 0 <= metrics["answer_only"]["score"] <= 1
 
 
@@ -154,6 +154,7 @@ def test_all_parameters_are_trained_on_request_and_load_with_plain_transformers(
     metrics = read_json(folder / "metrics.json")
     assert metrics["trainable_parameters"] == metrics["total_parameters"]
     assert changed(seen) == seen.before.keys()
+    assert read_json(folder / "config.json")["use_cache"]  # by which others write
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     for name, parameter in loaded.named_parameters():
         assert parameter.equal(seen.trainer.model.get_parameter(name))

@@ -27,7 +27,7 @@ SOME = {
     "columns": ["text=sentence"],
     "chat_template_kwargs": {"deep": False},
     "seed": 7,
-    "weight_decay": 0.1,
+    "max_length": 300,
 }
 
 

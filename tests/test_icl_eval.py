@@ -255,7 +255,7 @@ def test_a_trained_run_is_neither_written_over_nor_asked_otherwise_unsaid(
     get_peft_model(
         AutoModelForCausalLM.from_pretrained(model_folder), LoraConfig(target_modules="all-linear")
     ).save_pretrained(folder)
-    run(adapter=folder, shots=0)
+    run(adapter=folder, shots=0, rendering="text")
     said = "warning: the adapter was trained with --rendering chat: ask so, too"
     assert said in capsys.readouterr().out
 

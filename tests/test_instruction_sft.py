@@ -66,7 +66,7 @@ def run(runs, data):
 TWO = ["movie_reviews=DATA/reviews", "gsm8k=DATA/sums"]
 
 
-def test_a_mixture_is_trained_and_each_task_scored_the_held_out_one_too(run):
+def test_a_mixture_is_trained_and_each_task_scored_the_held_out_one_too(run, capsys):
     with watched_training() as seen:
         folder = run(
             template=TWO,
@@ -78,10 +78,11 @@ def test_a_mixture_is_trained_and_each_task_scored_the_held_out_one_too(run):
     metrics = read_json(folder / "metrics.json")
     assert metrics["method"] == "instruction full"
     assert metrics["task"] == "movie_reviews+gsm8k"
-    assert {name: share["rows"] for name, share in metrics["mixture"].items()} == {
-        "movie_reviews": 15,
-        "gsm8k": 15,
-    }
+    shares = metrics["mixture"].values()
+    assert [(share["rows"], share["rows_per_pass"]) for share in shares] == [(15, 15), (8, 15)]
+    assert (metrics["train_rows"], metrics["train_examples"]) == (23, 30)
+    said = capsys.readouterr().out
+    assert "gsm8k: 8 rows, each 1 or 2 times in a pass, for --mixing equal" in said
     tasks = metrics["tasks"]
     assert {name: task["heldout"] for name, task in tasks.items()} == {
         "movie_reviews": False,
@@ -124,6 +125,15 @@ def test_conversations_and_tasks_go_together(run):
     tasks = read_json(folder / "metrics.json")["tasks"]
     assert sorted(task["metric"] for task in tasks.values()) == ["accuracy", "loss"]
     assert read_json(folder / "metrics.json")["metric"] == "mean"
+
+
+def test_a_pass_over_few_rows_is_one_pass(run, capsys):
+    asked = {"max_steps": -1, "num_train_epochs": 1, "max_train_samples": 300}
+    folder = run(dataset="DATA/chats.jsonl", per_device_train_batch_size=2, **asked)
+    metrics = read_json(folder / "metrics.json")
+    assert (metrics["train_rows"], metrics["train_examples"]) == (9, 9)
+    assert metrics["steps"] == 3  # of 2 x 2 rows
+    assert "times" not in capsys.readouterr().out
 
 
 def test_a_run_on_conversations_has_no_answer_for_new_rows(run):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from recipelib.adapters import saved
-from recipelib.models import loading
+from recipelib.models import loading, nature
 from recipelib.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -189,7 +189,8 @@ def test_the_revision_of_the_base_is_kept_with_the_adapter_and_used_again(
     run, reviews, monkeypatch
 ):
     # The tiny model's folder stands for a hub id, which it would be refused for.
-    monkeypatch.setattr(loading, "hub_errors_in_one_line", lambda *_: nullcontext())
+    for room in (loading, nature):
+        monkeypatch.setattr(room, "hub_errors_in_one_line", lambda *_: nullcontext())
     folder = run(revision="v1")
     assert read_json(folder / "adapter_config.json")["revision"] == "v1"
     assert ", revision='v1')" in (folder / "README.md").read_text()
@@ -313,6 +314,12 @@ def test_named_layers_alone_are_adapted_and_a_wrong_name_is_one_line(run):
             run(target_modules=[wrong], output="wrong")
         assert "q_proj" in str(no.value)
         assert "\n" not in str(no.value)
+
+
+def test_the_head_is_adapted_where_it_is_named(run):
+    folder = run(target_modules=["q_proj", "lm_head"], max_steps=1, learning_rate=1e-2)
+    learned = load_file(folder / "adapter_model.safetensors")
+    assert learned["base_model.model.lm_head.lora_B.weight"].abs().sum() > 0
 
 
 def test_the_loss_on_the_evaluation_rows_is_followed_on_request(run):

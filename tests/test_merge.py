@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from run_files import read_json
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 IDS = torch.tensor([[5, 17, 42, 99, 7, 3, 64, 12]])
 
@@ -62,12 +62,36 @@ def test_the_merged_model_of_a_run_gives_the_adapters_logits(runs, causal_model,
     assert not list((folder / "merged").glob("adapter_*"))
 
 
+def test_a_masked_model_stays_one(masked_model, tmp_path):
+    model = AutoModelForMaskedLM.from_pretrained(masked_model)
+    lora = LoraConfig(target_modules=["query"], init_lora_weights=False)
+    adapted = get_peft_model(model, lora)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merge.main([str(tmp_path / "adapter")])
+    merged = AutoModelForMaskedLM.from_pretrained(tmp_path / "adapter" / "merged")
+    assert read_json(tmp_path / "adapter" / "merged" / "config.json")["architectures"] == [
+        "BertForMaskedLM"
+    ]
+    assert torch.allclose(logits(merged), logits(adapted), atol=1e-4)
+
+
 def test_output_and_dtype_are_those_that_are_asked_for(adapter, tmp_path):
     merge.main([str(adapter), "--output", str(tmp_path / "new" / "whole"), "--dtype", "bfloat16"])
     assert read_json(tmp_path / "new" / "whole" / "config.json")["dtype"] == "bfloat16"
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "whole")
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
     assert not (adapter / "merged").exists()
+
+
+def test_nothing_of_a_model_merged_before_stays_beside_the_new_one(adapter, tmp_path):
+    output = tmp_path / "merged"
+    output.mkdir()
+    for name in ("model-00002-of-00002.safetensors", "chat_template.jinja", "README.md"):
+        (output / name).write_text("of another")
+    merge.main([str(adapter), "--output", str(output)])
+    names = {file.name for file in output.iterdir()}
+    assert {"model.safetensors", "README.md"} <= names
+    assert not names & {"model-00002-of-00002.safetensors", "chat_template.jinja"}
 
 
 def test_the_base_may_lie_elsewhere_now(adapter, causal_model, tmp_path, capsys):
@@ -106,6 +130,11 @@ def test_neither_a_file_nor_what_is_merged_is_written_over(adapter, causal_model
     for folder in (adapter, causal_model):
         line = refusal(capsys, adapter, "--output", folder)
         assert line == f"error: --output {folder}: holds what is merged; name another folder"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "metrics.json").write_text("{}")
+    line = refusal(capsys, adapter, "--output", other)
+    assert line == f"error: --output {other}: holds a run or an adapter; name another folder"
     assert {file: file.read_bytes() for file in files} == files
     assert {*adapter.iterdir(), *causal_model.iterdir()} == files.keys()
 

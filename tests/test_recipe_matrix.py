@@ -341,6 +341,7 @@ def test_demonstrations_stand_before_every_adapter_or_a_line_says_why_not(
 ):
     adapter, out = shutil.copytree(left(kind), tmp_path / "adapter"), tmp_path / "out"
     options = {"adapter": str(adapter), "output_dir": str(out), "model_name_or_path": None}
+    options |= {"template": "movie_reviews", "rendering": "text"}  # and not that of its run
     ask = parsed("icl_eval", place, **options, shots=0)
     line = line_of(lambda: icl_eval.main(*ask))
     if kind == "soft verbalizer":

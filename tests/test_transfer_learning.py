@@ -302,7 +302,7 @@ def test_predict_answers_rows_without_answers_as_the_run_did(left, kind, run, qu
 )
 def test_what_is_asked_for_changes_and_nothing_else(run, options, expected):
     with watched_training() as seen:
-        run(max_steps=1, **options)
+        run(num_train_epochs=0.3, **options)
     found = {
         ".".join(name.removeprefix("model.").split(".")[: 2 if "layers." in name else 1])
         for name in changed(seen)

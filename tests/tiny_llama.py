@@ -37,7 +37,7 @@ def tiny_llama(vocabulary: int, hidden_size: int = 32, **fields: Any) -> LlamaFo
                 "num_hidden_layers": 2,
                 "num_attention_heads": 4,
                 "num_key_value_heads": 2,
-                "max_position_embeddings": 128,
+                "max_position_embeddings": 2048,
                 "tie_word_embeddings": True,
                 **fields,
             },

@@ -5,7 +5,6 @@ import dataclasses
 import difflib
 import json
 import logging
-import os
 import re
 import sys
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
@@ -17,7 +16,7 @@ from types import ModuleType
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 from recipelib.prompts import COMBINE
-from recipelib.runtime import UserError, end_process_group, load_yaml
+from recipelib.runtime import UserError, end_process_group, load_yaml, rank
 
 USAGE = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]"
 
@@ -54,6 +53,7 @@ class RecipeArguments:
 
     # How the recipe writes checkpoints, if not as the launch's config says (`checkpoint_kind`).
     checkpoints: ClassVar[str | None] = None
+    trains: ClassVar[bool] = True  # whether the trainer's options for training count
 
     model_name_or_path: str | None = option(
         None, "Hub id, folder or .gguf file; without it the bundled SmolLM2-135M-Instruct."
@@ -182,6 +182,8 @@ class ClozeArguments(RecipeArguments):
 
 # Options that recipes no longer have, and values that an option no longer takes -> what to run.
 _MOVED = {
+    "group_by_length": "pass --train_sampling_strategy group_by_length",
+    "warmup_ratio": "pass it as --warmup_steps: below 1 it is a share of all steps",
     "merge": "run 'python recipes/merge.py OUTPUT_DIR' afterwards",
     "search_label_words": "run recipes/search_label_words.py",
     "tune model": "run recipes/cloze_sft.py",
@@ -321,7 +323,7 @@ def parse_arguments(
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from trl import TrlParser
 
-    from recipelib.training import RecipeConfig
+    from recipelib.training import RecipeConfig, refuse_unused
 
     class Parser(TrlParser):
         def add_argument(self, *names: str, least=None, below=None, needs=None, **options):
@@ -337,6 +339,8 @@ def parse_arguments(
         sys.exit(0)
     hints = get_type_hints(RecipeConfig) | get_type_hints(arguments)
     parser.set_defaults(**_converted(parser, given or {}, hints, "arguments"))
+    words = [word[2:].partition("=")[0] for word in argv if word.startswith("--")]
+    sources = [[word.replace("-", "_") for word in words], [*(given or {})]]
     for place, argument in enumerate(argv):
         if argument.startswith("--config="):
             argv[place : place + 1] = argument.split("=", 1)
@@ -345,7 +349,9 @@ def parse_arguments(
         if place + 1 == len(argv):
             raise UserError("command line: --config needs a file")
         path = Path(argv[place + 1])
-        parser.set_defaults(**_converted(parser, load_yaml(path), hints, str(path)))
+        values = load_yaml(path)
+        parser.set_defaults(**_converted(parser, values, hints, str(path)))
+        sources.append([*values])
         del argv[place : place + 2]
     try:
         parsed, training, rest = parser.parse_args_into_dataclasses(
@@ -358,6 +364,8 @@ def parse_arguments(
         name = rest[0].split("=")[0].lstrip("-").replace("-", "_")
         cure = _closest(name, [action.dest for action in parser._actions], "--")
         raise UserError(f"command line: unknown argument {rest[0]}; {cure}")
+    stops_early = bool(getattr(parsed, "early_stopping_patience", None))
+    refuse_unused(training, sources, trains=parsed.trains, stops_early=stops_early)
     return parsed, training
 
 
@@ -385,8 +393,8 @@ def run_recipe(
             main(args, training)
         end_process_group()
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
+        by = f" (process {rank()})" if rank() else ""
+        print(f"error{by}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         own = "resume" in arguments.__dataclass_fields__

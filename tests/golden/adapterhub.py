@@ -23,6 +23,8 @@ from transformers import (
     LlamaModel,
     RobertaConfig,
     RobertaModel,
+    T5Config,
+    T5Model,
 )
 
 TARGET = Path(__file__).parent / "adapterhub"
@@ -38,6 +40,9 @@ MODELS = {
     "bert": lambda: BertModel(BertConfig(**SMALL)),
     "roberta": lambda: RobertaModel(RobertaConfig(**SMALL)),
     "llama": lambda: LlamaModel(LlamaConfig(**SMALL, num_key_value_heads=1)),
+    "t5": lambda: T5Model(
+        T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
+    ),
 }
 KINDS = {
     "double_seq_bn": DoubleSeqBnConfig(reduction_factor=4),
@@ -62,6 +67,7 @@ def main() -> None:
         attention_mask[1, 6:] = 0
         tensors |= {"input_ids": input_ids, "attention_mask": attention_mask}
         tensors["weight"] = weight = torch.randn(2, 9, 16) * attention_mask[..., None]
+        decoder = {"decoder_input_ids": input_ids} if kind == "t5" else {}
         adapters.init(model)
         for name, config in KINDS.items():
             model.add_adapter(name, config=config)
@@ -71,7 +77,9 @@ def main() -> None:
             with torch.no_grad():
                 for one in own.values():
                     one.copy_(torch.randn_like(one) * 0.2)
-            output = model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            output = model(
+                input_ids=input_ids, attention_mask=attention_mask, **decoder
+            ).last_hidden_state
             (output * weight).sum().backward()
             tensors[f"{name}.output"] = output.detach().clone()
             for key, one in own.items():

@@ -67,7 +67,8 @@ def options(root, reviews, sums) -> Callable[..., dict]:
     }
 
     def make(name: str, kind: str | None = None, **changes: Any) -> dict:
-        return {**defaults, "output_dir": root / name, **kinds[kind or name], **changes}
+        given = {**defaults, "output_dir": root / name, **kinds[kind or name], **changes}
+        return {key: value for key, value in given.items() if value is not None}
 
     return make
 

@@ -2,6 +2,7 @@
 
 import pytest
 from comparing import ADAPTER, MODEL, assert_equal_losses, assert_equal_updates
+from launching import UNSAVED
 
 pytestmark = pytest.mark.slow
 
@@ -16,7 +17,7 @@ def start(alone, options):
     def of(kind: str):
         if kind == "full":
             return options("start", kind)["model_name_or_path"]
-        return alone(kind, "start_of_resumed", learning_rate=0.0, max_steps=1, save_strategy="no")
+        return alone(kind, "start_of_resumed", learning_rate=0.0, max_steps=1, **UNSAVED)
 
     return of
 

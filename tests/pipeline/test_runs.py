@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from comparing import ADAPTER, MODEL, assert_equal_losses, assert_equal_updates
-from launching import records
+from launching import UNSAVED, records
 from peft import PeftModel
 from run_files import losses, read_json
 from safetensors.torch import load_file
@@ -25,7 +25,7 @@ def start(root, alone, options):
     def of(kind: str):
         if kind not in LORA:
             return options("start", kind)["model_name_or_path"]
-        still = {"learning_rate": 0.0, "max_steps": 1, "save_strategy": "no"}
+        still = {"learning_rate": 0.0, "max_steps": 1, **UNSAVED}
         return alone(kind, f"start_{kind}", **still)
 
     return of

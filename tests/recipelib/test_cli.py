@@ -355,7 +355,7 @@ def test_from_python_the_defaults_of_the_command_line_hold(recipe, monkeypatch):
     command = partial(parse_arguments, arguments_of(recipe), module.__doc__, module.DEFAULTS)
     for options, argv in (
         ({}, []),
-        ({"template": "sst2", "max_steps": 10}, ["--template", "sst2", "--max_steps", "10"]),
+        ({"template": "sst2", "seed": 10}, ["--template", "sst2", "--seed", "10"]),
     ):
         found, wanted = arguments(module, **options), command(argv)
         assert found[0] == wanted[0]

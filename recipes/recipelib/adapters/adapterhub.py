@@ -8,6 +8,7 @@ model.save_pretrained(output)      # from now on it is PEFT's
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from pathlib import Path
 
@@ -16,8 +17,17 @@ from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from recipelib.adapters.bottleneck import SUBLAYERS, BottleneckConfig, BottleneckLayer, layer_number
-from recipelib.runtime import UserError
+from recipelib.adapters.bottleneck import (
+    BOTTLENECK,
+    SUBLAYERS,
+    BottleneckConfig,
+    BottleneckLayer,
+    layer_number,
+)
+from recipelib.runtime import UserError, first_line
+
+# AdapterHub's sublayers of GPT-J are other ones, BART's and Whisper's are named otherwise.
+CONVERTED = SUBLAYERS.keys() - {"gptj", "bart", "whisper"}
 
 # What their configuration may ask for and ours does not have, with the value that turns it off.
 _ABSENT = {
@@ -26,7 +36,6 @@ _ABSENT = {
     "phm_layer": False,
     "use_gating": False,
     "inv_adapter": None,
-    "cross_adapter": False,
     "stochastic_depth": 0.0,
     "original_ln_after": True,
     "residual_before_ln": True,
@@ -41,72 +50,118 @@ def load_adapterhub(
     task_type: str | None = None,
     revision: str | None = None,
 ) -> PeftModel:
-    """The model with the adapter that `save_adapter(folder, name, use_safetensors=True)` wrote.
-    A prediction head that was saved with it is not converted.
+    """The model with the adapter that `save_adapter(folder, name)` wrote; a prediction head that
+    was saved with it is not converted. To a model with bottleneck adapters it is added and, as by
+    PEFT's `load_adapter`, not made the active one: `model.set_adapter(name)` does.
 
     Args:
-        model: a transformers model of the kind that the adapter was trained on.
+        model: a transformers model of the kind that the adapter was trained on, or PEFT's with
+            bottleneck adapters.
+        adapter_name: what it is called from now on.
         task_type: PEFT's; with "SEQ_CLS" and the like the model's head is trained and saved, too.
         revision: of the base model; PEFT writes it into the adapter's configuration.
     Raises:
-        UserError: no such folder, a pickle, another method, a variant that ours does not have, or
-            weights that do not fit the model, which is left as it was.
+        UserError: no such folder, another method, a variant that ours does not have, weights that
+            do not fit the model, or a model with an adapter of this name or of another method; the
+            model is left as it was.
     """
     folder, kind = Path(folder), model.config.model_type
-    if kind not in SUBLAYERS or model.config.is_encoder_decoder:
+    is_adapted = isinstance(model, PeftModel)
+    if not is_adapted and getattr(model, "peft_config", None):
+        raise UserError(f"{folder}: the model has adapters inside; wrap it by get_peft_model first")
+    if is_adapted and model.active_peft_config.peft_type != BOTTLENECK:
+        raise UserError(f"{folder}: the model has adapters of another method; unload them first")
+    if is_adapted and adapter_name in model.peft_config:
+        raise UserError(f"{folder}: the model has an adapter {adapter_name!r}; pass adapter_name")
+    if kind not in CONVERTED:
         raise UserError(f"{folder}: adapters of model type {kind!r} are not converted")
     if getattr(model.config, "add_cross_attention", False):
         raise UserError(f"{folder}: adapters after cross-attention are not converted")
-    config, weights = _read(folder, kind)
-    saved = _by_place(folder, weights)
-    peft_config = _converted(folder, config)
-    peft_config.task_type = task_type
-    peft_config.bottleneck_size = next(iter(saved.values()))["down.weight"].shape[0]
-    layers = sorted({number for number, _ in saved})
-    if layers != list(range(model.config.get_text_config().num_hidden_layers)):
-        peft_config.layers_to_transform = layers
+    config = _converted(folder, _read_config(folder, kind), model.config.is_encoder_decoder)
+    saved = _by_place(folder, kind, _read_weights(folder))
+    config.task_type = task_type
+    config.bottleneck_size = next(iter(saved.values()))["down.weight"].shape[0]
+    config.layers_to_transform = _layers(folder, model, saved)
     try:
-        adapted = get_peft_model(model, peft_config, adapter_name, revision=revision)
+        if is_adapted:
+            model.add_adapter(adapter_name, config)
+            adapted = model
+        else:
+            adapted = get_peft_model(model, config, adapter_name, revision=revision)
     except ValueError as error:  # layers that the model does not have
+        if is_adapted:
+            model.peft_config.pop(adapter_name, None)
         raise UserError(f"{folder}: does not fit the model ({error})") from None
     try:
         _fill(folder, adapted, kind, saved, adapter_name)
     except UserError:
-        adapted.unload()
+        _ = model.delete_adapter(adapter_name) if is_adapted else adapted.unload()
         raise
     return adapted
 
 
-def _by_place(folder: Path, weights: dict) -> dict[tuple[int, str], dict[str, torch.Tensor]]:
-    """The weights by layer and sublayer ("attention" or "ffn"), named as ours are."""
-    by_place: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+# Encoder, decoder or "" where there is one stack; the layer's number; attention, cross or ffn.
+Place = tuple[str, int, str]
+
+
+def _layers(folder: Path, model, saved: dict[Place, dict]) -> list[int] | None:
+    """The numbers of the layers that have adapters; None for all."""
+    config, numbers = model.config.get_text_config(), {}
+    for stack, number, _ in sorted(saved):
+        numbers.setdefault(stack, []).append(number)
+    depths = {"": config.num_hidden_layers, "encoder": config.num_hidden_layers}
+    depths["decoder"] = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
+    if all(set(found) == set(range(depths[stack])) for stack, found in numbers.items()):
+        return None
+    first, *others = (set(found) for found in numbers.values())
+    if any(other != first for other in others):
+        raise UserError(f"{folder}: other layers in encoder and decoder: this is not converted")
+    return sorted(first)
+
+
+def _by_place(folder: Path, kind: str, weights: dict) -> dict[Place, dict[str, torch.Tensor]]:
+    """The weights by their place, named as ours are."""
+    by_place: dict[Place, dict[str, torch.Tensor]] = {}
     pattern = r"(.*)\.adapters\.[^.]+\.(adapter_down\.0|adapter_up|scaling)(.*)"
     for key, tensor in weights.items():
         match, number = re.fullmatch(pattern, key), layer_number(key)
         if match is None or number is None:
             raise UserError(f"{folder}: {key}: is no part of a bottleneck adapter")
-        sublayer = "attention" if "attention" in match.group(1) else "ffn"
-        name = match.group(2).removeprefix("adapter_").removesuffix(".0")
-        by_place.setdefault((number, sublayer), {})[name + match.group(3)] = tensor
+        module, name = match.group(1), match.group(2).removeprefix("adapter_").removesuffix(".0")
+        if SUBLAYERS[kind] is SUBLAYERS["t5"]:  # sublayers are numbered: cross is the decoder's 1
+            order = ["attention", "ffn"] if _stack(kind, key) == "encoder" else _DECODERS
+            sublayer = order[int(module.rpartition(".")[2])]
+        else:
+            sublayer = "attention" if "attention" in module else "ffn"
+        place = (_stack(kind, key), number, sublayer)
+        by_place.setdefault(place, {})[name + match.group(3)] = tensor
     if not by_place or any("down.weight" not in tensors for tensors in by_place.values()):
-        raise UserError(f"{folder}: adapter.safetensors: holds no weights of adapters")
+        raise UserError(f"{folder}: holds no weights of adapters")
     return by_place
+
+
+_DECODERS = ["attention", "cross", "ffn"]
+
+
+def _stack(kind: str, name: str) -> str:
+    """Where a parameter or module stands, of a model with two stacks."""
+    if SUBLAYERS[kind] is not SUBLAYERS["t5"]:
+        return ""
+    return "decoder" if re.search(r"(^|\.)decoder\.", name) else "encoder"
 
 
 def _fill(folder: Path, model: PeftModel, kind: str, saved: dict, adapter_name: str) -> None:
     """Copy the saved weights, by their place, into the model's adapters."""
     expected = {
-        (layer_number(name), _sublayer_of(kind, name)): layer
+        (_stack(kind, name), layer_number(name), _sublayer_of(kind, name)): layer
         for name, layer in model.named_modules()
         if isinstance(layer, BottleneckLayer) and adapter_name in layer.bottleneck_down
     }
-    for number, sublayer in sorted(expected.keys() ^ saved.keys()):
-        raise UserError(
-            f"{folder}: layer {number}, {sublayer}: has an adapter in one of file and model"
-        )
-    for (number, sublayer), tensors in saved.items():
-        layer = expected[number, sublayer]
-        own = {}
+    for stack, number, sublayer in sorted(expected.keys() ^ saved.keys()):
+        place = f"{stack} layer {number}, {sublayer}".strip()
+        raise UserError(f"{folder}: {place}: has an adapter in one of file and model")
+    for (stack, number, sublayer), tensors in saved.items():
+        layer, own = expected[stack, number, sublayer], {}
         for projection in ("down", "up"):
             linear = getattr(layer, f"bottleneck_{projection}")[adapter_name]
             own |= {f"{projection}.{name}": weight for name, weight in linear.named_parameters()}
@@ -119,15 +174,16 @@ def _fill(folder: Path, model: PeftModel, kind: str, saved: dict, adapter_name: 
             )
             if in_model != in_file:
                 raise UserError(
-                    f"{folder}: layer {number}, {sublayer}, {name}: has shape {in_file}, and "
-                    f"{in_model} in this model; load it on the model it was trained on"
+                    f"{folder}: {f'{stack} layer {number}'.strip()}, {sublayer}, {name}: has shape "
+                    f"{in_file}, and {in_model} in this model; load it on the model it was trained "
+                    "on"
                 )
             with torch.no_grad():
                 own[name].copy_(tensors[name])
 
 
-def _read(folder: Path, kind: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    """The configuration and the weights in a folder; both must be for models of this kind."""
+def _read_config(folder: Path, kind: str) -> dict:
+    """The configuration in a folder, which must be for models of this kind."""
     file = folder / "adapter_config.json"
     if not file.is_file():
         raise UserError(
@@ -143,21 +199,32 @@ def _read(folder: Path, kind: str) -> tuple[dict, dict[str, torch.Tensor]]:
                 f"{file}: is of model type {saved['model_type']!r}, and the model of {kind!r}; "
                 "load it on the model it was trained on"
             )
+        return config
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{file}: is not a configuration that adapters has saved") from None
-    weights = folder / "adapter.safetensors"
-    if not weights.is_file():
-        raise UserError(
-            f"{folder}: no adapter.safetensors; a .bin is a pickle, which is not loaded: in "
-            "adapters, save_adapter(FOLDER, NAME, use_safetensors=True) writes what is"
-        )
+
+
+def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights in a folder, of one of the two files that adapters writes."""
+    file, by_default = folder / "adapter.safetensors", folder / "pytorch_adapter.bin"
     try:
-        return config, load_file(weights)
-    except SafetensorError as error:
-        raise UserError(f"{weights}: cannot be read ({error})") from None
+        if file.is_file():
+            return load_file(file)
+        file = by_default
+        # A pickle; with weights_only it runs no code, and is refused if it would.
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+        if not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+            raise AttributeError
+        return weights
+    except FileNotFoundError:
+        raise UserError(f"{folder}: neither adapter.safetensors nor pytorch_adapter.bin") from None
+    except (pickle.UnpicklingError, AttributeError):
+        raise UserError(f"{file}: holds something else than tensors, which is not loaded") from None
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        raise UserError(f"{file}: cannot be read ({first_line(error)})") from None
 
 
-def _converted(folder: Path, config: dict) -> BottleneckConfig:
+def _converted(folder: Path, config: dict, has_two_stacks: bool) -> BottleneckConfig:
     """A configuration of AdapterHub's as ours, but for the size, which comes from the weights."""
     for name, off in _ABSENT.items():
         if config.get(name, off) != off:
@@ -168,7 +235,12 @@ def _converted(folder: Path, config: dict) -> BottleneckConfig:
         raise UserError(f"{folder}: adapter_config.json: {min(missing)}: is missing")
     if isinstance(config["reduction_factor"], dict) or scaling == "channel":
         raise UserError(f"{folder}: sizes by layer and scaling by channel are not converted")
-    places = [config["mh_adapter"], config["output_adapter"]]
+    attends, crosses = config["mh_adapter"], config.get("cross_adapter", False)
+    if crosses and not has_two_stacks:
+        raise UserError(f"{folder}: cross_adapter=True: such adapters are not converted")
+    places = [attends or crosses, config["output_adapter"]]
+    attentions = {"SelfAttention.o": attends, "EncDecAttention.o": crosses}
+    left_out = [module for module, adapted in attentions.items() if not adapted]
     parallel, normed = config.get("is_parallel", False), config.get("original_ln_before", False)
     act = str(config["non_linearity"]).lower()
     try:
@@ -179,13 +251,16 @@ def _converted(folder: Path, config: dict) -> BottleneckConfig:
             scaling=scaling,
             dropout=config.get("dropout", 0.0),
             train_norms=False,
+            exclude_modules=left_out if has_two_stacks and len(left_out) == 1 else None,
         )
     except ValueError as error:
         raise UserError(f"{folder}: adapter_config.json: {error}") from None
 
 
 def _sublayer_of(kind: str, name: str) -> str:
-    """The sublayer that a module is the end of: "attention" or "ffn"."""
+    """The sublayer that a module is the end of: "attention", "cross" or "ffn"."""
+    if name.endswith("EncDecAttention.o"):
+        return "cross"
     ends = {
         sublayer.output: place
         for place, sublayers in SUBLAYERS[kind].items()

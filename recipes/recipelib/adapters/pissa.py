@@ -11,13 +11,27 @@ import shutil
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
-from recipelib.runtime import is_main_process
+from recipelib.models import bare_model
+from recipelib.runtime import UserError, is_main_process
 
 
 def save_start(model, output_dir: str) -> None:
-    """Save the adapter that PiSSA starts from, whose product B0 A0 it has taken out of W."""
+    """Save the adapter that PiSSA starts from, whose product B0 A0 it has taken out of W.
+
+    Raises:
+        UserError: W is also the embeddings', which read it without B0 A0 added.
+    """
+    bare = bare_model(model)
+    table = bare.get_input_embeddings()
+    for layer in (table, bare.get_output_embeddings()):
+        if isinstance(layer, BaseTunerLayer) and layer.weight is table.weight:
+            raise UserError(
+                "--pissa: starts from the weights of linear layers, and one of --target_modules "
+                "has the embeddings'; leave it out"
+            )
     if is_main_process():
         model.save_pretrained(f"{output_dir}/pissa_start")
 
@@ -30,6 +44,8 @@ def save_as_lora(output_dir: str) -> None:
         return
     file, start = f"{output_dir}/adapter_model.safetensors", f"{output_dir}/pissa_start"
     trained, first = load_file(file), load_file(f"{start}/adapter_model.safetensors")
+    # PEFT saves a head that is adapted with its W', and the untouched base has W.
+    trained = {name: weight for name, weight in trained.items() if ".base_layer." not in name}
     for name, weight in trained.items():
         if ".lora_A." in name:
             trained[name] = torch.cat([weight, first[name]])

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
@@ -16,10 +22,9 @@ from recipelib.adapters.soft_verbalizer import SoftVerbalizer
 from recipelib.models import (
     classification_head,
     hub_errors_in_one_line,
-    is_masked,
     is_masked_model,
     load_pretrained,
-    stored_config,
+    nature_of,
 )
 from recipelib.runtime import UserError, first_line
 
@@ -42,7 +47,7 @@ def resolve_adapter(adapter: str, revision: str | None = None) -> Path:
         with hub_errors_in_one_line(adapter, adapter, None):
             from huggingface_hub import snapshot_download
 
-            patterns = ["*.json", "*.safetensors"]
+            patterns = ["*.json", "*.safetensors", "*.jinja", "*.yaml"]
             folder = Path(snapshot_download(adapter, revision=revision, allow_patterns=patterns))
     if not (folder / "adapter_config.json").is_file():
         raise UserError(
@@ -64,7 +69,8 @@ def base_of(adapter: Path) -> tuple[str, str | None]:
 
 
 def with_adapter(model, adapter: Path | None):
-    """The model with an adapter on it, if there is one.
+    """The model with an adapter on it, if there is one; with the embeddings of tokens that were
+    added before it was trained.
 
     Raises:
         UserError: the adapter was trained on another model.
@@ -76,7 +82,7 @@ def with_adapter(model, adapter: Path | None):
         model.get_input_embeddings().weight.shape[1],
     )
     try:
-        # PEFT would see neither before a text is read.
+        # PEFT would see none of this before a text is read, or not at all.
         if config.peft_type in PROMPTS and config.token_dim != width:
             raise ValueError(f"its width is {config.token_dim}, the model's {width}")
         has_head = type(model).__name__.endswith("ForSequenceClassification")
@@ -85,12 +91,57 @@ def with_adapter(model, adapter: Path | None):
         masked = config.task_type == "FEATURE_EXTRACTION"  # see `prompt_shape`
         if config.is_prompt_learning and masked != is_masked_model(model):
             raise ValueError(f"it is for a {'masked' if masked else 'causal'} language model")
-        return PeftModel.from_pretrained(model, adapter)
-    except (ValueError, RuntimeError) as error:
+        if beyond := _layer_beyond(adapter, model):
+            raise ValueError(f"it adapts {beyond}, which the model does not have")
+        size = saved_embeddings(adapter)
+        if size and size != model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(size, mean_resizing=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            return PeftModel.from_pretrained(model, adapter)
+    except (ValueError, RuntimeError, UserWarning) as error:
+        _, heading, sizes = str(error).partition("size mismatch for ")
         raise UserError(
-            f"{adapter}: does not fit the model ({first_line(error)}); pass the one that it was "
-            f"trained on: {config.base_model_name_or_path}"
+            f"{adapter}: does not fit the model ({first_line(heading + sizes or error)}); pass the "
+            f"one that it was trained on: {config.base_model_name_or_path}"
         ) from None
+
+
+def _layer_beyond(adapter: Path, model) -> str | None:
+    """A layer of which an adapter has weights, and which lies behind the model's last one."""
+    depths = {
+        name: len(module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList)
+    }
+    with safe_open(adapter / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+        names = [name.removeprefix("base_model.model.").split(".") for name in file.keys()]  # noqa: SIM118
+    for parts in names:
+        for place, part in enumerate(parts):
+            layers = ".".join(parts[:place])
+            if part.isdecimal() and int(part) >= depths.get(layers, sys.maxsize):
+                return f"{layers}.{part}"
+    return None
+
+
+# What the layers are called whose rows are tokens.
+_OF_TOKENS = {
+    *("embed_tokens", "embed_in", "word_embeddings", "embeddings", "wte"),
+    *("lm_head", "embed_out"),
+}
+
+
+def saved_embeddings(adapter: Path | str) -> int | None:
+    """For how many tokens an adapter brings embeddings or a head of its own, as it does where
+    tokens were added before it was trained; None where it brings neither.
+    """
+    sizes = []
+    with safe_open(Path(adapter) / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 - it is no dict
+            *layer, kind = re.sub(r"\.(token_adapter|base_layer)\b", "", name).split(".")
+            if kind == "weight" and layer and layer[-1] in _OF_TOKENS:
+                sizes.append(file.get_slice(name).get_shape()[0])
+    return max(sizes, default=None)
 
 
 def load_soft_verbalizer(folder: Path | str, model) -> None:
@@ -121,7 +172,11 @@ def load_tuned(
         base = model_name_or_path or trained_on
         if not model_name_or_path and not load.get("revision"):
             load["revision"] = revision
-    masked = is_masked(stored_config(base, revision=load.get("revision")))
+    masked = nature_of(
+        base,
+        revision=load.get("revision"),
+        trust_remote_code=load.get("trust_remote_code", False),
+    ).masked
     kind = AutoModelForMaskedLM if masked else None
     if run.get("head") == "classifier":
         kind, head = classification_head(run["classes"], str(folder))

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from peft import PeftModel, PeftType
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from recipelib.encoding import CausalAsker, MaskedAsker
-from recipelib.models import bare_model, is_masked_model
+from recipelib.models import bare_model, is_masked_model, nature_of
 from recipelib.prompts import Question, RowError
 from recipelib.runtime import UserError, fsdp_option, uses_fsdp
 
@@ -63,46 +63,86 @@ def start_ids(
     return (start * count)[:count]
 
 
-def refuse_shards(option: str) -> None:
-    """Refuse a launch that saves checkpoints as shards: PEFT cannot read a soft prompt from them,
-    and it has only a few kilobytes anyway.
+def check_prompt(option: str, args, training, *, prefix: bool = False) -> None:
+    """Refuse a prompt that the model cannot have in front, before it is loaded, and launches that
+    save checkpoints as shards: PEFT cannot read a prompt from them, and it has only a few kilobytes
+    anyway.
 
     Args:
         option: the one that asks for the prompt.
+        prefix: whether it consists of keys and values, which stand for tokens before the text, and
+            not of embeddings.
     Raises:
-        UserError: it is such a launch.
+        UserError: such a model or launch.
     """
     if fsdp_option("STATE_DICT_TYPE") == "sharded_state_dict":
         raise UserError(
             f"{option}: is saved whole, and this launch saves shards; launch with "
             "accelerate_configs/fsdp2.yaml"
         )
+    nature = nature_of(
+        args.model_name_or_path,
+        revision=args.revision,
+        trust_remote_code=training.trust_remote_code,
+    )
+    config = nature.config.get_text_config()
+    takes = nature.forward_arguments
+    if prefix and not ({"past_key_values"} <= takes and _has_attention(config)):
+        reason = "has layers that keep no plain keys and values"
+    elif not prefix and "inputs_embeds" not in takes:
+        reason = "takes no embeddings in place of tokens"
+    elif not prefix and getattr(config, "hidden_size_per_layer_input", None):
+        reason = "looks tokens up in every layer, and a soft prompt has none"
+    else:
+        return
+    other = "soft_prompt" if prefix else "prefix"
+    raise UserError(
+        f"{option}: {nature.name} ({nature.model_type}) {reason}; prompt_tuning.py --tune {other} "
+        "or lora_sft.py may do"
+    )
+
+
+def _has_attention(config) -> bool:
+    """Whether every layer keeps the keys and values of tokens, be it in a window only, and not
+    compressed as in DeepSeek's.
+    """
+    kinds = {*map(type, DynamicCache(config=config).layers)}
+    return kinds <= {DynamicLayer, DynamicSlidingWindowLayer} and not hasattr(
+        config, "kv_lora_rank"
+    )
 
 
 def prompt_shape(
-    model, virtual_tokens: int, *, revision: str | None = None, sizes: bool = True
+    model, virtual_tokens: int, *, revision: str | None = None, prefix: bool = False
 ) -> dict[str, Any]:
     """What PEFT's configurations of soft prompts have in common.
 
     PEFT has no task type for masked models: with that of a feature extractor it puts the prompt in
-    front and leaves the rest to us.
+    front and leaves the rest to us. It does not know what every model calls its sizes, nor
+    embeddings of another size than the states.
 
     Args:
         revision: of the base model; PEFT writes it into the configuration.
-        sizes: include the model's sizes. PEFT does not know what every model calls them, nor
-            embeddings of another size than the states. Those of a prefix it finds itself.
+        prefix: whether it is one of keys and values. Where not all layers' have the same size, PEFT
+            has to know them itself.
     """
     shape: dict[str, Any] = {
         "task_type": "FEATURE_EXTRACTION" if is_masked_model(model) else "CAUSAL_LM",
         "num_virtual_tokens": virtual_tokens,
         "revision": revision,
     }
-    if sizes:
-        shape |= {
+    config = model.config.get_text_config()
+    if not prefix:
+        return shape | {
             "token_dim": model.get_input_embeddings().weight.shape[1],
-            "num_layers": model.config.num_hidden_layers,
-            "num_attention_heads": model.config.num_attention_heads,
+            "num_layers": config.num_hidden_layers,
+            "num_attention_heads": getattr(config, "num_attention_heads", 1),  # Mamba has none
         }
+    states = _cached(model, [0])
+    if len({state.shape for state in states}) == 1:
+        heads, size = states[0].shape[1:]
+        sizes = {"num_layers": len(states) // 2, "num_attention_heads": heads}
+        return shape | sizes | {"token_dim": heads * size}
     return shape
 
 
@@ -111,12 +151,12 @@ def start_prompt(model: PeftModel, ids: Sequence[int]) -> PeftModel:
     """Start a soft prompt at the embeddings of tokens; without tokens, at random numbers with the
     embeddings' standard deviation.
     """
-    embeddings = bare_model(model).get_input_embeddings().weight
+    embeddings = bare_model(model).get_input_embeddings()
     prompt = model.prompt_encoder["default"].embedding.weight
-    if ids:
-        prompt.copy_(embeddings[ids])
+    if ids:  # called, for Gemma's are scaled then
+        prompt.copy_(embeddings(torch.tensor(ids, device=embeddings.weight.device)))
     else:
-        prompt.mul_(embeddings.float().std())
+        prompt.mul_(embeddings.weight.float().std())
     return model
 
 
@@ -130,33 +170,27 @@ def start_prefix(model: PeftModel, start: torch.Tensor | None) -> PeftModel:
     return model
 
 
-def require_cache(model) -> None:
-    """Refuse models that take no KV cache: a prefix is given as the keys and values of tokens
-    before the text.
-
-    Raises:
-        UserError: the model takes none.
-    """
-    if "past_key_values" not in inspect.signature(model.base_model.forward).parameters:
-        raise UserError(
-            f"--tune prefix: {type(model).__name__} takes no keys and values; --tune soft_prompt "
-            "does without"
-        )
-
-
 def keys_and_values(model, ids: list[int]) -> torch.Tensor | None:
     """[tokens, 2 x layers x heads x size] keys and values of a text in a causal model, in the order
     of PEFT's prefixes: a prefix can start as this text (Li and Liang 2021, section 7.4). None
-    without a text, and for masked models, which have no KV cache.
+    without a text, for masked models, which have no KV cache, and where layers' sizes differ.
+    """
+    states = _cached(model, ids)
+    if len({state.shape for state in states}) != 1:
+        return None
+    return torch.stack(states, 1).flatten(1)
+
+
+@torch.no_grad()
+def _cached(model, ids: list[int]) -> list[torch.Tensor]:
+    """The keys and values, each [tokens, heads, size], that every layer of a causal model keeps of
+    a text; none without a text, and for masked models.
     """
     if not ids or is_masked_model(model):
-        return None
-    with torch.no_grad():
-        cache = model(torch.tensor([ids], device=model.device), use_cache=True).past_key_values
-    states = [
-        tensor[0].transpose(0, 1) for layer in cache.layers for tensor in (layer.keys, layer.values)
-    ]
-    return torch.stack(states, 1).flatten(1)
+        return []
+    cache = model(torch.tensor([ids], device=model.device), use_cache=True).past_key_values
+    kept = [layer for layer in cache.layers if layer.keys is not None]
+    return [states[0].transpose(0, 1) for layer in kept for states in (layer.keys, layer.values)]
 
 
 def compute_prompt_once(model: PeftModel) -> bool:

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from recipelib.adapters.adapter_layers import add_bottlenecks
 from recipelib.adapters.bottleneck import BottleneckConfig
-from recipelib.models import find_layers, head_modules, linear_names
+from recipelib.models import find_layers, head_modules, linear_names, without_lora
 
 
 def adapt_layers(
@@ -34,6 +34,7 @@ def adapt_layers(
         r=16,
         lora_alpha=32,
         target_modules=linear_names(model, layers),
+        exclude_modules=without_lora(model),
         init_lora_weights="gaussian",
         **shape,
     )

@@ -3,7 +3,7 @@
 from recipelib.data.checking import StoredRows
 from recipelib.data.demonstrations import Demonstrations, nearest_rows
 from recipelib.data.drawing import draw_rows, few_shot_rows, mixture_counts
-from recipelib.data.formats import classes_from_rows, template_for
+from recipelib.data.formats import classes_from_rows, guess_template, template_for
 from recipelib.data.rows import (
     Rows,
     load_asked,
@@ -22,6 +22,7 @@ __all__ = [
     "classes_from_rows",
     "draw_rows",
     "few_shot_rows",
+    "guess_template",
     "load_asked",
     "load_questions",
     "load_splits",

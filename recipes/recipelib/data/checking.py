@@ -7,6 +7,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -26,6 +27,7 @@ from recipelib.runtime import (
     digest,
     one_line,
     read_arrow,
+    say,
     write_json,
 )
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _SHOWN_BAD_ROWS = 20
+_SHOWN_UNREAD = 8
 _READ_AT_ONCE = 500
 
 
@@ -183,9 +186,11 @@ def check_rows(
 
     def make(folder: Path) -> None:
         columns: dict[str, None] = {}
+        unread: Counter[str] = Counter()
 
-        def work(number: int, piece: Any, tick: Callable[[], None]) -> list[str]:
+        def work(number: int, piece: Any, tick: Callable[[], None]) -> tuple[list[str], Counter]:
             met: dict[str, None] = {}
+            passed_over: Counter[str] = Counter()
             if order is not None:
                 piece = order[piece.start : piece.stop]
             entries = source.entries(piece, folder / f"rows-{number:05}.arrow")
@@ -199,27 +204,33 @@ def check_rows(
                         question, *_ = template.questions(row, answers=answers)
                         key = row_key(template, row)
                         label = numbers.get(question.label, -1)
+                        passed_over.update(question.unread)
                     except RowError as error:
                         problem = one_line(error)
                     checks.add(file, line, problem, key, label)
                     tick()
-            return list(met)
+            return list(met), passed_over
 
         pieces, total = source.pieces, source.count
         if order is not None:
             pieces, total = cut(len(order), store.processes), len(order)
-        for met in store.fill(folder, work, pieces, total=total, description="checking"):
+        done = store.fill(folder, work, pieces, total=total, description="checking")
+        for met, passed_over in done:
             columns.update(dict.fromkeys(met))
-        write_json(folder / "columns.json", list(columns))
+            unread.update(passed_over)
+        write_json(folder / "columns.json", {"columns": list(columns), "unread": unread})
 
     folder = store.get("rows", digest(identity, chosen), make)
     files = sorted(folder.glob("checks-*.arrow"))
     checks = read_arrow(files).with_format("arrow")[:] if files else []
     if not len(checks):
         raise UserError(f"{source.name}: holds no rows; pass a file with at least one")
+    met = json.loads((folder / "columns.json").read_text("utf-8"))
     if order is None:
-        columns = source.columns or json.loads((folder / "columns.json").read_text("utf-8"))
+        columns = source.columns or met["columns"]
         refuse_missing_columns(template, source.name, columns, answers)
+    if note := describe_unread(met["unread"]):
+        say(f"warning: {source.name}: {note}")
     problems = checks["problem"]
     good = np.flatnonzero(problems.is_null().to_numpy())
     rows = StoredRows(
@@ -236,6 +247,19 @@ def check_rows(
     places = zip(*(bad[name].to_pylist() for name in ("file", "line", "problem")), strict=True)
     return Checked(
         rows, [f"{source.where[file].format(line)}: {problem}" for file, line, problem in places]
+    )
+
+
+def describe_unread(counts: Mapping[str, int]) -> str:
+    """What rows say and nothing reads, with how many say so; empty if nothing is."""
+    if not counts:
+        return ""
+    most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    shown = [f"{name} ({count:,} {'row' if count == 1 else 'rows'})" for name, count in most]
+    more = f" and {len(shown) - _SHOWN_UNREAD} more" if len(shown) > _SHOWN_UNREAD else ""
+    return (
+        f"nothing reads {', '.join(shown[:_SHOWN_UNREAD])}{more}; if that should change what is "
+        "learned, put it into the text, or name the column in a --template"
     )
 
 

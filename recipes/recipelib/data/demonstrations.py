@@ -53,10 +53,10 @@ class Demonstrations:
         nearest: Sequence[Sequence[int]] | None = None,
         solve: Callable[[Question], Demonstration] | None = None,
     ):
-        if shots and template.messages:
+        if shots and template.conversation:
             raise UserError(
-                f"{template.path}: messages: before a conversation there is no place for "
-                "demonstrations; pass --shots 0"
+                f"{template.path}: {template.conversation}: before a conversation there is no "
+                "place for demonstrations; pass --shots 0"
             )
         if sampler == "balanced" and not template.label:
             raise UserError(

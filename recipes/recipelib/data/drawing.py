@@ -14,14 +14,16 @@ from recipelib.runtime import UserError
 
 
 def mixture_counts(sizes: Sequence[int], mixing: str, total: int | None = None) -> list[int]:
-    """How many rows of each task an epoch has.
+    """How many rows of each task an epoch has. A task whose share is larger than the task is
+    repeated within the epoch, see `draw_rows`.
 
     Args:
         sizes: how many rows each task has, at least one.
         mixing: "size", "equal", or a temperature T as text: shares in proportion to size ** (1 / T)
             (Raffel et al. 2020, arXiv:1910.10683, section 3.5.2), which is "size" at T = 1 and
             comes close to "equal" for a large T.
-        total: rows of the epoch, all tasks together; by default the sum of `sizes`.
+        total: the most rows of the epoch, all tasks together, which are never more than there are;
+            None for all.
     Raises:
         UserError: any other `mixing`, or fewer rows than tasks.
     """
@@ -32,7 +34,7 @@ def mixture_counts(sizes: Sequence[int], mixing: str, total: int | None = None) 
         exponent = -1.0
     if not 0 <= exponent <= 1:
         raise UserError(f"--mixing {mixing}: must be size, equal, or a temperature of 1 or more")
-    total = sum(sizes) if total is None else total
+    total = sum(sizes) if total is None else min(total, sum(sizes))
     if total < len(sizes):
         raise UserError(f"--max_train_samples {total}: fewer than the {len(sizes)} tasks; raise it")
     weights = [size**exponent for size in sizes]

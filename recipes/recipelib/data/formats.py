@@ -6,42 +6,73 @@ prompts with completions or responses. The template is like any other and is sav
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 from recipelib.data.rows import load_splits, parse_columns
-from recipelib.data.sources import Hub, first_row, locate
-from recipelib.prompts import PromptTemplate, as_list, class_name, find_template
+from recipelib.data.sources import Hub, first_rows, locate
+from recipelib.prompts import (
+    PREFERENCES,
+    PromptTemplate,
+    RowError,
+    class_name,
+    find_template,
+    is_empty,
+    read_list,
+)
 from recipelib.runtime import Store, UserError, load_yaml
 
+_LOOKED_AT = 100  # rows
 _MOST_CLASSES = 100
 _KNOWN = (
-    "messages, conversations, instruction with output or response, prompt with completion or "
-    "response"
+    "messages, conversations, instruction with output or response, prompt or query with "
+    "completion or response"
 )
+# Parts of a prompt that may stand beside it -> the columns that have them.
+_BESIDE = {
+    "system": ("system", "system_prompt"),
+    "history": ("history",),
+    "tools": ("tools", "functions"),
+}
 
 
 def template_for(
     dataset: str, split: str | None = None, streaming: bool = False
 ) -> tuple[PromptTemplate, str]:
-    """A template for a data set, guessed from its first row; no other row is read.
+    """A template for a data set, guessed from its first 100 rows; no other row is read.
 
     Args:
         dataset: a file, a folder with a file per split, or a hub id.
-        split: the split whose first row is read; by default "train". A file has one split.
+        split: the split whose rows are read; by default "train". A file has one split.
     Returns:
         The template, named after the data set, and a line that says what the data was taken for.
     Raises:
         UserError: no such data, or columns that say nothing.
     """
     place = locate(None, dataset, None)
-    row = first_row(place, split or "train", streaming)
+    rows = first_rows(place, split or "train", _LOOKED_AT, streaming)
     if isinstance(place, Hub):
         name = place.path.rpartition("/")[2]
     else:
         name = place.resolve().stem if place.is_file() else place.resolve().name
-    return guess_template(row, dataset, name)
+    return guess_template(_typical(rows), dataset, name)
+
+
+def _typical(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A row with all columns of those rows that are of the commonest kind, each with its first
+    value that is not empty: the first row may be unlike the others.
+    """
+    kinds: dict[str, list[Mapping]] = {}
+    for row in rows:
+        if guess := _guess(row):
+            kinds.setdefault(guess[0], []).append(row)
+    typical: dict[str, Any] = {}
+    for row in max(kinds.values(), key=len, default=rows):
+        for column, value in row.items():
+            if is_empty(typical.setdefault(column, value)):
+                typical[column] = value
+    return typical
 
 
 def guess_template(
@@ -53,9 +84,15 @@ def guess_template(
         source: what an error calls the data.
         name: the template's name.
     Raises:
-        UserError: the columns are of no known kind.
+        UserError: the columns are of no known kind, or preferences.
     """
-    guess = _conversation(row) or _instruction(row) or _completion(row)
+    if preferences := [column for column in PREFERENCES if not is_empty(row.get(column))]:
+        raise UserError(
+            f"{source}: {' and '.join(preferences)}: no recipe learns preferences; to learn the "
+            "chosen answers, leave 'rejected' out and rename 'chosen' to 'messages', or to "
+            "'completion' where it follows a 'prompt'; or pass --template"
+        )
+    guess = _guess(row)
     if guess is None:
         columns = ", ".join(map(repr, row)) or "none"
         raise UserError(
@@ -72,6 +109,7 @@ def guess_template(
         "form": "generative",
         **fields,
         "metric": "loss",
+        "guessed": list(row),
     }
     return PromptTemplate(fields, "guessed.yaml"), description
 
@@ -80,19 +118,46 @@ def guess_template(
 _Guess = tuple[str, list[str], dict[str, Any]]
 
 
+def _guess(row: Mapping[str, Any]) -> _Guess | None:
+    return _conversation(row) or _instruction(row) or _completion(row)
+
+
 def _conversation(row: Mapping[str, Any]) -> _Guess | None:
     for column in ("messages", "conversations"):
         if turn := _first_turn(row.get(column)):
             kind = "ShareGPT's conversations" if "from" in turn else "OpenAI's messages"
-            return kind, [column, "tools"], {"messages": column}
+            return _with_turns(kind, {"messages": column}, row)
     if _first_turn(row.get("prompt")) and _first_turn(row.get("completion")):
         fields = {"messages": "prompt", "completion": "completion"}
-        return "TRL's conversational prompts and completions", [*fields.values(), "tools"], fields
+        return _with_turns("TRL's conversational prompts and completions", fields, row)
     return None
 
 
+def _with_turns(kind: str, fields: dict[str, Any], row: Mapping[str, Any]) -> _Guess:
+    """The guess of columns with turns, and of what stands beside them."""
+    beside = {name: column for name, column in _beside(row).items() if name != "history"}
+    renamed = {name: column for name, column in beside.items() if name != column}
+    used = [*fields.values(), *beside.values()]
+    return kind, used, {**({"columns": renamed} if renamed else {}), **fields}
+
+
+def _beside(row: Mapping[str, Any]) -> dict[str, str]:
+    """The parts of the prompt that stand in columns of their own -> these columns; a column counts
+    where its first value is empty, too.
+    """
+    found = {}
+    for name, columns in _BESIDE.items():
+        for column in reversed(columns):
+            if column in row and (name not in found or not is_empty(row[column])):
+                found[name] = column
+    return found
+
+
 def _first_turn(value: Any) -> Mapping[str, Any] | None:
-    turn = next(iter(as_list(value)), None)
+    try:
+        turn = next(iter(read_list(value, "")), None)
+    except RowError:
+        return None
     return turn if isinstance(turn, Mapping) and ("role" in turn or "from" in turn) else None
 
 
@@ -102,32 +167,52 @@ def _instruction(row: Mapping[str, Any]) -> _Guess | None:
     outputs = [column for column in ("output", "response") if column in row]
     if "instruction" not in row or len(inputs) > 1 or len(outputs) != 1:
         return None
-    named = {"input": (inputs or ["input"])[0], "output": outputs[0]}
+    columns = {"input": (inputs or ["input"])[0], "output": outputs[0]}
     kind = "Alpaca's instructions" if outputs == ["output"] else "Dolly's instructions"
-    return (
-        kind,
-        ["instruction", *named.values()],
-        {
-            "columns": {name: column for name, column in named.items() if name != column},
-            "optional": ["input"],
-            "prompt": "{{ instruction }}{% if input %}\n\n{{ input }}{% endif %}",
-            "answer": "\n\n{{ output }}",
-            "shorten": ["input"],
-        },
-    )
+    fields = {
+        "columns": columns,
+        "optional": ["input"],
+        "prompt": "{{ instruction }}{% if input %}\n\n{{ input }}{% endif %}",
+        "answer": "\n\n{{ output }}",
+        "shorten": ["input"],
+    }
+    return _with_texts(kind, ["instruction", *columns.values()], fields, row)
 
 
 def _completion(row: Mapping[str, Any]) -> _Guess | None:
     """A prompt with a completion, which follows it directly, as TRL joins them; or with a response,
     which follows after an empty line.
     """
+    asked = "prompt" if "prompt" in row else "query"
     answers = [column for column in ("completion", "response") if column in row]
-    texts = [row.get(column) for column in ("prompt", *answers)]
+    texts = [row.get(column) for column in (asked, *answers)]
     if len(answers) != 1 or not all(isinstance(text, str) for text in texts):
         return None
     joined = {"completion": "{{ completion }}", "response": "\n\n{{ response }}"}
-    fields = {"prompt": "{{ prompt }}", "answer": joined[answers[0]]}
-    return f"prompts and {answers[0]}s", ["prompt", *answers], fields
+    fields = {"prompt": f"{{{{ {asked} }}}}", "answer": joined[answers[0]]}
+    plural = "queries" if asked == "query" else "prompts"
+    return _with_texts(f"{plural} and {answers[0]}s", [asked, *answers], fields, row)
+
+
+def _with_texts(
+    kind: str, used: list[str], fields: dict[str, Any], row: Mapping[str, Any]
+) -> _Guess:
+    """The guess of columns with a prompt and an answer, and of what stands beside them. Earlier
+    turns or tools make a conversation of them, which loses whole turns where it is too long.
+    """
+    beside = _beside(row)
+    columns = {**fields.pop("columns", {}), **beside}
+    columns = {name: column for name, column in columns.items() if name != column}
+    optional = [*fields.pop("optional", []), *(beside.keys() & {"system"})]
+    if "system" in beside:
+        fields["system"] = "{{ system }}"
+    if beside.keys() & {"history", "tools"}:
+        fields["history"] = "history"
+        optional.append("history")
+        fields.pop("shorten", None)
+    given = {"columns": columns, "optional": optional}
+    given = {key: value for key, value in given.items() if value}
+    return kind, [*used, *beside.values()], {**given, **fields}
 
 
 def classes_from_rows(args: Any, seed: int, store: Store | None = None) -> PromptTemplate:

@@ -151,13 +151,14 @@ def load_splits(
 
 def splits_of(template: PromptTemplate, args: Any) -> tuple[Path | Hub, str, str]:
     """The data that a recipe's arguments name, and its splits to train and to evaluate on; both are
-    the same where no evaluation split is named and there is no validation file.
+    the same where no evaluation split is named and there is no split called validation.
     """
     place = locate(template, args.dataset, None)
     train_split = args.train_split or template.dataset.get("train") or "train"
     eval_split = args.eval_split or template.dataset.get("eval")
     if eval_split is None:
-        eval_split = "validation" if has_split(place, "validation") else train_split
+        found = has_split(place, "validation", getattr(args, "streaming", False))
+        eval_split = "validation" if found else train_split
     return place, train_split, eval_split
 
 
@@ -186,7 +187,11 @@ def load_asked(
     eval_split = args.eval_split or template.dataset.get("eval")
     if eval_split is None and has_split(place, "validation"):
         eval_split = "validation"
-    if shots or one_file or eval_split is None or has_split(place, train_split):
+    if isinstance(place, Hub):  # of which nothing is fetched to see whether there is more
+        alone = eval_split not in (None, train_split)
+    else:
+        alone = not one_file and eval_split is not None and not has_split(place, train_split)
+    if shots or not alone:
         return load_splits(template, args, seed, store=store)
     return None, load_rows(
         template,
@@ -281,4 +286,6 @@ def _take(table: _Table, places: np.ndarray, limit: int | None, seed: int, note:
             raise UserError(f"{table.source}: {limit} rows asked for; ask for 1 or more")
         places = places[_draw(len(places), seed)]
     rows, skipped = table.read(places, limit)
+    if limit is None or len(rows) < limit:  # all were read, the bad ones too
+        available = len(rows)
     return Rows(rows, table.source + note, skipped, available)

@@ -37,6 +37,7 @@ _SHARD = re.compile(r"(?P<split>.+?)-(?P<number>\d+)(-of-(?P<count>\d+))?(-[0-9a
 # data set not too many.
 _LEAST_BYTES, _MOST_BYTES, _MOST_ROWS = 2**18, 2**24, 10_000
 
+_NO_SPLIT = "no such split"
 _NO_PARQUET = "{}: no Parquet file ({}); write it again"
 
 # The number of a row's file, its line or number there, and the row or what is wrong with it.
@@ -165,8 +166,23 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     return exact or [file for _, file in in_order]
 
 
-def has_split(place: Path | Hub, split: str) -> bool:
-    """Whether a local folder has a file for a split; False for a file and for the hub."""
+def has_split(place: Path | Hub, split: str, streaming: bool = False) -> bool:
+    """Whether a folder has a file for a split, or a hub data set the split; False for a file.
+
+    Args:
+        streaming: fetch no more of a hub's data set than that takes.
+    Raises:
+        UserError: what else keeps a hub's data set from being read.
+    """
+    if isinstance(place, Hub):
+        try:
+            with _hub_problems(place, split) as load:
+                load(**({"streaming": True} if streaming else {}))
+        except UserError as error:
+            if _NO_SPLIT in str(error):
+                return False
+            raise
+        return True
     if not isinstance(place, Path) or not place.is_dir():
         return False
     files = [file.name for folder in (place, place / "data") for file in folder.glob(f"{split}*")]
@@ -338,8 +354,11 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, parquet.ParquetFile]]:
         raise UserError(_NO_PARQUET.format(shown, one_line(error))) from None
 
 
-def first_row(place: Path | Hub, split: str, streaming: bool = False) -> dict[str, Any]:
-    """The first row of a split that can be read, without a template.
+def first_rows(
+    place: Path | Hub, split: str, count: int, streaming: bool = False
+) -> list[dict[str, Any]]:
+    """The first rows of a split that can be read, without a template: at least one, at most so
+    many.
 
     Args:
         streaming: fetch no more of a hub's data set than that.
@@ -348,22 +367,28 @@ def first_row(place: Path | Hub, split: str, streaming: bool = False) -> dict[st
     """
     if isinstance(place, Hub):
         if streaming:
-            _, (row,) = _stream_hub(place, split, 1)
-            return row
-        return _load_hub(place, split)[0]
+            return _stream_hub(place, split, count)[1]
+        # As Arrow's values: images are not decoded.
+        return _load_hub(place, split).with_format("arrow")[:count].to_pylist()
     file = place if place.is_file() else _files_of_split(place, split)[0]
     shown = _refuse_unknown(file)
     problem = f"{shown}: holds no rows; pass a file with at least one"
     if file.suffix.lower() == ".parquet":
         with _read_parquet(file) as (_, opened):
-            for batch in opened.iter_batches(batch_size=1):
-                return batch.to_pylist()[0]
+            for batch in opened.iter_batches(batch_size=count):
+                return batch.to_pylist()
         raise UserError(problem)
+    rows: list[dict[str, Any]] = []
     for line, row in read_text_rows(file, shown):
         if isinstance(row, dict):
-            return row
-        problem = f"{shown}:{line}: {one_line(row)}"
-    raise UserError(problem)
+            rows.append(row)
+        else:
+            problem = f"{shown}:{line}: {one_line(row)}"
+        if len(rows) == count:
+            break
+    if not rows:
+        raise UserError(problem)
+    return rows
 
 
 def open_stream(
@@ -480,7 +505,7 @@ def _hub_problem(error: Exception, hub: Hub) -> str:
             "template, or pass --dataset a folder or a file"
         )
     if "Unknown split" in text or "Bad split" in text:
-        return f"no such split; its splits: {names}; choose with --train_split and --eval_split"
+        return f"{_NO_SPLIT}; its splits: {names}; choose with --train_split and --eval_split"
     if "Config name is missing" in text or "BuilderConfig" in text:
         return f"name one of its configs, as {hub.path}:CONFIG; its configs: {names}"
     text = f"{text} {error.__cause__ or ''}"

@@ -6,16 +6,17 @@ all rows at once (held-out rows, a draw, grouping by length) is refused, or left
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipelib.data.checking import refuse_missing_columns
+from recipelib.data.checking import describe_unread, refuse_missing_columns
 from recipelib.data.rows import Rows, load_rows, splits_of
 from recipelib.data.sources import open_stream
 from recipelib.prompts import PromptTemplate, RowError
-from recipelib.runtime import Store, UserError, one_line
+from recipelib.runtime import Store, UserError, one_line, say
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -40,6 +41,8 @@ class RowStream:
         available: how many are planned to be read.
         bad: what is wrong with the first bad rows that were met.
         skipped: how many bad rows were met, and left out, by this process.
+        met: how many rows this process has read; those of a second pass are none, and not counted.
+        unread: what rows say and nothing reads -> how many say so, of those that were met.
     """
 
     data: IterableDataset
@@ -51,6 +54,9 @@ class RowStream:
     available: int = 0
     bad: list[str] = field(default_factory=list)
     skipped: int = 0
+    met: int = 0
+    _again: bool = False  # whether the row that is read now was met before
+    unread: Counter[str] = field(default_factory=Counter)
 
     def checked(self, row: dict[str, Any]) -> dict[str, Any] | None:
         """A row that the template can read; None for a bad one, which is counted."""
@@ -58,47 +64,51 @@ class RowStream:
             row = self.read(row)
             if isinstance(row, RowError):
                 raise row
-            self.template.questions(row)
+            self.unread.update(self.template.questions(row)[0].unread)
         except RowError as error:
             self.leave_out(error)
             return None
         return row
 
     def leave_out(self, error: Exception) -> None:
-        """Count a bad row."""
+        """Count a bad row, once."""
+        if self._again:
+            return
         self.skipped += 1
         if len(self.bad) < _SHOWN_BAD_ROWS:
             self.bad.append(one_line(error))
 
     def share(self, seed: int, rank: int, world: int) -> IterableDataset:
-        """The rows of one of `world` processes in random order, again and again; every pass has the
-        same order.
-        """
+        """The rows of one of `world` processes in random order, the same at every reading."""
         if self.data.num_shards % world == 0:  # then it reads its own files only
             own = self.data.shard(num_shards=world, index=rank)
-            return own.shuffle(seed=seed, buffer_size=_BUFFER).repeat(None)
+            return own.shuffle(seed=seed, buffer_size=_BUFFER)
         shuffled = self.data.shuffle(seed=seed, buffer_size=_BUFFER)
-        own = shuffled.filter(lambda row, place: place % world == rank, with_indices=True)
-        return own.repeat(None)
+        return shuffled.filter(lambda row, place: place % world == rank, with_indices=True)
+
+    def forget(self) -> None:
+        """Count anew."""
+        self.bad, self.skipped, self.met = [], 0, 0
 
     def mapped(
         self,
         data: IterableDataset,
-        encode: Callable[[int, Mapping], Sequence[Mapping]],
+        encode: Callable[[int, Mapping, bool], Sequence[Mapping]],
         names: Sequence[str],
     ) -> IterableDataset:
-        """What `encode` makes of each good row of `data`.
+        """What `encode` makes of each good row of `data`, again and again.
 
         Args:
-            encode: from a row's number and the row to its examples.
+            encode: from a row's number, the row, and whether it was met before, to its examples.
             names: of the examples' columns.
         """
 
         def encode_all(columns: dict[str, list], places: list[int]) -> dict[str, list]:
             examples = []
             for values, place in zip(zip(*columns.values(), strict=True), places, strict=True):
+                self._again, self.met = place < self.met, max(self.met, place + 1)
                 row = self.checked(dict(zip(columns, values, strict=True)))
-                examples += [] if row is None else encode(place, row)
+                examples += [] if row is None else encode(place, row, self._again)
             return {name: [example[name] for example in examples] for name in names}
 
         return data.map(
@@ -107,7 +117,7 @@ class RowStream:
             batch_size=_READ_AT_ONCE,
             with_indices=True,
             remove_columns=self.columns,
-        )
+        ).repeat(None)
 
 
 def load_streamed(
@@ -142,7 +152,9 @@ def load_streamed(
         raise UserError(
             f"{name}: no good row among the first {stream.skipped:,}; the first: {stream.bad[0]}"
         )
-    stream.bad, stream.skipped = [], 0
+    if note := describe_unread(stream.unread):
+        say(f"warning: {name}: of the first {len(first):,} rows {note}")
+    stream.forget()
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
     stream.available = training.max_steps * batch * training.world_size
     evaluation = load_rows(

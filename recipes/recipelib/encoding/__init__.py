@@ -10,6 +10,7 @@ from recipelib.encoding.asking import (
     asker_of,
     record_of,
     requests_without_content,
+    with_bar,
 )
 from recipelib.encoding.chat_template import ensure_chat_template
 from recipelib.encoding.class_rows import (
@@ -79,5 +80,6 @@ __all__ = [
     "record_of",
     "requests_without_content",
     "training_encoding",
+    "with_bar",
     "word_encoder",
 ]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from recipelib.encoding.prompt_encoder import DoesNotFit, EncodedPrompt, PromptEncoder
 from recipelib.prompts import Demonstration, Question, RowError
-from recipelib.runtime import UserError
+from recipelib.runtime import UserError, progress_bar
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Asked:
 
 def ask(
     encoder: PromptEncoder,
-    rows: Sequence[Mapping],
+    rows: Iterable[Mapping],
     reserve: Callable[[Question], int],
     answers: bool = True,
     demonstrate: Callable[[int, Mapping], Sequence[Demonstration]] | None = None,
@@ -59,6 +59,14 @@ def ask(
             continue
         asked.append(Asked(number, questions, prompts, shown[dropped:], dropped))
     return asked
+
+
+def with_bar(rows: Sequence[Mapping], description: str | None) -> Iterator[Mapping]:
+    """Rows, to be asked about, with a progress bar over them; none without a description."""
+    with progress_bar(description, len(rows)) as bar:
+        for row in rows:
+            yield row
+            bar.update()
 
 
 def record_of(encoder: PromptEncoder, asked: Asked, answer, prediction, score) -> dict:
@@ -97,7 +105,7 @@ class CausalAsker:
 
     def ask(
         self,
-        rows: Sequence[Mapping],
+        rows: Iterable[Mapping],
         answers: bool,
         demonstrate: Demonstrate | None,
         first: int = 0,
@@ -146,7 +154,7 @@ class MaskedAsker:
 
     def ask(
         self,
-        rows: Sequence[Mapping],
+        rows: Iterable[Mapping],
         answers: bool,
         demonstrate: Demonstrate | None,
         first: int = 0,
@@ -199,7 +207,7 @@ class ClozeAsker(CausalAsker):
     """
 
     def ask(
-        self, rows: Sequence[Mapping], answers: bool, demonstrate=None, first: int = 0
+        self, rows: Iterable[Mapping], answers: bool, demonstrate=None, first: int = 0
     ) -> list[Asked]:
         """The rows whose cloze fits; a pair that is asked once per word is one cloze, too."""
         encode = self._encode

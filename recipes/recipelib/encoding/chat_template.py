@@ -35,7 +35,7 @@ PLAIN_CHAT_TEMPLATE = """\
 {%- endif %}
 """
 
-_FEW_PROMPTS = 5  # which are rendered one by one
+FEW_PLACES = 5  # of a conversation; what stands there is rendered one by one
 
 # Stands for a text while a chat template is tried, to see whether and where it is written.
 _PROBE = "Probetext"
@@ -125,6 +125,7 @@ class ChatTemplate:
         return rendered
 
     def _check_tools(self, turns: Sequence[Turn], tools: Sequence[Mapping]) -> None:
+        turns = last_exchange(turns)
         if tools and not self._writes("tools", turns, turns, [_PROBE_TOOL]):
             raise self._lost("descriptions of tools")
         returned = len([*takewhile(lambda turn: turn["role"] == "tool", reversed(turns))])
@@ -148,7 +149,7 @@ class ChatTemplate:
         def render(place: int) -> str:
             return self.prompt(turns[:place], tools)
 
-        if len(places) < _FEW_PROMPTS:
+        if len(places) < FEW_PLACES:
             return render
         before, log = turns[: max(places)], _Log()
         taken = self._as_taken(before)
@@ -394,6 +395,22 @@ class _Turns(Sequence):
         else:
             self._log.read(self._log.count)
         return self._turns[key]
+
+
+def last_exchange(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns by which a template decides how it writes an answer to all of them: the system's,
+    the user's last, and behind it the last calls with their results. However long a conversation
+    is, they are few.
+    """
+    place = len(turns) - 1
+    while place and turns[place]["role"] == "tool":
+        place -= 1
+    question = place
+    while question and turns[question]["role"] != "user":
+        question -= 1
+    asked = [turns[question]] if question < place else []
+    system = [turns[0]] if turns[0]["role"] == "system" and question else []
+    return [*system, *asked, *turns[place:]]
 
 
 def _with_arguments(turn: Turn, as_json: bool) -> Turn:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from recipelib.encoding.asking import Asked, CausalAsker, MaskedAsker, asker_of
+from recipelib.encoding.asking import Asked, CausalAsker, MaskedAsker, asker_of, with_bar
 from recipelib.encoding.examples import Encoding, Example
 from recipelib.encoding.prompt_encoder import Counts, PromptEncoder
 from recipelib.runtime import UserError, digest
@@ -57,7 +57,7 @@ def encode_class_rows(
         UserError: no row fits.
     """
     encoded = ClassRows(counts=Counts(rows=len(rows)))
-    for number, row in enumerate(rows):
+    for number, row in enumerate(with_bar(rows, "encoding")):
         if asked := _ask(asker, number, row, answers, encoded.counts):
             encoded.asked.append(asked)
             encoded.ids.append(asked.prompts[0].ids)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from recipelib.encoding.asking import Asked, CausalAsker, Cloze, ClozeAsker, MaskedAsker
+from recipelib.encoding.asking import Asked, CausalAsker, Cloze, ClozeAsker, MaskedAsker, with_bar
 from recipelib.encoding.examples import Encoding, Example
 from recipelib.encoding.prompt_encoder import Counts
 from recipelib.runtime import UserError, digest
@@ -140,7 +140,7 @@ def encode_cloze_rows(
         UserError: no row fits.
     """
     encoded = ClozeRows(counts=Counts(rows=len(rows)))
-    for number, row in enumerate(rows):
+    for number, row in enumerate(with_bar(rows, "encoding")):
         fitting = _encode_row(asker, number, row, soft, answers, encoded.counts)
         if fitting:
             encoded.asked.append(fitting[0])

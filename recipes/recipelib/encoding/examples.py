@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,17 +71,19 @@ class EncodedRows:
         return cls(Dataset.from_list(records), np.arange(len(records)), counts, longest)
 
     @classmethod
-    def join(cls, parts: Sequence[EncodedRows]) -> EncodedRows:
+    def join(cls, parts: Sequence[EncodedRows], *, same_rows: bool = False) -> EncodedRows:
         """The examples of several tasks, one after the other; rows are numbered after those of the
-        tasks before.
+        tasks before. With `same_rows` the parts are examples of the same rows, each counted once.
         """
         from datasets import concatenate_datasets
 
-        before = np.cumsum([0, *(part.counts.rows for part in parts)])
+        rows = [part.counts.rows for part in parts]
+        before = [0] * len(parts) if same_rows else np.cumsum([0, *rows[:-1]])
+        counts = reduce(Counts.__add__, (part.counts for part in parts))
         return cls(
             concatenate_datasets([part.examples for part in parts]),
-            np.concatenate([part.rows + rows for part, rows in zip(parts, before, strict=False)]),
-            reduce(Counts.__add__, (part.counts for part in parts)),
+            np.concatenate([part.rows + first for part, first in zip(parts, before, strict=True)]),
+            replace(counts, rows=rows[0]) if same_rows else counts,
             max(part.longest_target for part in parts),
             tuple(len(part.examples) for part in parts),
         )
@@ -105,8 +107,8 @@ class Encoding:
     refusal: str
 
 
-def training_encoding(encoder: PromptEncoder, seed: int = 0) -> Encoding:
-    """Examples with the ids and labels of rows.
+def training_encoding(encoder: PromptEncoder, seed: int = 0, kind: str = "training") -> Encoding:
+    """Examples with the ids and labels of rows; `kind` is what errors call those.
 
     A row's phrasing, and its wrong candidates if it asks about pairs, are drawn by the seed and the
     row's number, so that they depend neither on the process nor on the rows before.
@@ -116,14 +118,14 @@ def training_encoding(encoder: PromptEncoder, seed: int = 0) -> Encoding:
     tokens = List(Value("int32"))
 
     def encode(number: int, row: Mapping, counts: Counts) -> Iterator[tuple[int, tuple]]:
-        for ids, labels in training_examples(encoder, number, row, seed, counts):
+        for ids, labels in training_examples(encoder, number, row, seed, counts, kind):
             yield counts.add_example(labels), (ids, labels, len(ids))
 
     return Encoding(
         digest(encoder.identity, seed),
         {"input_ids": tokens, "labels": tokens, "length": Value("int32")},
         encode,
-        f"--max_length {encoder.max_length}: no training row fits; raise it",
+        f"--max_length {encoder.max_length}: no {kind} row fits; raise it",
     )
 
 
@@ -133,15 +135,17 @@ def encode_rows(
     *,
     seed: int = 0,
     store: Store | None = None,
+    kind: str = "training",
 ) -> EncodedRows:
     """`training_encoding` of rows that the room `data` has checked.
 
     Args:
         store: where they are kept, and by how many processes they are made.
+        kind: what errors call the rows.
     Raises:
         UserError: no row fits, or the chat template rejects a conversation.
     """
-    return encode_into(store or Store(), rows, training_encoding(encoder, seed))
+    return encode_into(store or Store(), rows, training_encoding(encoder, seed, kind))
 
 
 def encode_into(store: Store, rows: Sequence[Mapping], encoding: Encoding) -> EncodedRows:
@@ -192,7 +196,7 @@ def encode_stream(stream: RowStream, encodings: Sequence[Encoding], training) ->
     """Rows that are encoded while training, each in all of these ways.
 
     Args:
-        training: the trainer's arguments: its seed orders the rows, and each of its processes has
+        training: the trainer's arguments: a seed orders the rows, and each of its processes has
             its own share.
     Returns:
         The first rows' examples, and `stream`: those that are trained. The counts are of the
@@ -211,13 +215,15 @@ def encode_stream(stream: RowStream, encodings: Sequence[Encoding], training) ->
     if not first:
         raise UserError(encodings[0].refusal)
     counts, rank, world = Counts(), training.process_index, training.world_size
+    seed = training.seed if training.data_seed is None else training.data_seed
 
-    def encode(place: int, row: Mapping) -> list[dict[str, Any]]:
-        counts.rows += 1
+    def encode(place: int, row: Mapping, again: bool) -> list[dict[str, Any]]:
+        into = Counts() if again else counts
+        into.rows += 1
         examples = []
         try:
             for encoding in encodings:
-                found = encoding.encode(place * world + rank, row, counts)
+                found = encoding.encode(place * world + rank, row, into)
                 examples += [dict(zip(names, example, strict=True)) for _, example in found]
         except UserError as error:  # the chat template rejects the turns
             stream.leave_out(error)
@@ -228,12 +234,17 @@ def encode_stream(stream: RowStream, encodings: Sequence[Encoding], training) ->
         np.arange(len(first)),
         counts,
         longest,
-        stream=stream.mapped(stream.share(training.seed, rank, world), encode, names),
+        stream=stream.mapped(stream.share(seed, rank, world), encode, names),
     )
 
 
 def training_examples(
-    encoder: PromptEncoder, number: int, row: Mapping, seed: int, counts: Counts
+    encoder: PromptEncoder,
+    number: int,
+    row: Mapping,
+    seed: int,
+    counts: Counts,
+    kind: str = "training",
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Ids and labels of a row's training examples, see `encode_rows`.
 
@@ -247,13 +258,11 @@ def training_examples(
     if template.asks_each_word or len(template.prompts) > 1:
         draw = random.Random(f"{seed}-{number}")
     for question in drawn_questions(template, row, draw):
-        if template.messages:
+        if template.conversation:
             try:
                 yield from encoder.conversation(question, counts)
             except UserError as error:  # the chat template rejects the turns
-                raise UserError(
-                    f"training row {number + 1}{beginning(question)}: {error}"
-                ) from None
+                raise UserError(f"{kind} row {number + 1}{beginning(question)}: {error}") from None
             continue
         phrasing = draw.randrange(len(template.prompts)) if draw else 0
         try:

@@ -111,10 +111,10 @@ class PromptEncoder:
 
     def _take(self, template: PromptTemplate) -> None:
         tokenizer = self.text.tokenizer
-        if template.messages and tokenizer.chat_template is None:
+        if template.conversation and tokenizer.chat_template is None:
             raise UserError(
-                f"{template.path}: messages: a conversation needs a chat template and the "
-                f"tokenizer of {tokenizer.name_or_path} has none; pass a model that has"
+                f"{template.path}: {template.conversation}: a conversation needs a chat template "
+                f"and the tokenizer of {tokenizer.name_or_path} has none; pass a model that has"
             )
         self.template = template
         texts = [*template.prompts, *template.texts.values(), *(template.rationale or {}).values()]
@@ -124,7 +124,7 @@ class PromptEncoder:
                 "text never becomes one; take it out, and pass --rendering chat for a chat, or "
                 "write {{ mask }} for a mask"
             )
-        self.chat = self.rendering == "chat" or template.messages is not None
+        self.chat = self.rendering == "chat" or template.conversation is not None
 
     @property
     def identity(self) -> str:
@@ -260,19 +260,23 @@ class PromptEncoder:
             if turn["role"] == "assistant" and turn.get("weight") != 0
         ]
         prompt_of = self.text.chat.prompts(guarded, learned, tools)
+        more = {"tool_calls", "reasoning_content"}  # than an answer's text
+        places = [place for place in learned if turns[place].keys() & more]
+        writing_of = self.text.chat_writings(guarded, places, tools)
         start = 0  # the turn that the last prompt began with, behind the system turn
         for place in learned:
             turn, before, answer = turns[place], guarded[:place], []
-            if "tool_calls" in turn or "reasoning_content" in turn:
-                target = self.text.chat_written(before, guarded[place], tools)
+            if turn.keys() & more:
+                target = writing_of(place)
             else:
                 answer = self.text.chat_answer(turn["content"])
                 target = answer + self.text.chat_end(before)
             try:
                 budget = self.max_length - len(target)
                 prompt, start = self._window(before, tools, budget, start, prompt_of)
-            except DoesNotFit:
+            except DoesNotFit:  # nor will a later prompt that reaches back behind these turns
                 counts.left_out += 1
+                start = _last_question(before)
                 continue
             if answer and place != learned[-1]:
                 self.text.remember_answer(turn["content"], answer)
@@ -298,34 +302,45 @@ class PromptEncoder:
         Args:
             turns, tools: from `TextEncoder.guard_turns`.
             guess: the turn that an earlier prompt began with. Later ones rarely begin before it, so
-                from there on few have to be tried.
+                few have to be tried from there on.
             prompt_of: gives the prompt of so many turns as text.
         Raises:
             DoesNotFit: the turns since the user's last are too long.
         """
+        too_long = DoesNotFit(f"its last turns are longer than {self.max_length} tokens")
+        if budget <= 0:
+            raise too_long
         if not guess and len(ids := self.text.chat_ids(prompt_of(len(turns)))) <= budget:
             return ids, 0
         system = turns[:1] if turns[0]["role"] == "system" else []
         rest = turns[len(system) :]
         starts = [0, *(at for at, turn in enumerate(rest) if turn["role"] == "user" and at > 0)]
 
-        def prompt(start: int) -> list[int] | None:
+        def prompt(at: int) -> list[int] | None:
             ids = (
-                self.text.chat_prompt([*system, *rest[start:]], tools, guarded=True)
-                if start
+                self.text.chat_prompt([*system, *rest[starts[at] :]], tools, guarded=True)
+                if at
                 else self.text.chat_ids(prompt_of(len(turns)))
             )
             return ids if len(ids) <= budget else None
 
-        at = starts.index(guess)
-        while (ids := prompt(starts[at])) is None:
-            at += 1
-            if at == len(starts):
-                raise DoesNotFit(f"its last turns are longer than {self.max_length} tokens")
-        while at and starts[at] == guess and (longer := prompt(starts[at - 1])):
-            ids, at = longer, at - 1
-            guess = starts[at]
-        return ids, starts[at]
+        at, last, step = starts.index(guess), len(starts) - 1, 1
+        if guess and (ids := prompt(at)):
+            while at and (longer := prompt(at - 1)):
+                ids, at = longer, at - 1
+            return ids, starts[at]
+        if at == last or not (ids := prompt(last)):
+            raise too_long
+        # Too long from `at` on, short enough from `last` on. What lies between is tried in steps
+        # that double, then halve: each renders what is left, so trying all would grow with the
+        # square of the turns.
+        while last - at > 1:
+            middle = min(at + step, (at + last) // 2)
+            if longer := prompt(middle):
+                ids, last = longer, middle
+            else:
+                at, step = middle, 2 * step
+        return ids, starts[last]
 
     # Masked models
 
@@ -468,6 +483,12 @@ class PromptEncoder:
             before, ids = ids, build(question)
             stuck[name] = stuck[name] + 1 if ids == before else 0
         return question, ids
+
+
+def _last_question(turns: Sequence[Turn]) -> int:
+    """The place of the user's last turn among those behind the system turn."""
+    place = max(at for at, turn in enumerate(turns) if turn["role"] == "user")
+    return place - (turns[0]["role"] == "system")
 
 
 def _cut(text: str, offsets: Sequence[tuple[int, int]], count: int, side: str) -> tuple[int, int]:

@@ -12,14 +12,14 @@ import copy
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from functools import cached_property, lru_cache
 from typing import Any
 
 from tokenizers import AddedToken, Encoding, Tokenizer
 
-from recipelib.encoding.chat_template import ChatTemplate
+from recipelib.encoding.chat_template import FEW_PLACES, ChatTemplate, last_exchange
 from recipelib.prompts import Turn
 from recipelib.runtime import UserError, digest
 
@@ -397,6 +397,7 @@ class TextEncoder:
 
     def _chat_end(self, messages: Sequence[Turn]) -> tuple[list[int], bool]:
         """The end marker, and whether the chat template writes it itself."""
+        messages = last_exchange(messages)
         key = tuple((message["role"], "tool_calls" in message) for message in messages)
         if key not in self._chat_ends:
             ids = self._ids(self.chat.after_answer(self.guard_turns(messages)[0]))
@@ -449,6 +450,27 @@ class TextEncoder:
         ends = {end[-1]} if end[-1] in ids else self._end_ids
         places = [place for place, index in enumerate(ids) if index in ends]
         return ids[: places[-1] + 1] if places and written else [*ids, *self.end]
+
+    def chat_writings(
+        self, messages: Sequence[Turn], places: Sequence[int], tools: Sequence[Mapping] = ()
+    ) -> Callable[[int], list[int]]:
+        """Gives for each of these places `chat_written` of the turn there, after those before it;
+        raises as `chat_written`.
+
+        Of many the first and the last two are rendered behind all turns before them. If the last
+        exchange alone gives the same, it does for the others, too: else a conversation would cost
+        the square of its length.
+        """
+
+        def behind(turns: Sequence[Turn], place: int) -> list[int]:
+            return self.chat_written(turns, messages[place], tools)
+
+        alike = len(places) >= FEW_PLACES and all(
+            behind(messages[:place], place) == behind(last_exchange(messages[:place]), place)
+            for place in (places[0], *places[-2:])
+        )
+        before = last_exchange if alike else list
+        return lambda place: behind(before(messages[:place]), place)
 
     def _guard_inside(self, value: Any) -> Any:
         """A value, such as tools or calls, with every text in it guarded, keys included."""

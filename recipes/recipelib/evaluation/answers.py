@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from recipelib.encoding import Asked, Demonstrate, PromptEncoder, ask, record_of
+from recipelib.encoding import Asked, Demonstrate, PromptEncoder, ask, record_of, with_bar
 from recipelib.evaluation.metrics import answer_key
 from recipelib.evaluation.scores import FewShotScore, blocks, score_records, spool_prompts
 from recipelib.inference import Journal, Written, generate
@@ -53,8 +53,10 @@ def score_answers(
     prompts_before = 0
     model.eval()
     for first, part, bar in blocks(rows, len(draws), description):
+        encoding = bar and f"{bar}: prompts"
         asked = [
-            ask(encoder, part, lambda _: reserve, answers, draw, first=first) for draw in draws
+            ask(encoder, with_bar(part, encoding), lambda _: reserve, answers, draw, first=first)
+            for draw in draws
         ]
         prompts = [prompt for draw in asked for row in draw for prompt in row.prompts]
         options = {

@@ -44,10 +44,10 @@ def evaluate_task(
             row fits.
     """
     template = encoder.template
-    if template.messages and not (template.metric == "loss" and answers):
+    if template.conversation and not (template.metric == "loss" and answers):
         raise UserError(
-            f"{template.path}: messages: conversations are scored by their loss (metric: loss) and "
-            "cannot be answered; use a template with a prompt for that"
+            f"{template.path}: {template.conversation}: conversations are scored by their loss "
+            "(metric: loss) and cannot be answered; use a template with a prompt for that"
         )
     start = time.perf_counter()
     budget = {"batch_tokens": batch_tokens, "description": description}

@@ -24,6 +24,7 @@ from recipelib.encoding import (
     example_of,
     record_of,
     requests_without_content,
+    with_bar,
 )
 from recipelib.evaluation.calibration import Word, candidate_scores, pair_scores
 from recipelib.evaluation.metrics import score_rows
@@ -97,7 +98,8 @@ def score_labels(
     records: list[list[dict]] = [[] for _ in draws]
     cut: list[list[Asked]] = [[] for _ in draws]
     for first, part, bar in blocks(rows, len(draws), description):
-        asked = [asker.ask(part, answers, demonstrate, first) for demonstrate in draws]
+        encoding = bar and f"{bar}: prompts"
+        asked = [asker.ask(with_bar(part, encoding), answers, draw, first) for draw in draws]
         scored = _score_asked(
             model,
             asker,

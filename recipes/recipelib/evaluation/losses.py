@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 
 import numpy as np
 
-from recipelib.encoding import IGNORED, Counts, Demonstrate, DoesNotFit, PromptEncoder, beginning
+from recipelib.encoding import (
+    IGNORED,
+    Counts,
+    Demonstrate,
+    DoesNotFit,
+    PromptEncoder,
+    beginning,
+    with_bar,
+)
 from recipelib.evaluation.scores import FewShotScore, TaskScore, blocks, spool_prompts
 from recipelib.inference import Journal, log_likelihoods
 from recipelib.prompts import Demonstration
@@ -37,7 +45,8 @@ def score_loss(
     records, spool = [], Spool()
     tokenizer = encoder.text.tokenizer
     for first, part, bar in blocks(rows, 1, description):
-        requests, kept = _requests(encoder, part, first, demonstrate)
+        encoding = bar and f"{bar}: prompts"
+        requests, kept = _requests(encoder, with_bar(part, encoding), first, demonstrate)
         model.eval()
         scores = log_likelihoods(
             model, requests, batch_tokens=batch_tokens, description=bar, journal=journal
@@ -70,7 +79,7 @@ def score_loss(
 
 def _requests(
     encoder: PromptEncoder,
-    rows: Sequence[Mapping],
+    rows: Iterable[Mapping],
     first: int,
     demonstrate: Callable[[int, Mapping], Sequence[Demonstration]] | None,
 ) -> tuple[list[tuple], list[int]]:
@@ -82,7 +91,7 @@ def _requests(
         shown = demonstrate(number, row) if demonstrate else ()
         for question in template.questions(row):
             try:
-                if template.messages:
+                if template.conversation:
                     examples = encoder.conversation(question, Counts())
                 else:
                     examples = [encoder.training_example(question, shown)[:2]]

@@ -1,4 +1,4 @@
-"""Tokenizer and model from anywhere, the bundled model, 4 bits, logits at places, sharding."""
+"""Tokenizer and model from anywhere, what they can take, 4 bits, logits at places, sharding."""
 
 from recipelib.models.freezing import (
     EMBEDDINGS,
@@ -14,19 +14,13 @@ from recipelib.models.freezing import (
 from recipelib.models.head import bare_model, is_masked_model, logits_at
 from recipelib.models.loading import (
     classification_head,
-    describe_model,
-    hub_errors_in_one_line,
-    is_masked,
     layer_names,
     load_model,
     load_pretrained,
     load_tokenizer,
-    most_positions,
     require_modules,
-    resolve_model,
-    stored_config,
-    weights_identity,
 )
+from recipelib.models.nature import Nature, nature_of
 from recipelib.models.quantization import (
     count_parameters,
     describe_quantization,
@@ -37,14 +31,24 @@ from recipelib.models.sharding import (
     FSDP_OFF,
     check_shards,
     decoder_layers,
+    name_layers,
     place_model,
     prepare_for_fsdp2,
     reshard,
 )
+from recipelib.models.sources import (
+    describe_model,
+    hub_errors_in_one_line,
+    resolve_model,
+    stored_config,
+    weights_identity,
+)
+from recipelib.models.towers import tower_names, without_lora
 
 __all__ = [
     "EMBEDDINGS",
     "FSDP_OFF",
+    "Nature",
     "bare_model",
     "check_shards",
     "classification_head",
@@ -57,7 +61,6 @@ __all__ = [
     "group_of",
     "head_modules",
     "hub_errors_in_one_line",
-    "is_masked",
     "is_masked_model",
     "layer_map",
     "layer_names",
@@ -67,7 +70,8 @@ __all__ = [
     "load_pretrained",
     "load_tokenizer",
     "logits_at",
-    "most_positions",
+    "name_layers",
+    "nature_of",
     "place_model",
     "prepare_for_fsdp2",
     "prepare_four_bit",
@@ -76,6 +80,8 @@ __all__ = [
     "resolve_model",
     "stored_config",
     "top_layers",
+    "tower_names",
     "train_only",
     "weights_identity",
+    "without_lora",
 ]

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from recipelib.models.head import bare_model
+from recipelib.models.towers import tower_modules
 from recipelib.runtime import UserError, say
 
 # What is not in a layer.
@@ -33,8 +34,9 @@ def find_layers(model: nn.Module) -> LayerPlace:
     """
     bare = bare_model(model)
     depth = bare.config.get_text_config().num_hidden_layers
+    towers = tower_modules(bare)
     for name, module in bare.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
+        if isinstance(module, nn.ModuleList) and len(module) == depth and module not in towers:
             return LayerPlace(name, module)
     raise UserError(
         f"--model_name_or_path: {type(bare).__name__} has no list of {depth} layers, of which some "

@@ -1,73 +1,20 @@
-"""Loads tokenizer and model from a hub id, a local folder, a `.gguf` file, or the bundled model.
-
-The bundled model and `.gguf` files are prepared once (see `bundled.py`).
-"""
+"""Loads tokenizer and model."""
 
 from __future__ import annotations
 
-import json
-import os
-import shlex
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipelib.models.bundled import (
-    BUNDLED_NAME,
-    INSTEAD,
-    bundled_folder,
-    prepare_bundled,
-    prepare_gguf,
-)
-from recipelib.runtime import UserError, first_line
+from recipelib.models.bundled import BUNDLED_NAME
+from recipelib.models.nature import nature_of
+from recipelib.models.sources import hub_errors_in_one_line, resolve_model
+from recipelib.models.towers import tower_names
+from recipelib.runtime import UserError, say
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-
-def describe_model(model_name_or_path: str | None) -> str:
-    """A short name for reports: of the bundled model, the file or the folder, or the hub id."""
-    if model_name_or_path is None:
-        return f"{BUNDLED_NAME} (bundled)"
-    path = Path(model_name_or_path).expanduser()
-    if path.resolve() == bundled_folder().resolve():
-        return f"{BUNDLED_NAME} (bundled)"
-    # Links are not resolved: in the hub's cache they lead to files named by a hash.
-    return os.path.basename(os.path.abspath(path)) if path.exists() else model_name_or_path
-
-
-def resolve_model(model_name_or_path: str | None) -> str:
-    """A folder or hub id that `from_pretrained` takes.
-
-    None is the bundled model. That model and a `.gguf` file are converted once, to float32 whatever
-    the file's own precision (four bytes a parameter on disk), and found in the cache afterwards.
-
-    Raises:
-        UserError: a file or folder is missing, incomplete or unsafe to load, or cannot be fetched,
-            converted or kept.
-    """
-    if model_name_or_path is None:
-        return str(prepare_bundled())
-    path = Path(model_name_or_path).expanduser()
-    if path.suffix.lower() == ".gguf":
-        if not path.is_file():
-            raise UserError(f"{model_name_or_path}: no such .gguf file; check the path")
-        return str(prepare_gguf(path))
-    if path.is_dir():
-        _check_folder(path)
-        return str(path)
-    if path.is_file():
-        raise UserError(
-            f"{model_name_or_path}: a file, but not a .gguf; pass the folder that holds config.json"
-        )
-    # A hub id has at most one slash, in its middle; anything else was meant as a path.
-    slashes = model_name_or_path.replace(os.sep, "/")
-    if slashes.startswith((".", "/", "~")) or slashes.endswith("/") or slashes.count("/") > 1:
-        raise UserError(f"{model_name_or_path}: no such folder; check the path, or pass a hub id")
-    return model_name_or_path
 
 
 def load_tokenizer(
@@ -121,44 +68,51 @@ def load_pretrained(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     model_class: type | None = None,
+    headless: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """The model, loaded from safetensors only.
+    """The model, loaded from safetensors only. What text never reaches, such as the tower of a
+    model that sees images, is frozen.
 
     Args:
         dtype: "auto": as it was saved.
         model_class: the class whose `from_pretrained` loads it; by default `AutoModelForCausalLM`.
+        headless: whether weights may be missing, of a model whose states only are read.
         kwargs: further arguments of `from_pretrained`.
     Raises:
-        UserError: as `resolve_model`, an error of the hub, weights that do not load, or an
-            encoder-decoder model.
+        UserError: as `nature_of`, an error of the hub, or weights that do not load or are missing.
     """
+    nature = nature_of(model_name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     source = resolve_model(model_name_or_path)
-    with hub_errors_in_one_line(model_name_or_path or BUNDLED_NAME, source, revision):
+    with hub_errors_in_one_line(nature.name, source, revision):
         if model_class is None:
             from transformers import AutoModelForCausalLM as model_class
 
-        model = model_class.from_pretrained(
+        if nature.classifies and model_class.__name__.endswith("LM"):
+            raise UserError(
+                f"{nature.name}: has a classification head instead of a vocabulary; it answers "
+                "with --predict, and is trained from the model that it came from"
+            )
+        model, found = model_class.from_pretrained(
             source,
             dtype=dtype,
             revision=revision or "main",
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
             **kwargs,
         )
-    trained = f"{model.config.architectures}"
-    if "ForSequenceClassification" in trained and model_class.__name__.endswith("LM"):
-        raise UserError(
-            f"{model_name_or_path}: has a classification head instead of a vocabulary; it answers "
-            "with --predict, and is trained from the model that it came from"
-        )
-    # Of some encoder-decoders, such as BART, transformers would load only the decoder.
-    if getattr(type(model.config), "is_encoder_decoder", False):
-        raise UserError(
-            f"{model_name_or_path}: is an encoder-decoder model, which is not trained here; take "
-            "a decoder"
-        )
+    if (missing := sorted(found["missing_keys"])) and model_class.__name__.endswith("LM"):
+        lacks = f"{nature.name}: holds no {missing[0]}" + (", ..." if len(missing) > 1 else "")
+        if not headless:
+            raise UserError(
+                f"{lacks}, which would start at random; pass a model that was saved with its "
+                "language model's head"
+            )
+        say(f"{lacks}: as a language model it knows nothing, and its untouched score is chance")
+    for name in tower_names(model):
+        model.get_submodule(name).requires_grad_(False)
     return model
 
 
@@ -227,53 +181,6 @@ def classification_head(
     }
 
 
-def stored_config(model_name_or_path: str | None = None, *, revision: str | None = None) -> dict:
-    """What the model's config.json says, without loading the model.
-
-    Raises:
-        UserError: as `resolve_model`, or an error of the hub.
-    """
-    source = resolve_model(model_name_or_path)
-    with hub_errors_in_one_line(model_name_or_path or BUNDLED_NAME, source, revision):
-        from transformers import PretrainedConfig
-
-        return PretrainedConfig.get_config_dict(source, revision=revision or "main")[0]
-
-
-def is_masked(config: Mapping[str, Any]) -> bool:
-    """Whether a model's config.json is that of a masked language model."""
-    architectures = config.get("architectures") or ()
-    return any(str(architecture).endswith("ForMaskedLM") for architecture in architectures)
-
-
-# The model types that learn their positions, whose number is limited, and how many positions come
-# before the first token's.
-_LEARNED_POSITIONS = {
-    **dict.fromkeys(("gpt2", "gpt_neo", "gpt_bigcode", "opt", "biogpt", "openai-gpt"), 0),
-    **dict.fromkeys(("bert", "distilbert", "albert", "electra", "mobilebert", "deberta"), 0),
-    **dict.fromkeys(("roberta", "xlm-roberta", "camembert", "mpnet"), 2),
-}
-
-
-def most_positions(config: Mapping[str, Any]) -> int:
-    """How many tokens a model of this config.json can read at most. Most models have rotary
-    positions, which have no limit; for them it is `sys.maxsize`.
-    """
-    before = _LEARNED_POSITIONS.get(config.get("model_type"))
-    most = config.get("max_position_embeddings", config.get("n_positions"))
-    return sys.maxsize if before is None or most is None else most - before
-
-
-def weights_identity(model_name_or_path: str | None, revision: str | None = None) -> list:
-    """What tells the weights of a model or adapter from others without reading them: the path or
-    hub id, the revision, and each file's name, size and time of change.
-    """
-    path = Path(model_name_or_path or bundled_folder()).expanduser()
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return [str(path.resolve()) if files else model_name_or_path, revision, stats]
-
-
 def layer_names(model: PreTrainedModel, names: list[str]) -> list[str] | str:
     """The value of PEFT's `target_modules` for names from the command line.
 
@@ -306,106 +213,5 @@ def require_modules(model: PreTrainedModel, names: Sequence[str]) -> None:
             )
 
 
-# Local folders -----------------------------------------------------------------------------------
-
-
 def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-
-
-def _check_folder(folder: Path) -> None:
-    files = {file.name for file in folder.glob("*.safetensors")}
-    weights = bool(files - {"adapter_model.safetensors"})
-    if (folder / "adapter_config.json").is_file() and not weights:
-        raise UserError(
-            f"{folder}: a PEFT adapter, not a whole model; merge it into its base model with"
-            " recipes/merge.py, or pass the base model"
-        )
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no config.json, so no model folder; {INSTEAD}")
-    if weights:
-        return
-    if not any(folder.glob("pytorch_model*.bin")):
-        raise UserError(f"{folder}: no weights (model.safetensors) beside config.json; {INSTEAD}")
-    try:
-        architecture = str(json.loads((folder / "config.json").read_text())["architectures"][0])
-    except (ValueError, KeyError, IndexError, TypeError):
-        architecture = ""
-    if not architecture.isidentifier():  # it goes into a command that the user may run
-        architecture = "AutoModelForCausalLM"
-    code = (
-        f"import transformers as t; m = t.{architecture}.from_pretrained({str(folder)!r});"
-        f" m.save_pretrained({str(folder)!r})"
-    )
-    raise UserError(
-        f"{folder}: only pickled weights (pytorch_model.bin), which can run code when loaded; if"
-        f" you trust them, convert to safetensors once: python -c {shlex.quote(code)}"
-    )
-
-
-# Errors of the hub -------------------------------------------------------------------------------
-
-
-@contextmanager
-def hub_errors_in_one_line(name: str, source: str, revision: str | None) -> Iterator[None]:
-    """Turn errors in the block, which loads something from the hub or a folder, into one line.
-
-    Args:
-        name: the model's name as the user gave it.
-        source: the folder or hub id that is loaded from.
-    Raises:
-        UserError: what went wrong and the cure; or a revision was given for a folder.
-    """
-    from safetensors import SafetensorError
-
-    if revision is not None and Path(source).is_dir():
-        raise UserError(f"{name}: --revision applies to a hub id only; leave it out")
-    try:
-        yield
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise UserError(f"{name}: {_reason(error, name, source, revision)}") from error
-
-
-def _reason(error: BaseException, name: str, source: str, revision: str | None) -> str:
-    """What failed and the cure, from an exception of `from_pretrained` and its causes."""
-    from huggingface_hub import errors as hub
-
-    causes: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None:
-        causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
-
-    def caused_by(*types: type) -> bool:
-        return any(isinstance(cause, types) for cause in causes)
-
-    text = str(error)
-    if "trust_remote_code" in text:
-        return (
-            "the model brings its own Python code; pass --trust_remote_code if you have read it and"
-            " trust it, or choose a model that transformers knows"
-        )
-    if not Path(source).is_dir():
-        if caused_by(hub.GatedRepoError):
-            return (
-                f"gated on the hub; accept its license at https://huggingface.co/{name} and run"
-                " `hf auth login`"
-            )
-        if caused_by(hub.RevisionNotFoundError):
-            return f"the hub has no revision {revision!r} of it; see the model page's branches"
-        if caused_by(hub.RepositoryNotFoundError, hub.HFValidationError):
-            return (
-                "neither a folder here nor a model on the hub; check the spelling, or run"
-                " `hf auth login` if it is private"
-            )
-        if caused_by(hub.LocalEntryNotFoundError, ConnectionError, TimeoutError):
-            return (
-                "no connection to the hub and not in its cache; pass a local folder, or leave"
-                " --model_name_or_path out for the bundled model"
-            )
-        if "safetensors" in text:
-            return (
-                "no safetensors weights on the hub, and other formats can run code when loaded;"
-                " convert it at https://huggingface.co/spaces/safetensors/convert or choose another"
-            )
-    return f"cannot be loaded ({first_line(text)}); check the files and the installed versions"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recipelib.models.loading import stored_config
+from recipelib.models.sources import stored_config
 from recipelib.runtime import UserError, first_line, uses_fsdp
 
 if TYPE_CHECKING:

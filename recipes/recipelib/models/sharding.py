@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers.distributed.fsdp import update_fsdp_plugin_peft
 
 from recipelib.models.head import bare_model
+from recipelib.models.towers import tower_modules
 from recipelib.runtime import UserError, say, uses_fsdp
 
 FSDP_OFF = (
@@ -38,6 +39,7 @@ def place_model(model, training):
     if plugin is None:
         raise UserError(FSDP_OFF)
     plugin.activation_checkpointing = False  # nothing is trained
+    name_layers(plugin, model)
     if plugin.fsdp_version == 1:
         if isinstance(model, PeftModel):
             update_fsdp_plugin_peft(model, accelerator)
@@ -50,14 +52,30 @@ def place_model(model, training):
     return model.eval()
 
 
+def name_layers(plugin, model) -> None:
+    """Tell accelerate which layers to wrap, where what transformers names will not do: BERT names
+    the module that holds the embeddings, which accelerate shards itself and which must not be
+    sharded already; Gemma 3 names layers that its kind may have and this one has not.
+    """
+    bare = bare_model(model)
+    names, embeddings = getattr(bare, "_no_split_modules", None) or (), bare.get_input_embeddings()
+    there = {type(module).__name__ for module in bare.modules()}
+    holders = {
+        type(module).__name__
+        for module in bare.modules()
+        if any(inner is embeddings for inner in module.modules())
+    }
+    layers = [name for name in names if name in there - holders]
+    if len(layers) < len(names) and plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = layers
+
+
 def prepare_for_fsdp2(plugin, model) -> None:
     """Prepare BERT and similar models so that accelerate can shard them with FSDP2.
 
-    accelerate shards the embeddings itself and fails if they are sharded already. transformers
-    names the module that holds the embeddings among those to wrap, beside the layers; it is removed
-    from the list. The bias of the head is registered twice, and torch refuses a parameter that two
-    FSDP groups share: the registration that no forward pass reads is removed, and the model's
-    `head_bias` says where it belongs.
+    The bias of the head is registered twice, and torch refuses a parameter that two FSDP groups
+    share: the registration that no forward pass reads is removed, and the model's `head_bias` says
+    where it belongs.
 
     In all processes but the first, transformers leaves a new head on the meta device, where all
     parameters have the same address, by which accelerate finds the optimizer's: it gets memory.
@@ -68,15 +86,7 @@ def prepare_for_fsdp2(plugin, model) -> None:
             if parameter.is_meta:
                 empty = torch.empty_like(parameter, device="cpu")
                 setattr(module, name, nn.Parameter(empty, parameter.requires_grad))
-    names = getattr(bare, "_no_split_modules", None) or ()
-    embeddings, head = bare.get_input_embeddings(), bare.get_output_embeddings()
-    holders = {
-        type(module).__name__
-        for module in bare.modules()
-        if any(inner is embeddings for inner in module.modules())
-    }
-    if holders.intersection(names) and plugin.transformer_cls_names_to_wrap is None:
-        plugin.transformer_cls_names_to_wrap = [name for name in names if name not in holders]
+    head = bare.get_output_embeddings()
     bias = getattr(head, "bias", None)
     for name, module in bare.named_modules():
         if bias is not None and module is not head and module._parameters.get("bias") is bias:
@@ -126,4 +136,9 @@ def check_shards(model, processes: int) -> None:
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The layers that FSDP shards one by one and activation checkpointing recomputes."""
     names = getattr(model, "_no_split_modules", None) or ()
-    return [module for module in model.modules() if type(module).__name__ in names]
+    towers = tower_modules(model)
+    return [
+        module
+        for module in model.modules()
+        if type(module).__name__ in names and module not in towers
+    ]

@@ -37,6 +37,11 @@ _CANNOT = {
     "use_liger_kernel": (False, "replaces the loss, which stands in another stage"),
     "torch_compile": (False, "is not used on stages"),
     "auto_find_batch_size": (False, "only one of the processes would run out of memory"),
+    "activation_offloading": (False, "is not done in stages; see --activation_checkpointing"),
+    "torch_empty_cache_steps": (None, "is not done in stages"),
+    "dataloader_persistent_workers": (False, "the workers of a pipeline end with each pass"),
+    "dataloader_prefetch_factor": (None, "is not passed on in a pipeline"),
+    "dataloader_multiprocessing_context": (None, "is not passed on in a pipeline"),
 }
 _SAMPLING = ("group_by_length", "random", "sequential")
 

@@ -26,7 +26,7 @@ from recipelib.pipeline.schedule import Schedule
 from recipelib.pipeline.stage import ends_of, keep_part, views
 from recipelib.pipeline.stages import Stages
 from recipelib.runtime import clear_results, say
-from recipelib.training import RecipeTrainer, sampling_seed, show_plan
+from recipelib.training import RecipeTrainer, end_at, sampling_seed, show_plan
 
 
 class ByLength(Sampler):
@@ -237,6 +237,7 @@ class PipelineTrainer(RecipeTrainer):
         if _internal_call:
             checkpoints.save_weights(output_dir, self.pipeline)
             return
+        end_at(self.model, self.ends)
         clear_results(output_dir, bare_model(self.model).name_or_path)
         weights = {}
         for name, tensor in self.pipeline.every_weight():
@@ -248,6 +249,7 @@ class PipelineTrainer(RecipeTrainer):
                 whole = {name.replace(".default.", "."): it for name, it in weights.items()}
                 file = Path(output_dir, SAFETENSORS_WEIGHTS_NAME)
                 save_file(whole, file, {"format": "pt"})
+            self.save_ends(output_dir)
             Path(output_dir, "training_args.bin").unlink(missing_ok=True)  # a pickle
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -2,26 +2,54 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from recipelib.prompts.values import RowError, as_list
+from recipelib.prompts.columns import MEDIA
+from recipelib.prompts.values import RowError, as_list, is_empty, read_json
 
 # A turn has role and content. An assistant's may have reasoning_content, tool_calls and weight; a
 # tool's may have name and tool_call_id.
 Turn = Mapping[str, Any]
 
 
-# OpenAI's and ShareGPT's names of roles -> those that chat templates know.
+# The names that roles have in data sets -> those that chat templates know.
 _ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "function_call"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation", "function_response"), "tool"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model"), "assistant"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
+    **dict.fromkeys(("function_response", "tool_response"), "tool"),
 }
+_CALLS = ("function_call", "tool_call")  # whose content is the call
 
+# Keys of turns. Most turns have no others than these:
+_PLAIN = {"role", "content", "from", "value"}
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+# Those that say whether a turn is learned -> whether a true one says so.
+_FLAGS = {
+    **dict.fromkeys(("weight", "loss_weight", "loss_mask", "loss", "train", "training"), True),
+    **dict.fromkeys(("trainable", "trained", "learn", "supervised"), True),
+    **dict.fromkeys(("mask", "masked", "is_masked", "ignore_loss", "no_loss"), False),
+}
+_LIKE_A_FLAG = re.compile("train|loss|weight|mask|learn|supervis")
+# Those that change what the turn says, and what is wrong with them:
+_REFUSED = {
+    **dict.fromkeys(MEDIA, "only text is learned, leave the row out"),
+    **dict.fromkeys(("tools", "functions"), "move them to a column 'tools' of the row"),
+    **dict.fromkeys(("chosen", "rejected"), "no recipe learns preferences, keep one as content"),
+}
+# Those that say nothing about what is learned:
+_HARMLESS = {
+    *("id", "uuid", "name", "index", "turn", "turn_id", "turn_identifier", "message_id"),
+    *("conversation_id", "parent_id", "tool_call_id", "timestamp", "time", "date", "created"),
+    *("created_at", "create_time", "model", "language", "lang", "tokens", "token_count"),
+    *("num_tokens", "finish_reason", "type"),
+}
+_READ = {*_PLAIN, *_REASONING, *_FLAGS, *_REFUSED, *_HARMLESS, "channel", "tool_calls"}
+_READ.add("function_call")
 
 # Reasoning in front of an answer, as DeepSeek-R1 and Qwen3 write it and data sets keep it.
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
@@ -30,17 +58,23 @@ _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 _DEEPEST = 50  # levels of a tool call's arguments
 
 
-def read_turns(columns: Mapping[str, Any]) -> tuple[Turn, ...]:
+def read_turns(
+    columns: Mapping[str, Any],
+    *,
+    system: Any = None,
+    learn_all: bool = False,
+    unread: set[str] | None = None,
+) -> tuple[Turn, ...]:
     """The turns of a conversation as chat templates take them: {role, content} with the roles
     system, user, assistant and tool.
 
     It reads OpenAI's {role, content} and ShareGPT's {from, value}, contents as lists of text parts,
     tool calls in OpenAI's forms (`tool_calls`, the older `function_call`, arguments as JSON text)
-    and ShareGPT's `function_call` turns. A tool's turn that names no call answers the call in the
-    same place: the first turn the first call, and so on. A system turn without text is left out. A
-    turn that is not to be learned keeps OpenAI's `weight: 0`. The assistant's reasoning, beside the
-    content (reasoning_content, reasoning, thinking) or at its beginning (<think>...</think>),
-    becomes `reasoning_content`. Other keys are dropped.
+    and ShareGPT's `function_call` turns, and all of it as JSON text. A tool's turn that names no
+    call answers the call in the same place: the first turn the first call, and so on. A system turn
+    without text is left out. A turn that is not to be learned, by whichever flag, has OpenAI's
+    `weight: 0`. The assistant's reasoning, beside the content (reasoning_content, reasoning,
+    thinking) or at its beginning (<think>...</think>), becomes `reasoning_content`.
 
     The order must be: at most one system turn, then a user's turn, then the rest. Two turns of the
     user, or two of the assistant, never follow each other, and a tool's turn follows the
@@ -50,19 +84,34 @@ def read_turns(columns: Mapping[str, Any]) -> tuple[Turn, ...]:
     Args:
         columns: column -> list of turns. Several columns are one conversation, of which only the
             last column's turns are learned (TRL's conversational prompt and completion).
+        system: text of a system turn in front of them; empty or null for none.
+        learn_all: whether the turns of all columns are learned.
+        unread: is added the keys of turns that have a value which nothing reads.
     Raises:
         RowError: a column holds no such list; the error names the turn, counted from 1.
     """
     turns: list[dict[str, Any]] = []
+    unread = set() if unread is None else unread
+    told = ""
+    if not is_empty(system):
+        try:
+            told = _read_content(system)
+        except RowError as error:
+            raise RowError(f"system: {error}") from None
+        turns.append({"role": "system", "content": told})
     for column, value in columns.items():
         for turn in turns:
-            if turn["role"] == "assistant":
+            if turn["role"] == "assistant" and not learn_all:
                 turn["weight"] = 0
-        for number, raw in enumerate(as_list(value), start=1):
+        for number, raw in enumerate(read_list(value, column), start=1):
             try:
-                turn = _read_turn(raw)
+                turn = _read_turn(raw, unread)
                 if turn["role"] == "system" and not turn["content"].strip():
                     continue
+                if told and turn["role"] == "system" and len(turns) == 1:
+                    if turn["content"].strip() == told.strip():
+                        continue
+                    raise RowError("is a system turn beside the one in 'system'; keep one of them")
                 _refuse_misplaced(turn["role"], turns[-1]["role"] if turns else None)
             except RowError as error:
                 raise RowError(f"{column}: turn {number} {error}") from None
@@ -74,54 +123,160 @@ def read_turns(columns: Mapping[str, Any]) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def _read_turn(raw: Any) -> dict[str, Any]:
+def read_history(value: Any, column: str = "history") -> list[Turn]:
+    """The turns of a conversation's beginning: a list of [question, answer] pairs, as
+    LLaMA-Factory's Alpaca format has it, or of turns; or JSON text of either. Null, "" and [] are
+    no turns.
+
+    Raises:
+        RowError: `value` is no such list.
+    """
+    turns: list[Turn] = []
+    for number, item in enumerate(read_list(value, column), start=1):
+        if _is_map(item):
+            turns.append(item)
+            continue
+        pair = as_list(item)
+        if len(pair) != 2:
+            raise RowError(f"{column}: item {number} is no [question, answer]; mend it")
+        turns.append({"role": "user", "content": pair[0]})
+        turns.append({"role": "assistant", "content": pair[1]})
+    return turns
+
+
+def read_list(value: Any, column: str) -> list:
+    """The list in a column, which may be JSON text.
+
+    Raises:
+        RowError: it begins like JSON and is none.
+    """
+    if isinstance(value, str):
+        if not value.strip():
+            return []
+        if value.lstrip()[0] in "[{":
+            try:
+                value = read_json(value, "the list")
+            except RowError as error:
+                raise RowError(f"{column}: {error}") from None
+    return [] if value is None else as_list(value)
+
+
+def _read_turn(raw: Any, unread: set[str]) -> dict[str, Any]:
+    if isinstance(raw, str) and raw.lstrip().startswith("{"):
+        raw = read_json(raw, "the turn")
     given = {key: value for key, value in raw.items() if value is not None} if _is_map(raw) else {}
     name = given.get("role", given.get("from"))
     if name is None:
         raise RowError("is no {role, content} or {from, value}; convert the conversation")
     role = _ROLES.get(name) if isinstance(name, str) else None
+    if role is None and isinstance(name, str):
+        name = name.strip().casefold().replace("-", "_")
+        role = _ROLES.get(name)
     if role is None:
-        raise RowError(f"has the role {name!r}; use system, user, assistant or tool")
-    turn = {"role": role, "content": _read_content(given.get("content", given.get("value", "")))}
+        raise RowError(
+            f"has the role {given.get('role', given.get('from'))!r}; use system, user, assistant "
+            "or tool"
+        )
+    content = given.get("content", given.get("value", ""))
+    if "value" in given and content != given["value"] != "":
+        raise RowError("has both content and value; keep one of them")
+    turn = {"role": role, "content": _read_content(content)}
     if role == "assistant" and (thought := _THOUGHT.fullmatch(turn["content"])):
         turn |= {"content": thought[2].lstrip(), "reasoning_content": thought[1].strip()}
-    for key in ("reasoning_content", "reasoning", "thinking"):
-        if isinstance(given.get(key), str) and given[key].strip():
-            if role != "assistant":
-                raise RowError(f"has {key} as {role}; only the assistant's is learned, remove it")
-            turn["reasoning_content"] = given[key].strip()
+    calls = None
+    if given.keys() - _PLAIN:
+        calls = given.get("tool_calls") or given.get("function_call")
+        _read_more(given, turn)
+        unread.update(key for key in given.keys() - _READ if _says_something(given[key]))
     if not turn.get("reasoning_content"):
         turn.pop("reasoning_content", None)
-    calls = given.get("tool_calls") or given.get("function_call")
-    if name == "function_call":  # ShareGPT's: the content is the call
-        calls, turn["content"] = calls or _read_json(turn["content"], "the call"), ""
+    if name in _CALLS:  # ShareGPT's: the content is the call
+        calls, turn["content"] = calls or read_json(turn["content"], "the call"), ""
     if calls:
         if role != "assistant":
             raise RowError(f"calls a tool as {role}; only the assistant does")
+        if isinstance(calls, str) and calls.lstrip()[:1] in ("[", "{"):
+            calls = read_json(calls, "its calls")
         turn["tool_calls"] = [_read_call(call) for call in as_list(calls)]
     elif role != "system" and not turn["content"].strip():
         raise RowError("is empty; fill it or leave the row out")
+    return turn
+
+
+def _read_more(given: Mapping[str, Any], turn: dict[str, Any]) -> None:
+    """Read the keys of a turn besides its role and text."""
+    role, said = turn["role"], {}
+    for key, value in given.items():
+        if key in _PLAIN or is_empty(value):
+            continue
+        if key in _REASONING:
+            if not isinstance(value, str):
+                raise RowError(f"has {key} that is no text; write the text alone")
+            if role != "assistant":
+                raise RowError(f"has {key} as {role}; only the assistant's is learned, remove it")
+            if (turn.get("reasoning_content") or value.strip()) != value.strip():
+                raise RowError(f"has {key} beside another reasoning; keep one of them")
+            turn["reasoning_content"] = value.strip()
+        elif key in _FLAGS:
+            said[_read_flag(key, value) == _FLAGS[key]] = key
+        elif key in _REFUSED:
+            raise RowError(f"has {key}: {_REFUSED[key]}")
+        elif key == "channel" and value != "final":
+            raise RowError(f"has the channel {value!r}; write reasoning as reasoning_content")
+        elif _LIKE_A_FLAG.search(key.casefold()):
+            raise RowError(
+                f"has {key}, which may say what of it is learned; write weight: 1 or 0 for the "
+                "whole turn instead"
+            )
+    if len(said) == 2:
+        raise RowError(f"is learned by {said[True]} and not by {said[False]}; keep one of them")
+    if True in said and role != "assistant":
+        raise RowError(
+            f"is to be learned as {role} ({said[True]}); only the assistant's turns are, remove it"
+        )
+    if False in said and role == "assistant":
+        turn["weight"] = 0
     if role == "tool":
         turn |= {key: str(given[key]) for key in ("name", "tool_call_id") if key in given}
-    if role == "assistant" and given.get("weight") == 0:
-        turn["weight"] = 0
-    return turn
+
+
+def _says_something(value: Any) -> bool:
+    return value is not False and value != 0 and not is_empty(value)
+
+
+def _read_flag(key: str, value: Any) -> bool:
+    text = str(value).strip().casefold()
+    if key == "mask" and text not in ("true", "false"):  # of the loss, or from the loss?
+        raise RowError(f"has mask {value!r:.60}, which may mean either; write weight: 1 or 0")
+    if text in ("1", "1.0", "true", "yes"):
+        return True
+    if text in ("0", "0.0", "false", "no"):
+        return False
+    raise RowError(f"has {key} {value!r:.60}; a turn is learned or not, so write 1 or 0")
 
 
 def _read_content(content: Any) -> str:
     """The text of a turn's content, which may be a list of parts."""
     if isinstance(content, str):
         return content
-    texts = []
-    for part in as_list(content):
-        if isinstance(part, str):
-            texts.append(part)
-        elif _is_map(part) and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        else:
-            kind = part.get("type") if _is_map(part) else type(part).__name__
-            raise RowError(f"holds a part that is no text ({kind}); only text is learned")
-    return "".join(texts)
+    return "".join(map(_read_part, as_list(content)))
+
+
+def _read_part(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    kind, text, flag = type(part).__name__, None, None
+    if _is_map(part):
+        kind, text = str(part.get("type") or "text"), part.get("text", part.get("value"))
+        flag = next((key for key in part if _LIKE_A_FLAG.search(key) and part[key] is not None), "")
+    if not isinstance(text, str) or "text" not in kind:
+        raise RowError(f"holds a part that is no text ({kind}); only text is learned")
+    if flag:
+        raise RowError(
+            f"holds a part with {flag}; only whole turns are learned or not, so write weight: 1 or "
+            "0 beside the content"
+        )
+    return text
 
 
 def _refuse_misplaced(role: str, before: str | None) -> None:
@@ -158,7 +313,7 @@ def _read_call(call: Any) -> dict[str, Any]:
         raise RowError("calls a tool without {name, arguments}; mend the call")
     arguments = function.get("arguments", function.get("parameters"))
     if isinstance(arguments, str):
-        arguments = _read_json(arguments or "{}", f"the arguments of {name}")
+        arguments = read_json(arguments or "{}", f"the arguments of {name}")
     arguments = {} if arguments is None else _without_nulls(arguments, f"the arguments of {name}")
     if not _is_map(arguments):
         raise RowError(f"calls {name} with arguments that are no {{name: value}}; mend the call")
@@ -178,7 +333,7 @@ def read_tools(value: Any, column: str = "tools") -> tuple[Mapping[str, Any], ..
     """
     try:
         if isinstance(value, str):
-            value = _read_json(value, "the list") if value.strip() else None
+            value = read_json(value, "the list") if value.strip() else None
         tools = []
         for number, tool in enumerate([] if value is None else as_list(value), start=1):
             tool = _without_nulls(tool, f"tool {number}")
@@ -196,16 +351,6 @@ def read_tools(value: Any, column: str = "tools") -> tuple[Mapping[str, Any], ..
 
 def _is_map(value: Any) -> bool:
     return isinstance(value, Mapping)
-
-
-def _read_json(text: str, what: str) -> Any:
-    try:
-        value = json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is not text
-    except (ValueError, RecursionError) as error:
-        problem = " ".join(str(error).split())
-        raise RowError(f"has no JSON for {what} ({problem}); mend it") from None
-    return value
 
 
 def _without_nulls(value: Any, what: str, depth: int = 0) -> Any:

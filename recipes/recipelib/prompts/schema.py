@@ -38,9 +38,9 @@ CURE = "a template may use its variables and what recipelib/prompts/sandbox.py a
 KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(TEXTS + EXPRESSIONS, (str,)),
     **dict.fromkeys(("name", "description", "form", "label", "metric", "context"), (str,)),
-    **dict.fromkeys(("messages", "completion"), (str,)),
+    **dict.fromkeys(("messages", "completion", "history"), (str,)),
     **dict.fromkeys(("dataset", "columns", "verbalizer", "demonstrations", "rationale"), (dict,)),
-    **dict.fromkeys(("optional", "prompts", "stop", "content_free"), (list,)),
+    **dict.fromkeys(("optional", "prompts", "stop", "content_free", "guessed"), (list,)),
     "extract": (list,),
     "shorten": (list, dict),
     "spans": (dict,),
@@ -119,7 +119,7 @@ def check_fields(fields: dict[str, Any], path: Path) -> dict[str, Any]:
     if fields.get("form") not in FORMS:
         raise wrong("form", f"must be one of {', '.join(FORMS)}, not {fields.get('form')!r}")
 
-    for key in ("optional", "prompts", "stop", "content_free", "extract"):
+    for key in ("optional", "prompts", "stop", "content_free", "extract", "guessed"):
         for item in fields.get(key, []):
             if not isinstance(item, str):
                 raise wrong(key, f"YAML reads an item as {item!r}, not as text; put it into quotes")
@@ -188,7 +188,7 @@ def _check_shape(fields: dict, wrong) -> None:
     """Check that a form has the fields it needs and that fields fit together; fill in the defaults
     that follow from the form.
     """
-    form = fields["form"]
+    form, given = fields["form"], set(fields)
     if "prompts" in fields:
         if "prompt" in fields:
             raise wrong("prompts", "stands beside 'prompt'; keep one of them")
@@ -217,6 +217,14 @@ def _check_shape(fields: dict, wrong) -> None:
         )
     if "completion" in fields and "messages" not in fields:
         raise wrong("completion", "names the turns behind those of 'messages'; name these too")
+    if "history" in fields:
+        others = ("messages", "label", "rationale", "cloze", "shorten", "prompts")
+        beside = next((key for key in others if key in given), None)
+        if form != "generative" or beside:
+            raise wrong(
+                "history",
+                f"goes with a prompt and an answer of free text, not with {beside or form}",
+            )
     if form == "inference":
         for key in ("first", "second", "label"):
             if key not in fields:
@@ -293,7 +301,7 @@ def _check_shape(fields: dict, wrong) -> None:
     elif form == "extractive":
         default = "entity_f1" if "spans" in fields else "squad"
     else:
-        default = "loss" if "messages" in fields else "exact_match"
+        default = "loss" if {"messages", "history"} & given else "exact_match"
     if fields.setdefault("metric", default) not in METRICS:
         raise wrong("metric", f"must be one of {', '.join(METRICS)}, not {fields['metric']!r}")
     if ("label" in fields) != (fields["metric"] in ("accuracy", "macro_f1")):

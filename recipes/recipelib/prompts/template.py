@@ -19,7 +19,8 @@ from typing import Any
 import jinja2
 import yaml
 
-from recipelib.prompts.conversations import Turn, read_tools, read_turns
+from recipelib.prompts.columns import check_columns
+from recipelib.prompts.conversations import Turn, read_history, read_tools, read_turns
 from recipelib.prompts.sandbox import SecurityError, compile_expression, compile_text, variables_of
 from recipelib.prompts.schema import CURE, TEXTS, check_fields, find_template, own_variables, plain
 from recipelib.prompts.values import RowError, as_list, class_name, read_entities
@@ -54,6 +55,7 @@ class Question:
         asked: the class whose word stands in the pair, or the entity type; None otherwise.
         spans: [start, end) characters of the answers in the context, which must not be cut away.
         turns, tools: of a ready conversation, as `conversations` reads them; empty otherwise.
+        unread: what the row says and nothing reads: "the column 'system'".
     """
 
     variables: Mapping[str, Any]
@@ -66,6 +68,7 @@ class Question:
     spans: tuple[tuple[int, int], ...] = ()
     turns: tuple[Turn, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
+    unread: tuple[str, ...] = ()
 
     @property
     def target(self) -> str | None:
@@ -98,6 +101,8 @@ class PromptTemplate:
         self.metric: str = checked["metric"]
         self.messages: str | None = checked.get("messages")
         self.completion: str | None = checked.get("completion")
+        self.history: str | None = checked.get("history")
+        self.guessed: list[str] | None = checked.get("guessed")
         self.stop: list[str] = checked.get("stop", [])
         self.content_free: list[str] = checked.get("content_free", [])
         self.rationale: dict[str, str] | None = checked.get("rationale")
@@ -185,18 +190,26 @@ class PromptTemplate:
         """Whether a sentence pair is asked once per candidate, whose word stands in `second`."""
         return self.form == "inference" and "word" in variables_of(self.texts["second"])
 
+    @property
+    def conversation(self) -> str | None:
+        """The field that makes a row a conversation, of which every answer is learned: messages or
+        history; None if it is none.
+        """
+        return "messages" if self.messages else "history" if self.history else None
+
     @cached_property
     def prompt_variables(self) -> set[str]:
         """The variables that are needed to ask: columns under the template's names for them."""
         if self.messages:
-            return {self.messages, self.completion or self.messages}
+            needed = {self.messages, self.completion or self.messages}
+            return needed | variables_of(self.texts.get("system", ""))
         sources = [*self.prompts, *(self.texts[key] for key in self.texts if key != "answer")]
         needed = set().union(*map(variables_of, sources)) - self._own
         if self.entity_spans:
             needed = needed - {self.context} | {self.entity_spans["tokens"]}
         elif self.context:
             needed.add(self.context)
-        return needed
+        return needed | ({self.history} if self.history else set())
 
     @cached_property
     def answer_variables(self) -> set[str]:
@@ -215,6 +228,14 @@ class PromptTemplate:
     def column(self, variable: str) -> str:
         """The column that a variable is read from."""
         return self.columns.get(variable, variable)
+
+    @cached_property
+    def _read_columns(self) -> set[str]:
+        """The columns that are read where a row has them."""
+        names = self.prompt_variables | self.answer_variables
+        if self.conversation:
+            names = names | {"tools"} | ({"system"} - self.texts.keys())
+        return set(map(self.column, names))
 
     def missing_columns(self, columns: Iterable[str], *, answers: bool = True) -> list[str]:
         """The columns that the template needs and the data lacks."""
@@ -254,18 +275,22 @@ class PromptTemplate:
         missing = self.missing_columns(row, answers=answers)
         if missing:
             has = ", ".join(map(repr, row)) or "none"
+            if self.guessed is not None:
+                raise RowError(
+                    f"no column {missing[0]!r}; the row has {has}, and the template was guessed "
+                    "from others; mend the row or leave it out"
+                )
             raise RowError(
                 f"no column {missing[0]!r}; the row has {has}: map the variable with columns in "
                 f"{self.path.name} or --columns"
             )
         values = self.variables(row)
         answers = answers or self._has_answers(row)
-        if self.messages:
-            names = filter(None, (self.messages, self.completion))
-            turns = read_turns({self.column(name): values[name] for name in names})
-            return [Question(values, turns=turns, tools=read_tools(values.get("tools")))]
+        unread = () if checked else self._check_columns(row)
         if answers:
             self._refuse_missing_answers(row)
+        if self.conversation:
+            return [self._converse(values, unread)]
         if self.entity_spans:
             questions = self._ask_entities(values, answers)
         elif self.form == "extractive":
@@ -291,7 +316,49 @@ class PromptTemplate:
             self.cloze(question, "")
             if self.form == "inference":
                 self.pair(question)
+        if unread:
+            questions[0] = dataclasses.replace(questions[0], unread=tuple(unread))
         return questions
+
+    def _check_columns(self, row: Mapping[str, Any]) -> list[str]:
+        """`check_columns`; where texts were guessed, nothing else may stand in their columns."""
+        for column in self._guessed_texts:
+            if isinstance(row.get(column), list | dict):
+                raise RowError(
+                    f"{column}: is a {type(row[column]).__name__}, not text as in the rows by "
+                    "which the template was guessed; mend it, or pass --template"
+                )
+        return check_columns(row, self._read_columns, self.guessed, bool(self.conversation))
+
+    @cached_property
+    def _guessed_texts(self) -> list[str]:
+        """The columns of a guessed prompt and answer."""
+        if self.guessed is None or self.messages:
+            return []
+        names = (self.prompt_variables | self.answer_variables) - {self.history}
+        return sorted(map(self.column, names))
+
+    def _converse(self, values: Mapping[str, Any], unread: Iterable[str]) -> Question:
+        """A conversation: ready turns, or prompt and answer behind a history."""
+        keys: set[str] = set()
+        if self.messages:
+            names = filter(None, (self.messages, self.completion))
+            columns = {self.column(name): values[name] for name in names}
+        else:
+            history = self.column(self.history)
+            answer = self._render(self._compiled["answer"], values, "answer")
+            columns = {
+                history: read_history(values[self.history], history),
+                "prompt": [{"role": "user", "content": self.prompt(Question(values))}],
+                "answer": [{"role": "assistant", "content": answer.strip()}],
+            }
+        own = "system" in self.texts
+        system = self.system(Question(values)) if own else values.get("system")
+        learn_all = self.history is not None
+        turns = read_turns(columns, system=system, learn_all=learn_all, unread=keys)
+        tools = read_tools(values.get("tools"), self.column("tools"))
+        more = (f"the turns' key {key!r}" for key in sorted(keys))
+        return Question(values, turns=turns, tools=tools, unread=(*unread, *more))
 
     def _has_answers(self, row: Mapping[str, Any]) -> bool:
         columns = map(self.column, self.answer_variables - self.optional)

@@ -1,5 +1,7 @@
 """What stands in a row besides plain text: lists, conversations, tagged tokens."""
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +15,34 @@ def as_list(value: Any) -> list:
     if hasattr(value, "tolist"):
         value = value.tolist()
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a value says nothing: null, text of white space, a list or mapping without
+    elements.
+    """
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (hasattr(value, "__len__") and not len(value))
+
+
+def read_json(text: str, what: str) -> Any:
+    """The value of JSON text.
+
+    Args:
+        what: the text is, for the error.
+    Raises:
+        RowError: it is no JSON.
+    """
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is not text
+    except (ValueError, RecursionError) as error:
+        problem = " ".join(str(error).split())
+        python = re.match(r"[\[{\s]*'", text)  # a list as Python's str writes it
+        cure = "it is Python's, write it with json.dumps" if python else "mend it"
+        raise RowError(f"has no JSON for {what} ({problem}); {cure}") from None
+    return value
 
 
 def class_name(value: Any) -> str:

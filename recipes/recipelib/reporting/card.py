@@ -24,7 +24,10 @@ def load_snippet(model, folder: str) -> str:
     kind = f"AutoModelFor{'Masked' if is_masked_model(model) else 'Causal'}LM"
     if type(bare).__name__.endswith("ForSequenceClassification"):
         kind = "AutoModelForSequenceClassification"
-    lines, base = [f"from transformers import {kind}, AutoTokenizer"], f"{folder!r}"
+    # Of an adapter nobody reads the generation config by himself; a whole model brings its own.
+    ends = config is not None and Path(folder, "generation_config.json").is_file()
+    names = [kind, "AutoTokenizer", *(["GenerationConfig"] if ends else [])]
+    lines, base = [f"from transformers import {', '.join(names)}"], f"{folder!r}"
     if config is not None:
         lines.insert(0, "from peft import PeftModel")
         base = f"{bare.name_or_path!r}"
@@ -41,6 +44,11 @@ def load_snippet(model, folder: str) -> str:
         note = "a file of this folder: put it beside your script; PEFT learns the method"
         lines.insert(0, f"import peft_bottleneck  # {note}")
     lines += ["", f"model = {kind}.from_pretrained({base})"]
+    if ends:
+        lines.append(
+            "# Answers end where they did in training; a server reads that of a merged model."
+        )
+        lines.append(f"model.generation_config = GenerationConfig.from_pretrained({folder!r})")
     if config is not None:
         lines.append(f"model = PeftModel.from_pretrained(model, {folder!r})")
     lines.append(f"tokenizer = AutoTokenizer.from_pretrained({folder!r})")

@@ -12,6 +12,7 @@ from recipelib.reporting.figures import plot_confusion, plot_layers
 from recipelib.reporting.run import write_card
 from recipelib.runtime import (
     clear_results,
+    clear_way,
     gib,
     is_main_process,
     print_table,
@@ -90,7 +91,9 @@ def save_features_run(
     }
     if not is_main_process():
         return metrics
-    clear_results(str(folder), str(facts["model_name_or_path"] or ""))
+    loaded_from = str(facts["model_name_or_path"] or "")
+    clear_way(str(folder), None, loaded_from)
+    clear_results(str(folder), loaded_from)
     folder.mkdir(parents=True, exist_ok=True)
     save_probe(probe, folder, {**facts, "masked": task.masked})
     task.template.save(folder / "template.yaml")

@@ -32,7 +32,15 @@ from recipelib.models import (
 )
 from recipelib.probes import load_probe
 from recipelib.prompts import PromptTemplate
-from recipelib.runtime import Store, UserError, is_main_process, read_metrics, say, write_jsonl
+from recipelib.runtime import (
+    Store,
+    UserError,
+    is_main_process,
+    kept_templates,
+    read_metrics,
+    say,
+    write_jsonl,
+)
 
 # What metrics.json says of how rows were asked.
 _ASKED_BY = ("max_length", "rendering", "chat_template_kwargs")
@@ -53,7 +61,7 @@ def answer_file(args, training) -> None:
     template = PromptTemplate.load(
         str(_kept_template(folder, run, args.template)), columns=parse_columns(args.columns)
     )
-    if template.messages:
+    if template.conversation:
         raise UserError(
             f"--predict: {folder} was trained on conversations, which have no answer to read; chat "
             "with it through transformers' pipeline, as its README.md loads it"
@@ -104,7 +112,8 @@ def _answer_by_probe(folder: Path, encoder: PromptEncoder, rows, args, training)
     probe, facts = load_probe(folder)
     named = args.model_name_or_path or facts["model_name_or_path"]
     asked = replace(args, model_name_or_path=named, revision=args.revision or facts["revision"])
-    model = load_model(asked, training, masked=facts["masked"]).requires_grad_(False)
+    model = load_model(asked, training, masked=facts["masked"], headless=True)
+    model.requires_grad_(False)
     frozen = FrozenLayers.of(model)
     encoded = encode_class_rows(class_asker(encoder, facts["masked"]), rows.rows, answers=False)
     (features,) = pooled_states(
@@ -146,9 +155,8 @@ def _load(folder: Path, run: dict, args, training):
 
 def _kept_template(folder: Path, run: dict, named: str | list[str]) -> Path:
     """The template that a run has kept; of several the one that is named."""
-    kept = {path.stem: path for path in sorted((folder / "templates").glob("*.yaml"))}
-    whole = (folder / "template.yaml").exists() or kept
-    if not run.get("trainable_parameters") or not whole:
+    kept = kept_templates(folder)
+    if not run.get("trainable_parameters") or not kept:
         draws = " (its folders draw_N do)" if (folder / "draw_0").exists() else ""
         raise UserError(f"--output_dir {folder}: holds no trained result{draws}; train one first")
     if missing := [key for key in _ASKED_BY if key not in run]:
@@ -156,7 +164,7 @@ def _kept_template(folder: Path, run: dict, named: str | list[str]) -> Path:
             f"{folder / 'metrics.json'}: {missing[0]}: is missing, so nobody knows how rows were "
             "asked; train again"
         )
-    if (folder / "template.yaml").exists():
+    if folder / "template.yaml" in kept.values():
         return folder / "template.yaml"
     wanted = [named] if isinstance(named, str) else named
     if len(wanted) != 1 or wanted[0] not in kept:

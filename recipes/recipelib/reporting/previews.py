@@ -103,7 +103,7 @@ def _prompts(
     of a conversation, which is scored as it is, the whole. No prompts where they do not fit.
     """
     encoder = asker.encoder
-    if encoder.template.messages:
+    if encoder.template.conversation:
         (question,) = encoder.template.questions(row)
         return [(ids, {}) for ids, _ in encoder.conversation(question, Counts())], 0
     shown = demonstrate and (lambda _, asked: demonstrate(number, asked))

@@ -7,6 +7,7 @@ from recipelib.runtime.checkpoints import (
     check_trained,
     checkpoint_kind,
     clear_figures,
+    clear_model,
     clear_results,
     clear_way,
     find_checkpoint,
@@ -14,7 +15,6 @@ from recipelib.runtime.checkpoints import (
     refuse_trained_run,
 )
 from recipelib.runtime.console import (
-    is_main_process,
     print_table,
     printable,
     progress_bar,
@@ -23,6 +23,7 @@ from recipelib.runtime.console import (
 from recipelib.runtime.errors import UserError, first_line, one_line, require_at_least
 from recipelib.runtime.files import (
     Spool,
+    kept_templates,
     load_yaml,
     read_metrics,
     replacing,
@@ -49,6 +50,7 @@ from recipelib.runtime.prepared import (
     megabytes,
     read_arrow,
 )
+from recipelib.runtime.ranks import is_main_process, rank
 
 __all__ = [
     "STAGE_FILES",
@@ -63,6 +65,7 @@ __all__ = [
     "check_trained",
     "checkpoint_kind",
     "clear_figures",
+    "clear_model",
     "clear_results",
     "clear_way",
     "code_digest",
@@ -77,12 +80,14 @@ __all__ = [
     "is_main_process",
     "is_whole",
     "join_on_cpu",
+    "kept_templates",
     "load_yaml",
     "megabytes",
     "one_line",
     "print_table",
     "printable",
     "progress_bar",
+    "rank",
     "read_arrow",
     "read_metrics",
     "refuse_trained_run",

@@ -80,6 +80,7 @@ def find_checkpoint(
     check: Callable[[Path], None] | None = None,
     *,
     kind: str | None = None,
+    model: str | None = None,
 ) -> str | None:
     """The checkpoint to resume from.
 
@@ -90,18 +91,21 @@ def find_checkpoint(
         check: called with the checkpoint; raises an error if this run cannot resume from it.
         kind: how the run writes its own (see `checkpoint_kind`), if not as the launch's config
             says.
+        model: what is trained, if that is a folder.
 
     Nothing in the folder changes yet (see `clear_way`), so that a mistake elsewhere on the command
     line shows before a finished run is given up for it. Only the main process refuses a fresh start
     beside an unfinished run.
 
     Raises:
-        UserError: nothing to resume from, a checkpoint of another kind of launch, or a fresh start
-            beside the checkpoints of an unfinished run.
+        UserError: nothing to resume from, a checkpoint of another kind of launch, a fresh start
+            beside the checkpoints of an unfinished run, or the folder of the model itself.
     """
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {output_dir}: is a file; name a folder")
+    if model and folder.is_dir() and folder.resolve() == Path(model).expanduser().resolve():
+        raise UserError(f"--output_dir {output_dir}: holds the model that is trained; name another")
     checkpoints = _checkpoints(folder)
     if which is None:
         if checkpoints and is_main_process() and not (folder / "metrics.json").exists():
@@ -172,13 +176,16 @@ def check_adapter(checkpoint: str | None, model) -> None:
             )
 
 
-def clear_way(output_dir: str, checkpoint: str | None) -> None:
+def clear_way(output_dir: str, checkpoint: str | None, loaded_from: str = "") -> None:
     """Make `output_dir` the folder of the run that begins to train now.
 
     A fresh start removes the checkpoints and metrics.json of a finished run, half-written
     checkpoints of an unfinished one, and any samples. A resumed run is unfinished again, so
     metrics.json is removed; so are checkpoints later than the one it resumes from, since they
     belong to another course of training. Only the main process removes anything.
+
+    Args:
+        loaded_from: the model's own folder, which is left alone.
     """
     folder = Path(output_dir)
     if not is_main_process():
@@ -197,7 +204,8 @@ def clear_way(output_dir: str, checkpoint: str | None) -> None:
     if finished:
         say(f"{output_dir}: the finished run there is replaced")
     for _, path in _checkpoints(folder):
-        if finished or not is_whole(path):
+        own = Path(loaded_from).resolve().is_relative_to(path.resolve())
+        if not own and (finished or not is_whole(path)):
             shutil.rmtree(path)
     # Last, so that the next run takes up a clearing that was interrupted.
     (folder / "metrics.json").unlink(missing_ok=True)
@@ -248,13 +256,18 @@ def refuse_trained_run(output_dir: str) -> None:
 
 # What a run of any kind leaves beside weights, which are *.safetensors: of a trained one the
 # settings of a model or an adapter, the tokenizer, ...
-_LEFT = (
-    *("adapter_config.json", "config.json", "generation_config.json", "peft_bottleneck.py"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
-    *("template.yaml", "trainer_state.json", "loss.png", "README.md"),
-    *("probe.json", "probe.skops", "layers.png"),
+_MODEL = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "chat_template.jinja"),
 )
-_LEFT_FOLDERS = ("base_model", "dropped", "merged", "templates", "partial")
+_LEFT = (
+    *_MODEL,
+    *("adapter_config.json", "peft_bottleneck.py", "probe.json", "probe.skops", "layers.png"),
+    *("template.yaml", "trainer_state.json", "loss.png", "README.md"),
+)
+_LEFT_FOLDERS = (
+    *("base_model", "dropped", "merged", "templates", "partial", "additional_chat_templates"),
+)
 _FIGURES = ("confusion.png", "reliability.png")  # ... and of one that only scores
 
 
@@ -278,9 +291,21 @@ def clear_results(output_dir: str, loaded_from: str, draws: int = 0) -> None:
         for place in folder.glob("draw_*")
         if re.fullmatch("draw_[0-9]+", place.name) and int(place.name.split("_")[1]) >= draws
     ]
+    if draws:  # nothing is trained here, but in draw_N
+        drawn += [place for _, place in _checkpoints(folder)]
     for place in [*(folder / name for name in _LEFT_FOLDERS), *drawn]:
         if not source.is_relative_to(place.resolve()):
             shutil.rmtree(place, ignore_errors=True)
+
+
+def clear_model(folder: Path | str) -> None:
+    """Remove a model or an adapter and its tokenizer from a folder that another one is saved to
+    next: a shard or a chat template that the new one has not would stay.
+    """
+    names = (*_MODEL, "adapter_config.json")
+    for file in [*(Path(folder, name) for name in names), *Path(folder).glob("*.safetensors*")]:
+        file.unlink(missing_ok=True)
+    shutil.rmtree(Path(folder, "additional_chat_templates"), ignore_errors=True)
 
 
 def clear_figures(output_dir: str) -> None:

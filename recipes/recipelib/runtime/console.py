@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 
 from tqdm.auto import tqdm
+
+from recipelib.runtime.ranks import is_main_process
 
 
 def say(text: str) -> None:
@@ -29,12 +30,12 @@ def progress_bar(description: str | None, total: int) -> tqdm:
 
 
 def print_table(title: str, rows: Mapping[str, object]) -> None:
-    """Print names and values in two columns, on the main process only (`RANK` unset or 0).
+    """Print names and values in two columns, on the main process only.
 
     In a terminal the table has the terminal's width and colors; in a file or a pipe it is plain
     text, 100 columns wide.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not is_main_process():
         return
 
     from rich.console import Console
@@ -58,8 +59,3 @@ def printable(value: object) -> str:
     text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
     encoding = sys.stdout.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
-
-
-def is_main_process() -> bool:
-    """Whether this process prints and writes: rank 0 of a launcher, or the only one."""
-    return int(os.environ.get("RANK", "0")) == 0

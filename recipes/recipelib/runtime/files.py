@@ -98,6 +98,13 @@ def read_metrics(folder: Path | str) -> dict:
         raise UserError(f"{path}: is not what a run writes; name another --output_dir") from None
 
 
+def kept_templates(folder: Path | str) -> dict[str, Path]:
+    """The templates that a run has kept, by their names; none in a folder that is no run's."""
+    several = {path.stem: path for path in sorted(Path(folder, "templates").glob("*.yaml"))}
+    one = Path(folder, "template.yaml")
+    return {one.stem: one} if one.exists() else several
+
+
 def write_jsonl(path: str | os.PathLike, records: Iterable[object]) -> None:
     """Write one JSON value per line, as `write_json` does."""
     with replacing(path) as temporary, temporary.open("wb") as file:

@@ -5,6 +5,7 @@ import os
 
 from recipelib.runtime.console import say
 from recipelib.runtime.errors import UserError
+from recipelib.runtime.ranks import processes_started
 
 # The rehearsal replaces `PartialState._prepare_backend` of accelerate, which must take these
 # parameters.
@@ -41,14 +42,6 @@ def fsdp_option(name: str) -> str:
             the environment: `VERSION`, `STATE_DICT_TYPE`, `OFFLOAD_PARAMS`, ...
     """
     return os.environ.get(f"FSDP_{name}", "").lower()
-
-
-def processes_started() -> int:
-    """How many processes the launcher (torch's, else MPI's or Slurm's) says it started, on all
-    machines together.
-    """
-    launchers = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-    return next((int(os.environ[name]) for name in launchers if os.environ.get(name)), 1)
 
 
 def join_on_cpu(use_cpu: bool) -> bool:
@@ -135,7 +128,8 @@ def check_joined(world_size: int) -> None:
         raise UserError(
             f"{processes_started()} processes were started, but this one knows of {joined}: each "
             "would train a model of its own; launch with 'accelerate launch --config_file "
-            "accelerate_configs/ddp.yaml' (or fsdp2.yaml) and the versions of requirements.txt"
+            "accelerate_configs/ddp.yaml' (or fsdp2.yaml) and the versions of requirements.txt, or "
+            "set WORLD_SIZE=1 if each is to be a run of its own"
         )
 
 

@@ -6,6 +6,8 @@ import ctypes
 import threading
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def gib(size: float) -> str:
@@ -23,8 +25,8 @@ class _Mallinfo(ctypes.Structure):
 class MemoryMeter:
     """The memory that training takes beyond what the process held when the meter was made.
 
-    Make it before the model is loaded, and `restart` it when training starts. On a GPU it reports
-    `torch.cuda.max_memory_allocated` over all devices of this process.
+    Make it before the model is loaded, and let what is measured run while it is `sampling`. On a
+    GPU it reports `torch.cuda.max_memory_allocated` over all devices of this process.
 
     On CPU a thread samples the counterpart of that figure: the resident memory less what glibc's
     heap holds free. Aligned blocks, such as torch's, leave free holes in the heap that may add up
@@ -32,8 +34,8 @@ class MemoryMeter:
     environment variable MALLOC_MMAP_THRESHOLD_=1000000 there are no holes, at the price of speed.)
     A free block that was never written was not resident either, so this figure can be too small.
     The heap's own count of what is in use, plus the mapped file pages, is therefore sampled too,
-    and the larger of the two peaks is reported. The thread ends with `stop`, or when nothing refers
-    to the meter any more.
+    and the larger of the two peaks is reported. The thread lives from `restart` to `stop`, or until
+    nothing refers to the meter any more.
     """
 
     def __init__(self) -> None:
@@ -46,20 +48,32 @@ class MemoryMeter:
             self._mallinfo.restype = _Mallinfo
         except (AttributeError, OSError, TypeError):  # no glibc, or one before 2.33
             self._mallinfo = _Mallinfo
-        self._start = self._now()
+        self._peak = self._start = self._now()
+        self._stopped: threading.Event | None = None  # where a thread samples
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """A context whose peak counts; the thread ends with it, however that is."""
         self.restart()
-        self._stopped = threading.Event()
-        watched = (weakref.ref(self), self._stopped)
-        threading.Thread(target=_watch, args=watched, name="memory meter", daemon=True).start()
+        try:
+            yield
+        finally:
+            self.stop()
 
     def restart(self) -> None:
-        """Forget the peak so far; peaks still count from the level at which the meter was made."""
+        """Sample from now on, and forget the peak so far; peaks count from the level at which the
+        meter was made.
+        """
         import torch
 
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             for device in range(torch.cuda.device_count()):
                 torch.cuda.reset_peak_memory_stats(device)
         self._peak = self._start
+        if self._stopped is None:
+            self._stopped = threading.Event()
+            watched = (weakref.ref(self), self._stopped)
+            threading.Thread(target=_watch, args=watched, name="memory meter", daemon=True).start()
 
     def _now(self) -> list[int]:
         """Bytes: resident less free in the heap; in use in the heap plus mapped; resident."""
@@ -71,11 +85,13 @@ class MemoryMeter:
         self._peak = [*map(max, self._peak, self._now())]
 
     def stop(self) -> int:
-        """End the sampling and return the peak in bytes."""
+        """End the sampling, if there is any, and return the peak in bytes."""
         import torch
 
-        self._stopped.set()
-        self._sample()
+        if self._stopped is not None:
+            self._stopped.set()
+            self._stopped = None
+            self._sample()
         if torch.cuda.is_available():
             return sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
         return max(self._peak[0] - self._start[0], self._peak[1] - self._start[1])

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from recipelib.runtime.console import progress_bar, say
 from recipelib.runtime.errors import UserError
 from recipelib.runtime.launch import cores
+from recipelib.runtime.ranks import local_rank, processes_started
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -182,7 +183,7 @@ class Store:
 
 def _makes() -> bool:
     """Whether this process prepares what the processes of this machine share."""
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+    return local_rank() == 0
 
 
 _own_folder: Path | None = None
@@ -196,7 +197,7 @@ def _folder_of_this_run() -> Path:
     if _makes():
         _own_folder = Path(tempfile.mkdtemp(prefix="recipes-"))
         atexit.register(shutil.rmtree, _own_folder, ignore_errors=True)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes_started() > 1:
         import torch.distributed as dist
 
         folders: list = [None] * dist.get_world_size()

@@ -24,7 +24,7 @@ from recipelib.encoding import (
     encode_stream,
 )
 from recipelib.evaluation import TaskScore, score_chosen, score_classes, score_cloze
-from recipelib.models import describe_model, is_masked, stored_config
+from recipelib.models import describe_model
 from recipelib.runtime import Store, UserError, say
 from recipelib.task.task import (
     Task,
@@ -32,6 +32,8 @@ from recipelib.task.task import (
     load_rows_of,
     load_template,
     make_encoder,
+    nature_of_model,
+    refuse_options_of_texts,
     refuse_predict,
     say_how_many,
 )
@@ -125,19 +127,20 @@ class ClassTask(Task):
         texts = {"training": self.encoded.examples["input_ids"][:], "evaluation": self.scored.ids}
         root = cache_folder(args, self.store)
         start, found = time.perf_counter(), []
-        for rows, ids in texts.items():
-            kept = kept_features(
-                model,
-                frozen,
-                ids,
-                self.tokenizer.pad_token_id,
-                root,
-                layer=None if layer == "all" else int(layer),
-                pooling=pooling,
-                batch_tokens=self.budget["batch_tokens"],
-                description=f"features of {rows} rows",
-            )
-            found.append(dict(zip(numbers, kept, strict=True)))
+        with self.memory.sampling():
+            for rows, ids in texts.items():
+                kept = kept_features(
+                    model,
+                    frozen,
+                    ids,
+                    self.tokenizer.pad_token_id,
+                    root,
+                    layer=None if layer == "all" else int(layer),
+                    pooling=pooling,
+                    batch_tokens=self.budget["batch_tokens"],
+                    description=f"features of {rows} rows",
+                )
+                found.append(dict(zip(numbers, kept, strict=True)))
         self.features_seconds = time.perf_counter() - start
         self.features_of = {
             "model_name_or_path": args.model_name_or_path,
@@ -174,6 +177,7 @@ def load_class_task(args, training, *, trains: bool = True) -> ClassTask:
         raise UserError("--resume_from_checkpoint: features have no checkpoints; leave it out")
     if training.packing:
         raise UserError("--packing: texts of which a class is read are padded; leave it out")
+    refuse_options_of_texts(training)
     template = load_template(args)
     if not template.label or not template.verbalizer:
         raise UserError(f"{template.path}: verbalizer: is missing; it names the classes")
@@ -181,13 +185,8 @@ def load_class_task(args, training, *, trains: bool = True) -> ClassTask:
     train, evaluation = load_rows_of(template, args, training, store)
     if not args.streaming:
         say_how_many(len(train.rows), train.available)
-    masked = is_masked(stored_config(args.model_name_or_path, revision=args.revision))
-    encoder = make_encoder(
-        template,
-        args,
-        training,
-        room=lambda tokenizer: min(training.max_length, tokenizer.model_max_length),
-    )
+    masked = nature_of_model(args, training).masked
+    encoder = make_encoder(template, args, training)
     asker = class_asker(encoder, masked)
     encoding = class_encoding(asker)
     if isinstance(train, RowStream):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from recipelib.encoding import (
     label_word_ids,
 )
 from recipelib.evaluation import TaskScore, score_cloze
-from recipelib.models import describe_model, is_masked, stored_config
+from recipelib.models import describe_model
 from recipelib.prompts import PromptTemplate, Question
 from recipelib.runtime import (
     MemoryMeter,
@@ -44,6 +45,8 @@ from recipelib.task.task import (
     load_task,
     load_template,
     make_encoder,
+    nature_of_model,
+    refuse_options_of_texts,
     refuse_predict,
 )
 
@@ -122,7 +125,8 @@ class ClozeTask(Task):
         of their own.
         """
         rows = encode_cloze_rows(self.asker, self.evaluation.rows)
-        return self.score(model, "untouched model", rows)
+        with self.memory.sampling() if self.memory else nullcontext():  # where nothing is trained
+            return self.score(model, "untouched model", rows)
 
     def validate(self, model) -> tuple[float, float]:
         """The score of the validation rows, and the mean log-likelihood of their labels, which
@@ -186,21 +190,20 @@ def load_cloze_task(
     refuse_predict(args)
     if args.streaming and not trains:
         raise UserError("--streaming: nothing is trained; leave it out")
+    if training.publish and not trains:
+        raise UserError("--push_to_hub: nothing is trained; leave it out")
+    if virtual_tokens and training.neftune_noise_alpha:
+        raise UserError(
+            "--neftune_noise_alpha: is for training a model, not a prompt in front; leave it out"
+        )
     _refuse_cloze_options(args, training)
     template = template or load_template(args)
     if not template.label:
         raise UserError(f"{template.path}: verbalizer: is missing; a cloze is read by its words")
     store = Store.of(training)
     train, evaluation = load_rows_of(template, args, training, store)
-    masked = is_masked(stored_config(args.model_name_or_path, revision=args.revision))
-
-    def room(tokenizer) -> int:
-        fits = min(training.max_length, tokenizer.model_max_length)
-        if virtual_tokens >= fits:
-            raise UserError(f"--virtual_tokens {virtual_tokens}: {fits} tokens fit; ask for fewer")
-        return fits - virtual_tokens
-
-    encoder = make_encoder(template, args, training, room=room)
+    masked = nature_of_model(args, training).masked
+    encoder = make_encoder(template, args, training, virtual_tokens=virtual_tokens)
     asker = asker_of(encoder, masked, args.cloze)
     question = template.questions(train.rows[0])[0]
     words = label_word_ids(asker, question)
@@ -238,6 +241,7 @@ def load_cloze_task(
             folder,
             training.resume_from_checkpoint,
             check=lambda folder: check_trained(folder, task.trained_as),
+            model=args.model_name_or_path,
         )
     if not trains:
         task.memory = MemoryMeter()  # else each draw has its own
@@ -251,7 +255,7 @@ def load_word_task(args, training) -> Task:
     Args:
         args: a recipe's `RecipeArguments`.
     """
-    if not is_masked(stored_config(args.model_name_or_path, revision=args.revision)):
+    if not nature_of_model(args, training).masked:
         return load_task(args, training)
     plain = {"cloze": False, "combine": "logsumexp", "soft_verbalizer": False, "calibrate": False}
     asked = SimpleNamespace(**vars(args), **plain, per_class=None, draws=1)
@@ -269,6 +273,7 @@ def _refuse_cloze_options(args, training) -> None:
         raise UserError("--resume_from_checkpoint: few-shot runs are short; leave it out")
     if training.packing:
         raise UserError("--packing: rows with a cloze are padded; leave it out")
+    refuse_options_of_texts(training)
     if training.load_best_model_at_end:
         raise UserError("--load_best_model_at_end: --per_class keeps the best pass; leave it out")
     if args.draws > 1 and training.publish:

@@ -5,19 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipelib.adapters import SOFT_VERBALIZER, base_of, resolve_adapter
+from recipelib.adapters import SOFT_VERBALIZER, base_of, resolve_adapter, saved_embeddings
 from recipelib.data import load_asked
 from recipelib.encoding import CausalAsker, MaskedAsker, asker_of
-from recipelib.models import describe_model, is_masked, most_positions, stored_config
+from recipelib.models import describe_model
 from recipelib.runtime import (
     MemoryMeter,
     Store,
     UserError,
+    kept_templates,
     read_metrics,
     refuse_trained_run,
     say,
 )
-from recipelib.task.task import Task, load_template, make_encoder
+from recipelib.task.task import Task, load_template, make_encoder, nature_of_model
 
 
 @dataclass(kw_only=True)
@@ -52,7 +53,10 @@ def load_few_shot_task(args, training) -> FewShotTask:
     """
     if args.streaming:
         raise UserError("--streaming: nothing is trained; leave it out")
-    template, adapter = load_template(args), None
+    if training.publish:
+        raise UserError("--push_to_hub: nothing is trained; leave it out")
+    adapter = _adapter_of(args)
+    template = load_template(args)
     if args.reasoning == "none" and template.rationale:
         template = template.without_rationale()
     shots = template.demonstrations["k"] if args.shots is None else args.shots
@@ -69,22 +73,8 @@ def load_few_shot_task(args, training) -> FewShotTask:
     store = Store.of(training)
     pool, asked = load_asked(template, args, training.seed, shots=shots, store=store)
     store.say_what_was_kept()
-    if args.adapter:
-        adapter = resolve_adapter(args.adapter)
-        if (adapter / SOFT_VERBALIZER).exists():
-            raise UserError(
-                f"--adapter {args.adapter}: was trained with --soft_verbalizer, whose labels have "
-                "no words to ask for; --predict of its own recipe answers with it"
-            )
-        base, revision = base_of(adapter)
-        if not args.model_name_or_path:
-            args.model_name_or_path, args.revision = base, args.revision or revision
-        rendering = read_metrics(str(adapter)).get("rendering", args.rendering)
-        if rendering != args.rendering:
-            say(f"warning: the adapter was trained with --rendering {rendering}: ask so, too")
     refuse_trained_run(training.output_dir)
-    config = stored_config(args.model_name_or_path, revision=args.revision)
-    masked = is_masked(config)
+    masked = nature_of_model(args, training).masked
     if masked and args.reasoning == "trigger":
         raise UserError("--reasoning trigger: a masked model writes nothing; pass a causal model")
     # Closed answers are scored; what a model reasons or answers freely is written.
@@ -110,11 +100,14 @@ def load_few_shot_task(args, training) -> FewShotTask:
         raise UserError(
             f"--score {args.score}: answers of {template.name} are written; leave it out"
         )
-
-    def room(tokenizer) -> int:
-        return min(training.max_length, tokenizer.model_max_length, most_positions(config))
-
-    encoder = make_encoder(template, args, training, room=room)
+    own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    encoder = make_encoder(
+        template,
+        args,
+        training,
+        tokenizer_of=str(adapter) if own else None,
+        vocabulary=saved_embeddings(adapter) if adapter else None,
+    )
     return FewShotTask(
         encoder=encoder,
         train=pool,
@@ -129,3 +122,45 @@ def load_few_shot_task(args, training) -> FewShotTask:
         writes=writes,
         adapter=adapter,
     )
+
+
+def _adapter_of(args) -> Path | None:
+    """The folder of the adapter to put on the model. What the command line leaves open is filled in
+    as it was when the adapter was trained, and that is said.
+
+    Raises:
+        UserError: no adapter there, or one that cannot be asked.
+    """
+    adapter, run, taken = None, {}, []
+    if args.adapter:
+        adapter = resolve_adapter(args.adapter)
+        if (adapter / SOFT_VERBALIZER).exists():
+            raise UserError(
+                f"--adapter {args.adapter}: was trained with --soft_verbalizer, whose labels have "
+                "no words to ask for; --predict of its own recipe answers with it"
+            )
+        base, revision = base_of(adapter)
+        if not args.model_name_or_path:
+            args.model_name_or_path, args.revision = base, args.revision or revision
+        run = read_metrics(adapter)
+    rendering = run.get("rendering")
+    if not args.template and adapter and (kept := kept_templates(adapter)):
+        if len(kept) > 1:
+            raise UserError(
+                f"--adapter {args.adapter}: was trained on {', '.join(kept)}; pass one of them as "
+                f"--template {adapter}/templates/NAME.yaml"
+            )
+        (path,) = kept.values()
+        args.template = str(path)
+        taken.append(f"its {path.name}")
+    if rendering and not args.rendering:
+        args.rendering = rendering
+        taken.append(f"--rendering {rendering}")
+    if rendering == args.rendering:
+        args.chat_template_kwargs = args.chat_template_kwargs or run.get("chat_template_kwargs")
+    elif rendering:
+        say(f"warning: the adapter was trained with --rendering {rendering}: ask so, too")
+    if taken:
+        say(f"{args.adapter}: is asked as it was trained, with {' and '.join(taken)}")
+    args.template, args.rendering = args.template or "movie_reviews", args.rendering or "text"
+    return adapter

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from recipelib.task.task import (
     load_rows_of,
     make_encoder,
     refuse_predict,
+    require_causal,
     say_how_many,
 )
 
@@ -32,7 +33,9 @@ class Mixture(Task):
 
     Attributes:
         tasks: all of them; `train` is None for those that are only scored.
-        shares: by trained task the rows and supervised tokens that it gives one pass.
+        shares: of each trained task the `rows` that are trained, how many rows a pass has of it
+            (`rows_per_pass`, more where rows are repeated), and its supervised tokens in a pass;
+            empty for a stream.
     """
 
     tasks: list[Task]
@@ -49,8 +52,10 @@ class Mixture(Task):
 
     @property
     def sources(self) -> dict[str, str]:
-        """How many rows each task gives, for the plan."""
-        return {name: f"{share['rows']:,} rows" for name, share in self.shares.items()}
+        """How many rows each task gives, for the plan; of a stream where they come from."""
+        if not self.shares:
+            return {stream.template.name: stream.source for stream in self.streams}
+        return {name: _shown(share) for name, share in self.shares.items()}
 
     @property
     def skipped_rows(self) -> int:
@@ -105,6 +110,7 @@ def load_tasks(args, training, named: Sequence[str], heldout: Sequence[str] = ()
         UserError: arguments or rows that will not do.
     """
     refuse_predict(args)
+    require_causal(args, training)
     items, encoder, tasks, used = [*named, *heldout], None, [], set()
     store = Store.of(training)
     if args.template and args.dataset and len(items) > 1:
@@ -152,23 +158,35 @@ def load_tasks(args, training, named: Sequence[str], heldout: Sequence[str] = ()
     return tasks
 
 
+def _shown(share: Mapping[str, int]) -> str:
+    """A task's rows in words, and how often each stands in a pass where that is not once."""
+    rows, shown = share["rows"], f"{share['rows']:,} rows"
+    times, more = divmod(share["rows_per_pass"], rows)
+    often = f"{times} or {times + 1}" if more else f"{times}"
+    return shown if share["rows_per_pass"] == rows else f"{shown}, each {often} times"
+
+
 def mix(tasks: list[Task], counts: Sequence[int], args, training) -> Mixture:
     """One pass over so many rows of each task that is trained, encoded."""
     trained = [task for task in tasks if task.train]
     first, shares = trained[0], {}
     if args.streaming:
         encoded = encode_train(first.train, [first.encoder], training, first.store)
-        shares[first.template.name] = {"rows": first.train.available}
     else:
-        say_how_many(sum(counts), sum(task.train.available for task in trained))
         parts = []
         for task, count in zip(trained, counts, strict=True):
             rows = draw_rows(task.train.rows, count, training.seed)
             part = encode_rows(task.encoder, rows, seed=training.seed, store=task.store)
             parts.append(part)
-            supervised = part.counts.supervised_tokens
-            shares[task.template.name] = {"rows": count, "supervised": supervised}
+            share = {"rows": min(count, len(task.train.rows)), "rows_per_pass": count}
+            shares[task.template.name] = share | {"supervised": part.counts.supervised_tokens}
+            if count > share["rows"]:
+                say(f"{task.template.name}: {_shown(share)} in a pass, for --mixing {args.mixing}")
         encoded = EncodedRows.join(parts)
+        distinct = sum(share["rows"] for share in shares.values())
+        say_how_many(distinct, sum(task.train.available for task in trained))
+        # A row that is repeated counts once.
+        encoded = replace(encoded, counts=replace(encoded.counts, rows=distinct))
     mixture = Mixture(
         tasks=tasks,
         shares=shares,

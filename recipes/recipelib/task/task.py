@@ -4,8 +4,8 @@ how the task is scored, before and after training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from recipelib.data import (
@@ -25,7 +25,12 @@ from recipelib.encoding import (
     training_encoding,
 )
 from recipelib.evaluation import TaskScore, evaluate_task
-from recipelib.models import describe_model, load_tokenizer
+from recipelib.models import (
+    Nature,
+    describe_model,
+    load_tokenizer,
+    nature_of,
+)
 from recipelib.prompts import PromptTemplate
 from recipelib.runtime import MemoryMeter, Store, UserError, find_checkpoint, say
 
@@ -103,7 +108,8 @@ class Task:
     def held_out(self) -> Dataset:
         """The evaluation rows as training examples, to follow their loss while training."""
         rows, encoders = self.evaluation.rows, self.trained or [self.encoder]
-        parts = [encode_rows(encoder, rows, store=self.store) for encoder in encoders]
+        options = {"store": self.store, "kind": "evaluation"}
+        parts = [encode_rows(encoder, rows, **options) for encoder in encoders]
         return EncodedRows.join(parts).examples
 
     def score(
@@ -148,6 +154,7 @@ def load_task(
         UserError: a mistake in the arguments, the template or the rows; no row fits.
     """
     refuse_predict(args)
+    require_causal(args, training)
     template = template or load_template(args)
     store = Store.of(training)
     train, evaluation = load_rows_of(template, args, training, store)
@@ -187,7 +194,8 @@ def encode_train(
         encodings = [training_encoding(encoder, training.seed) for encoder in encoders]
         return encode_stream(train, encodings, training)
     return EncodedRows.join(
-        [encode_rows(encoder, train.rows, seed=training.seed, store=store) for encoder in encoders]
+        [encode_rows(encoder, train.rows, seed=training.seed, store=store) for encoder in encoders],
+        same_rows=True,
     )
 
 
@@ -218,27 +226,47 @@ def make_encoder(
     training,
     *,
     plain_chat: bool = False,
-    room: Callable[[Any], int] | None = None,
+    virtual_tokens: int = 0,
+    tokenizer_of: str | None = None,
+    vocabulary: int | None = None,
 ) -> PromptEncoder:
-    """Encodes a template's questions with the tokenizer of a recipe's model.
+    """Encodes a template's questions with the tokenizer of a recipe's model, no longer than the
+    model can read.
 
     Args:
         plain_chat: whether a tokenizer without a chat template is given a plain one.
-        room: from a tokenizer the most tokens that a text may have, if not `max_length`.
+        virtual_tokens: of a soft prompt, for which room is left.
+        tokenizer_of: a folder whose tokenizer is taken instead, an adapter's.
+        vocabulary: how many tokens the adapter has embeddings for, if not as many as the model.
     Raises:
-        UserError: arguments for a chat template that is not used.
+        UserError: arguments for a chat template that is not used, or a tokenizer that does not fit
+            the model.
     """
+    nature = nature_of_model(args, training)
     tokenizer = load_tokenizer(
-        args.model_name_or_path,
-        revision=args.revision,
+        tokenizer_of or args.model_name_or_path,
+        revision=None if tokenizer_of else args.revision,
         trust_remote_code=training.trust_remote_code,
     )
+    if training.pad_token is not None:
+        if training.pad_token not in tokenizer.get_vocab():
+            raise UserError(
+                f"--pad_token {training.pad_token}: is not in the tokenizer's vocabulary; leave it "
+                "out: padding is never trained, whatever stands there"
+            )
+        tokenizer.pad_token = training.pad_token
     if plain_chat and args.rendering == "chat" and ensure_chat_template(tokenizer):
         say("the tokenizer has no chat template: a plain one is used, and saved with the model")
+    chat = args.rendering == "chat" or template.messages is not None
+    checked = nature
+    if tokenizer_of:
+        name = f"{tokenizer_of}: does not fit {nature.name}"
+        checked = replace(nature, name=name, vocabulary=vocabulary or nature.vocabulary)
+    checked.check_tokens(tokenizer, chat)
     encoder = PromptEncoder(
         template,
         tokenizer,
-        room(tokenizer) if room else training.max_length,
+        nature.fitting(training.max_length, tokenizer, virtual_tokens),
         args.rendering,
         args.chat_template_kwargs,
     )
@@ -249,16 +277,64 @@ def make_encoder(
     return encoder
 
 
+def nature_of_model(args, training) -> Nature:
+    """What the model of a recipe's arguments is, see `nature_of`."""
+    return nature_of(
+        args.model_name_or_path,
+        revision=args.revision,
+        trust_remote_code=training.trust_remote_code,
+    )
+
+
+def require_causal(args, training) -> None:
+    """Refuse a model that would see each answer while it predicts it.
+
+    Raises:
+        UserError: it is a masked one.
+    """
+    if nature_of_model(args, training).masked:
+        raise UserError(
+            f"--model_name_or_path {args.model_name_or_path}: is a masked language model, which "
+            "would see each answer while it predicts it; run recipes/cloze_sft.py, "
+            "prompt_tuning.py or transfer_learning.py"
+        )
+
+
+def _require_experts(args, training) -> None:
+    nature = nature_of_model(args, training)
+    if not hasattr(nature.config.get_text_config(), "output_router_logits"):
+        raise UserError(
+            f"--router_aux_loss_coef: {nature.name} has no experts whose load it could balance; "
+            "leave it out"
+        )
+
+
 def begin(task: Task, args, training) -> None:
     """Say what was kept, look for a checkpoint, and measure memory from here on: the model comes
     next.
     """
     task.store.say_what_was_kept()
+    if training.router_aux_loss_coef is not None:
+        _require_experts(args, training)
     if not args.preview:
         task.checkpoint = find_checkpoint(
-            training.output_dir, training.resume_from_checkpoint, kind=args.checkpoints
+            training.output_dir,
+            training.resume_from_checkpoint,
+            kind=args.checkpoints,
+            model=args.model_name_or_path,
         )
         task.memory = MemoryMeter()
+
+
+def refuse_options_of_texts(training) -> None:
+    """Refuse options for training on all tokens of a text where labels are chosen.
+
+    Raises:
+        UserError: one of them is set.
+    """
+    for name in ("pad_to_multiple_of", "pad_token", "router_aux_loss_coef"):
+        if getattr(training, name) is not None:
+            raise UserError(f"--{name}: is for training to write, not to choose; leave it out")
 
 
 def refuse_predict(args) -> None:

@@ -5,6 +5,7 @@ from recipelib.training.callbacks import SampleWriter, stop_early
 from recipelib.training.class_trainer import ClassTrainer
 from recipelib.training.cloze_trainer import ClozeTrainer, keep_best
 from recipelib.training.config import RecipeConfig
+from recipelib.training.ends import end_at
 from recipelib.training.fake_step import MicroBatch, Steps, step_peaks
 from recipelib.training.frozen import GradualUnfreezing, keep_states, rates_by_depth, trainer_of
 from recipelib.training.memory import (
@@ -13,6 +14,7 @@ from recipelib.training.memory import (
     estimate_memory,
     optimizer_bytes,
 )
+from recipelib.training.options import refuse_unused
 from recipelib.training.plan import show_plan
 from recipelib.training.trainer import RecipeTrainer
 
@@ -27,11 +29,13 @@ __all__ = [
     "SampleWriter",
     "Sharding",
     "Steps",
+    "end_at",
     "estimate_memory",
     "keep_best",
     "keep_states",
     "optimizer_bytes",
     "rates_by_depth",
+    "refuse_unused",
     "sampling_seed",
     "show_plan",
     "step_peaks",

@@ -53,8 +53,6 @@ def stop_early(training, patience: int) -> EarlyStopping:
         raise UserError(f"--save_strategy no: {why}; leave it out")
     if training.save_only_model and uses_fsdp():
         raise UserError(f"--save_only_model: {why}, which FSDP cannot load from that; leave it out")
-    if training.metric_for_best_model not in (None, "loss", "eval_loss"):
-        raise UserError("--metric_for_best_model: the evaluation loss decides; leave it out")
     if training.greater_is_better:
         raise UserError("--greater_is_better: the lower loss is better; leave it out")
 

@@ -15,11 +15,18 @@ class ChoiceTrainer(RecipeTrainer):
 
     def __init__(self, model, training, task, **options):
         training.remove_unused_columns = False
+        # No loss here balances experts, whose mask would not know of a soft prompt's positions.
+        training.router_aux_loss_coef = 0.0
         super().__init__(model, training, task, **options)
         # A step's loss is a mean over its rows, as below. The loss of masked models themselves
         # ignores the number of rows and comes out multiplied by the accumulation steps.
         self._loss_shifts_labels = False
         self.model_accepts_loss_kwargs = True
+
+    @property
+    def ends(self) -> list[int]:
+        """None: nothing is learned to be written."""
+        return []
 
     def scores(self, model, inputs) -> torch.Tensor:
         """[rows, labels] the score of each label, with gradients."""

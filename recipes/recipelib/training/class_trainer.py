@@ -17,6 +17,7 @@ class ClassTrainer(ChoiceTrainer):
     def __init__(self, model, training, task, **options):
         collator = ClassCollator(task.tokenizer.pad_token_id)
         super().__init__(model, training, task, data_collator=collator, **options)
+        self.model.config.use_cache = False  # a head writes nothing
 
     def scores(self, model, inputs) -> torch.Tensor:
         """[rows, classes] the head's logits."""

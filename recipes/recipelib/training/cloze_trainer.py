@@ -27,6 +27,7 @@ from recipelib.prompts import combine_words
 from recipelib.runtime import TRAINED, clear_results
 from recipelib.training.batches import micro_batches
 from recipelib.training.choice_trainer import ChoiceTrainer
+from recipelib.training.ends import end_at
 from recipelib.training.fake_step import MicroBatch
 from recipelib.training.memory import MemoryEstimate, estimate_memory
 
@@ -119,6 +120,7 @@ class ClozeTrainer(ChoiceTrainer):
         for name, buffer in bare.named_buffers():
             if name in bare.state_dict():
                 whole[name] = buffer
+        end_at(bare, ())  # so that it can be saved, whatever it holds
         bare.save_pretrained(folder, state_dict=whole)
         self.processing_class.save_pretrained(folder)
 

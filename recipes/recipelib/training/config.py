@@ -21,17 +21,7 @@ from recipelib.runtime import (
     use_all_cores,
     uses_fsdp,
 )
-
-# Arguments of SFTConfig about what the recipes do themselves, in `encoding` and in the loss.
-_NOT_OURS = (
-    "assistant_only_loss",
-    "chat_template_path",
-    "completion_only_loss",
-    "eos_token",
-    "loss_type",
-)
-# Arguments about TRL's packing, which fills lines of max_length tokens; ours has no options.
-_NOT_OUR_PACKING = ("eval_packing", "packing_strategy", "padding_free")
+from recipelib.training.options import refuse_what_is_ours
 
 
 def fast_bf16() -> bool:
@@ -81,11 +71,7 @@ class RecipeConfig(SFTConfig):
     )
 
     def __post_init__(self):
-        fixed = dict.fromkeys(_NOT_OURS, "the template decides what is trained; leave it out")
-        whole_rows = "--packing true lays whole rows end to end, no other way; leave it out"
-        for name, reason in (fixed | dict.fromkeys(_NOT_OUR_PACKING, whole_rows)).items():
-            if getattr(self, name) != self.__dataclass_fields__[name].default:
-                raise UserError(f"--{name}: {reason}")
+        refuse_what_is_ours(self)
         if self.max_length is None:
             raise UserError("--max_length: must be a number of tokens, such as 1024")
         require_at_least(
@@ -93,10 +79,27 @@ class RecipeConfig(SFTConfig):
             max_length=1,
             per_device_train_batch_size=1,
             gradient_accumulation_steps=1,
+            per_device_eval_batch_size=1,
             dataset_num_proc=1,
+            dataloader_num_workers=0,
             neftune_noise_alpha=0,
             learning_rate=0,
+            weight_decay=0,
+            adam_epsilon=0,
+            seed=0,
         )
+        for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name):g}: must be 0 or more and below 1")
+        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+            raise UserError(f"--num_train_epochs {self.num_train_epochs:g}: must be above 0")
+        if self.metric_for_best_model not in (None, "loss", "eval_loss"):
+            raise UserError(
+                f"--metric_for_best_model {self.metric_for_best_model}: only the loss is computed "
+                "on the way, and the lowest is the best; leave it out"
+            )
+        if self.save_strategy == "best" and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"
         self.use_cpu = join_on_cpu(self.use_cpu)
         if self.bf16 is None:
             self.bf16 = fast_bf16() and not self.fp16 and not self.use_cpu
@@ -123,6 +126,8 @@ class RecipeConfig(SFTConfig):
         """Raise now what the trainer would raise minutes later, once the base model was scored."""
         if self.fp16 and self.device.type == "cpu":
             raise UserError("--fp16: needs a GPU; leave it out")
+        if self.activation_offloading and self.device.type == "cpu":
+            raise UserError("--activation_offloading: needs a GPU to offload from; leave it out")
         if self.use_liger_kernel and not is_liger_kernel_available():
             raise UserError("--use_liger_kernel: needs the package liger-kernel; leave it out")
         if self.activation_checkpointing and fsdp_option("ACTIVATION_CHECKPOINTING") == "true":
@@ -141,6 +146,8 @@ class RecipeConfig(SFTConfig):
             get_scheduler(self.lr_scheduler_type, optimizer, 0, 1, **options)
 
         def optimize() -> None:
+            if any("=" not in part for part in (self.optim_args or "=").split(",")):
+                raise UserError(f"--optim_args {self.optim_args}: write name=value,name=value")
             with suppress(ValueError):  # raised by optimizers that need the model too
                 Trainer.get_optimizer_cls_and_kwargs(self)
 

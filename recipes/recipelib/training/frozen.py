@@ -48,6 +48,8 @@ def keep_states(frozen: FrozenLayers, model, task, args, training) -> StateCache
     else:
         if training.torch_compile:
             raise UserError("--torch_compile: the cache changes what is compiled; --cache false")
+        if training.neftune_noise_alpha:
+            raise UserError("--neftune_noise_alpha: the cache would keep no noise; --cache false")
         dtype = DTYPES[args.cache_dtype] if args.cache_dtype else model.dtype
         computed = f"{training.mixed_precision}, {training.device.type}"
         cache = StateCache(frozen, task.encoded.examples, root, dtype, computed)

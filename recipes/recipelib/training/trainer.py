@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from recipelib.models import (
     check_shards,
     count_parameters,
     logits_at,
+    name_layers,
     prepare_for_fsdp2,
     prepare_four_bit,
     reshard,
@@ -48,6 +50,7 @@ from recipelib.runtime import (
     uses_fsdp,
 )
 from recipelib.training.batches import sampling_seed
+from recipelib.training.ends import end_at, trained_ends
 from recipelib.training.memory import MemoryEstimate, estimate_memory
 from recipelib.training.packing import RowsApart, row_lengths, rows_stay_apart
 from recipelib.training.plan import show_plan
@@ -64,6 +67,19 @@ class _WholeColumns(Dataset):
     def __getitem__(self, key):
         found = super().__getitem__(key)
         return found[:] if isinstance(key, str) else found
+
+
+@contextmanager
+def _head_out_of_sight(model) -> Iterator[None]:
+    """A context in which TRL does not see the head, for it refuses adapters there: its loss takes
+    the head's weight and would not train them. Ours calls the head.
+    """
+    if isinstance(model, PeftModel):
+        model.get_output_embeddings = lambda: None
+    try:
+        yield
+    finally:
+        vars(model).pop("get_output_embeddings", None)
 
 
 class LossBar(TrainerCallback):
@@ -161,16 +177,21 @@ class RecipeTrainer(SFTTrainer):
     ):
         check_adapter(task.checkpoint, model)
         held_out = task.held_out() if training.eval_strategy != "no" else None
-        super().__init__(
-            model,
-            training,
-            train_dataset=(
-                task.encoded.examples if task.encoded.stream is None else task.encoded.stream
-            ),
-            eval_dataset=held_out,
-            processing_class=task.tokenizer,
-            **options,
-        )
+        config = bare_model(model).config
+        use_cache = getattr(config, "use_cache", None)
+        with _head_out_of_sight(model):
+            super().__init__(
+                model,
+                training,
+                train_dataset=(
+                    task.encoded.examples if task.encoded.stream is None else task.encoded.stream
+                ),
+                eval_dataset=held_out,
+                processing_class=task.tokenizer,
+                **options,
+            )
+        if use_cache is not None:  # TRL has turned it off; no step asks for it, and it is saved
+            config.use_cache = use_cache
         self.task, self.rates, self.cache = task, rates or {}, cache
         if uses_fsdp() and not self.is_fsdp_enabled:
             raise UserError(FSDP_OFF)
@@ -235,6 +256,7 @@ class RecipeTrainer(SFTTrainer):
             # trainer's own way computes as much and, under FSDP2, gathers as much.
             plugin.activation_checkpointing = False
             self.args.activation_checkpointing = True
+        name_layers(plugin, self.model)
         if plugin.fsdp_version == 2:
             prepare_for_fsdp2(plugin, self.model)
             self.create_optimizer()  # accelerate then exchanges its parameters for the shards
@@ -255,13 +277,13 @@ class RecipeTrainer(SFTTrainer):
         checkpoint, memory = resume_from_checkpoint or self.task.checkpoint, self.task.memory
         if memory:
             self.show_plan()
-            memory.restart()
-        clear_way(self.args.output_dir, checkpoint)
+        clear_way(self.args.output_dir, checkpoint, bare_model(self.model).name_or_path)
         reshard(self.model)
         start = time.perf_counter()
-        if self.cache is not None:
-            self._begin_above(self.cache)
-        output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        with memory.sampling() if memory else nullcontext():
+            if self.cache is not None:
+                self._begin_above(self.cache)
+            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         self.seconds = time.perf_counter() - start
         self._peak = memory.stop() if memory else 0
         return output
@@ -372,7 +394,7 @@ class RecipeTrainer(SFTTrainer):
         # TRL has looked at the first example: what was read for it does not count.
         vars(self.task.encoded.counts).update(vars(Counts()))
         for stream in self.task.streams:
-            stream.bad, stream.skipped = [], 0
+            stream.forget()
         batches = DataLoader(
             self.train_dataset,
             batch_size=self.args.per_device_train_batch_size,
@@ -399,6 +421,11 @@ class RecipeTrainer(SFTTrainer):
             sampler.seed = sampling_seed(self.args)
         return sampler
 
+    @cached_property
+    def ends(self) -> list[int]:
+        """The tokens that end what the model learns to write, the most frequent first."""
+        return trained_ends(self.task.encoded.examples)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         """Save the model or the adapter, whole whatever the accelerate config; called by all
         processes.
@@ -407,25 +434,30 @@ class RecipeTrainer(SFTTrainer):
         `recipes/consolidate.py` puts together.
         """
         output_dir = output_dir or self.args.output_dir
+        end_at(self.model, self.ends)
         if not _internal_call:
             clear_results(output_dir, bare_model(self.model).name_or_path)
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if plugin is None or plugin.fsdp_version == 1:
             super().save_model(output_dir, _internal_call=_internal_call)
-            if not _internal_call and self.args.should_save:  # a pickle, which nobody should load
-                Path(output_dir, "training_args.bin").unlink(missing_ok=True)
         elif _internal_call and "SHARDED" in str(plugin.state_dict_type):
-            if self.args.should_save:  # consolidated weights will need it beside them
-                config = (
-                    self.model.peft_config["default"]
-                    if isinstance(self.model, PeftModel)
-                    else self.model.config
-                )
+            if self.args.should_save:  # consolidated weights will need them beside them
+                adapted = isinstance(self.model, PeftModel)
+                config = self.model.peft_config["default"] if adapted else self.model.config
                 config.save_pretrained(output_dir)
+                self.processing_class.save_pretrained(output_dir)
         else:
             self._save(output_dir, state_dict=self.whole_state_dict())
-            if not _internal_call and self.args.should_save:
+        if self.args.should_save:
+            self.save_ends(output_dir)
+            if not _internal_call:  # a pickle, which nobody should load
                 Path(output_dir, "training_args.bin").unlink(missing_ok=True)
+
+    def save_ends(self, output_dir: str) -> None:
+        """Write the generation config: PEFT, and who consolidates shards, has none of its own."""
+        bare = bare_model(self.model)
+        if self.ends and bare.can_generate():
+            bare.generation_config.save_pretrained(output_dir)
 
     def whole_state_dict(self) -> dict[str, torch.Tensor]:
         """The weights, gathered from all processes; of an adapted model only the adapter's. The
@@ -467,9 +499,10 @@ class RecipeTrainer(SFTTrainer):
             if self.args.average_tokens_across_devices:
                 # DDP and FSDP average the gradients over the processes.
                 loss = loss * self.accelerator.num_processes
-        if self.aux_loss_enabled:  # a mixture of experts': a mean over each batch, as in TRL
+        # A mixture of experts': a mean over each batch, as in TRL. Llama 4 computes none.
+        if self.aux_loss_enabled and (balance := getattr(outputs, "aux_loss", None)) is not None:
             steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
+            loss = loss + self.router_aux_loss_coef * balance / steps
         if model.training:
             slots = inputs["input_ids"].numel()
             self.slots_seen += slots

@@ -17,7 +17,7 @@ import search_label_words
 import transfer_learning
 import watched_cache
 from datasets import Dataset
-from launching import CONFIGS, SAVING, Launched, command
+from launching import CONFIGS, SAVING, UNSAVED, Launched, command
 from optional_packages import HAS_BITSANDBYTES
 from tiny_llama import save_tiny_llama
 
@@ -202,7 +202,7 @@ def untrained(alone, recipe_runs) -> Callable[[str], Path]:
 
     def run(name: str) -> Path:
         recipe, changes = recipe_runs[name]
-        still = {"learning_rate": 0.0, "max_steps": 1, "save_strategy": "no"}
+        still = {"learning_rate": 0.0, "max_steps": 1, **UNSAVED}
         if recipe is adapter_sft:
             still["drop_adapters_below"] = None
         return alone(f"start_{name}", recipe, **{**changes, **still})

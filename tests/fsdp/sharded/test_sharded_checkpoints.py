@@ -54,5 +54,7 @@ def test_a_checkpoint_put_together_is_what_the_run_saved_at_its_end(
         AutoModelForCausalLM.from_pretrained(folder).state_dict()
         for folder in (tmp_path / "full", root / "sharded_full")
     )
+    for name in ("generation_config.json", "tokenizer.json"):
+        assert (tmp_path / "full" / name).read_text() == (root / "sharded_full" / name).read_text()
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in found)

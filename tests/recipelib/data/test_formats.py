@@ -12,7 +12,10 @@ from encoding_cases import refusal
 from row_files import arguments, write
 
 from recipelib.data.formats import classes_from_rows, guess_template, template_for
+from recipelib.data.rows import load_rows
+from recipelib.prompts import RowError
 from recipelib.prompts.template import PromptTemplate
+from recipelib.runtime import Store
 
 HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 SHARED = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
@@ -116,6 +119,99 @@ def test_the_template_is_saved_like_any_other(row, tmp_path):
     saved = PromptTemplate.load(str(tmp_path / "template.yaml"))
     assert saved.questions(row) == template.questions(row)
     assert (saved.name, saved.description, saved.metric) == ("mine", taken_for, "loss")
+
+
+# What stands beside the turns, and rows that are not alike
+
+
+SAID = [{"role": "user", "content": "before"}, {"role": "assistant", "content": "then"}]
+TOOLS = '[{"name": "look"}]'
+
+
+@pytest.mark.parametrize(
+    ("rows", "system", "turns", "tools"),
+    [
+        ([{**ALPACA, "system": None}, {**ALPACA, "system": "Be."}], "Be.", [], 0),
+        ([{**ALPACA, "system_prompt": "Be."}], "Be.", [], 0),
+        ([{"prompt": "Hi", "completion": "Hello", "system": "Be."}], "Be.", [], 0),
+        (
+            [{**ALPACA, "history": None}, {**ALPACA, "history": [["before", "then"]]}],
+            "",
+            [*SAID, *({"role": r, "content": c} for r, c in [("user", "Add.\n\n1 and 2")])],
+            0,
+        ),
+        (
+            [
+                {"query": "Hi", "response": "Hello", "system": "", "history": ""},
+                {"query": "Hi", "response": "Hello", "system": "Be.", "history": json.dumps(SAID)},
+            ],
+            "Be.",
+            [*SAID, HI[0]],
+            0,
+        ),
+        ([{"instruction": "Hi", "output": "Hello", "tools": TOOLS}], "", [HI[0]], 1),
+        ([{"conversations": SHARED, "system": "Be.", "tools": TOOLS}], "Be.", [HI[0]], 1),
+        ([{"messages": json.dumps(HI), "system": "Be.", "functions": TOOLS}], "Be.", [HI[0]], 1),
+        ([{"messages": "[{'role'"}, {"messages": HI, "system": "Be."}], "Be.", [HI[0]], 0),
+        ([{"version": 1, "text": "x"}, ALPACA, {"messages": HI}, {"messages": HI}], "", HI[:1], 0),
+    ],
+)
+def test_systems_histories_and_tools_are_parts_of_the_prompt(rows, system, turns, tools, tmp_path):
+    template, _ = template_for(str(write(tmp_path / "rows.jsonl", rows)))
+    (question,) = template.questions(rows[-1])
+    if not turns:
+        assert (template.system(question), question.turns) == (system, ())
+        return
+    told = [{"role": "system", "content": system}] if system else []
+    assert list(question.turns[:-1]) == [*told, *turns]
+    # The answers of the history are learned, too.
+    assert not any("weight" in turn for turn in question.turns)
+    assert len(question.tools) == tools
+
+
+@pytest.mark.parametrize(
+    ("first", "row", "problem"),
+    [
+        ({"messages": HI}, {"messages": HI, "images": ["a.png"]}, "images: only text is learned"),
+        ({"messages": HI, "weight": 1}, {"messages": HI, "weight": 0.5}, "weight: 0.5: rows are"),
+        ({"messages": HI}, {"messages": HI, "chosen": "x"}, "chosen: no recipe learns preferences"),
+        ({"messages": HI}, {"messages": HI, "history": [["a", "b"]]}, "history: the template that"),
+        ({"messages": HI}, {"messages": HI, "kto_tag": False}, "kto_tag: is false, so the answer"),
+        (ALPACA, {**ALPACA, "label": "False"}, "label: is false, so the answer is not to be"),
+        (ALPACA, {**ALPACA, "system": "Be."}, "system: the template that was guessed from the"),
+        (ALPACA, {**ALPACA, "instruction": HI}, "instruction: is a list, not text as in the rows"),
+        (ALPACA, {"messages": HI}, "no column 'instruction'; the row has 'messages', and"),
+    ],
+)
+def test_a_row_that_does_not_fit_the_guess_says_why(first, row, problem):
+    template, _ = guess_template(first, "rows.jsonl")
+    with pytest.raises(RowError) as error:
+        template.questions(row)
+    assert str(error.value).startswith(problem)
+
+
+def test_preferences_are_refused_with_what_can_be_learned_of_them():
+    message = refusal(lambda: guess_template({"prompt": HI[:1], "chosen": HI[1:]}, "rows.jsonl"))
+    assert message.startswith("rows.jsonl: chosen: no recipe learns preferences; to learn the")
+
+
+def test_what_nothing_reads_is_counted_once_and_again_from_the_cache(tmp_path, capsys):
+    odd = [HI[0], {**HI[1], "mood": "gay", "id": 7}]
+    rows = [{"messages": HI}] * 100 + [{"messages": odd}] * 3 + [{"messages": HI, "topic": "x"}]
+    file = write(tmp_path / "rows.jsonl", rows)
+    template, _ = template_for(str(file))
+    store = Store(1, tmp_path / "cache")
+    for _ in range(2):
+        load_rows(template, str(file), "train", store=store)
+        assert capsys.readouterr().out == (
+            f"warning: {file}: nothing reads the turns' key 'mood' (3 rows), the column 'topic' "
+            "(1 row); if that should change what is learned, put it into the text, or name the "
+            "column in a --template\n"
+        )
+    # A template that someone wrote leaves columns out on purpose, but hardly these.
+    alpaca = PromptTemplate.load("alpaca")
+    (question,) = alpaca.questions({**ALPACA, "history": [["a", "b"]], "topic": "x"})
+    assert question.unread == ("the column 'history'",)
 
 
 # Where the rows are

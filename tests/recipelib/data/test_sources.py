@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from pyarrow import parquet as pq
 from row_files import ASK, SST2, arguments, ask, load, numbered, refusal, write
 
-from recipelib.data.rows import load_rows, load_splits
+from recipelib.data.rows import load_asked, load_rows, load_splits
 from recipelib.prompts.template import PromptTemplate
 from recipelib.runtime.errors import UserError
 
@@ -242,6 +242,23 @@ def test_a_draw_from_the_hub_checks_the_drawn_rows_only_and_refills_skipped_ones
     with pytest.raises(UserError, match="bad rows"):
         load_rows(SST2, "owner/name", "train", **options)
     assert len(load_rows(SST2, "owner/name", "train", max_samples=1).rows) == 1
+
+
+@pytest.mark.parametrize("splits", [["train", "validation"], ["train", "test"]])
+def test_the_hubs_own_validation_split_is_used_where_the_template_names_none(monkeypatch, splits):
+    def load_dataset(path, name=None, *, split, revision=None, streaming=False):
+        if split not in splits:
+            raise ValueError(f'Unknown split "{split}". Should be one of {splits}.')
+        return Dataset.from_list([{"question_text": split, "gold": str(n)} for n in range(20)])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    args, own = arguments("owner/name"), "validation" in splits
+    train, evaluation = load_splits(ask(), args, 0)
+    assert (len(train.rows), len(evaluation.rows)) == ((20, 20) if own else (18, 2))
+    assert evaluation.rows[0]["question_text"] == ("validation" if own else "train")
+    args.predict = None
+    asked = load_asked(ask(), args, 0, shots=0)[1]
+    assert asked.rows == evaluation.rows
 
 
 def test_a_column_missing_on_the_hub_is_one_line(hub):

@@ -11,6 +11,7 @@ from recipelib.encoding import (
     class_asker,
     class_encoding,
     encode_class_rows,
+    encode_cloze_rows,
 )
 from recipelib.encoding.prompt_encoder import Counts
 from recipelib.prompts import PromptTemplate
@@ -44,6 +45,13 @@ def test_every_template_with_classes_gives_one_text_and_one_class_a_row(name, ma
     # A masked model reads the cloze with its mask; no text tells the class.
     text = encoder.text.tokenizer.decode(asked.ids[0])
     assert ("[MASK]" in text) == masked
+
+
+def test_rows_that_are_encoded_to_be_scored_have_a_bar(capsys):
+    rows = CASES["movie_reviews"].rows
+    for encode, kind in [(encode_class_rows, "gpt2"), (encode_cloze_rows, "bert")]:
+        encode(class_asker(encoder_of("movie_reviews", kind), kind == "bert"), rows)
+        assert f"{len(rows)}/{len(rows)}" in capsys.readouterr().err.rpartition("encoding: ")[2]
 
 
 def test_a_causal_model_reads_the_prompt_that_it_is_asked():

@@ -495,6 +495,44 @@ def test_templates_that_append_render_a_long_conversation_a_few_times(chat_templ
     assert apply.call_count == rendered
 
 
+def long_turns(kind, count):
+    """A conversation of so many questions, of a kind that costs much."""
+    made = []
+    for number in range(count):
+        made += turns(["user", "assistant"], [f"What is {number}?", f"It is {number}."])
+        if kind == "one learned" and number < count - 1:
+            made[-1]["weight"] = 0
+        if kind == "calls":
+            made[-1:-1] = [
+                {"role": "assistant", "content": "", "tool_calls": [call("weather", town="x")]},
+                {"role": "tool", "content": f"result {number}"},
+            ]
+        if kind == "reasons":
+            made[-1]["reasoning_content"] = f"think of {number}"
+        if kind == "too long":
+            made[-1]["content"] = words(300)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["answers", "one learned", "calls", "reasons", "too long"])
+def test_twice_as_many_turns_are_twice_the_work_over_a_budget(kind):
+    work = []
+    for count in (40, 80):
+        encoder = PromptEncoder(PromptTemplate(CHAT), chat_tokenizer("qwen3"), 200, "chat")
+        question = one_question(encoder, long_turns(kind, count))
+        chat, rendered = encoder.text.chat, []
+        apply = chat._apply
+
+        def count_turns(turns, *more, apply=apply, rendered=rendered):
+            rendered.append(len(turns))
+            return apply(turns, *more)
+
+        with mock.patch.object(chat, "_apply", count_turns):
+            encoder.conversation(question, Counts())
+        work.append(sum(rendered))
+    assert work[1] < 2.6 * work[0]  # twice, and a step more where the window is looked for
+
+
 def test_every_text_of_a_conversation_is_encoded_once():
     encoder = limited(chat_encoder("qwen2_5"), ROOMY)
     texts = [f"{word} {number}." for number in range(30) for word in ("Where is", "There is")]

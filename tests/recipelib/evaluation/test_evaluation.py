@@ -274,7 +274,7 @@ def test_the_loss_is_the_one_that_training_sees_on_the_same_rows():
         assert record["prompt"] + record["answer"] == TOKENIZER.decode(example["input_ids"])
 
 
-def test_the_loss_of_a_conversation_counts_every_answer_in_it():
+def test_the_loss_of_a_conversation_counts_every_answer_in_it(capsys):
     encoder = encoder_for("conversations")
     turn = [
         {"role": "user", "content": "who wrote the book?"},
@@ -293,7 +293,8 @@ def test_the_loss_of_a_conversation_counts_every_answer_in_it():
         {"input_ids": ids, "labels": labels},
         {"input_ids": ids[:length], "labels": labels[:length]},
     ]
-    result = evaluate_task(MODEL, encoder, rows)
+    result = evaluate_task(MODEL, encoder, rows, description="scoring")
+    assert "2/2" in capsys.readouterr().err.rpartition("scoring: prompts: ")[2]  # a bar of its own
     assert result.score == pytest.approx(mean_loss(examples), abs=1e-5)
     assert [record["row"] for record in result.records] == [0, 0, 0, 1]
     assert result.rows == 2

@@ -18,8 +18,8 @@ import torch
 from tiny_llama import SPECIAL, tiny_backend, tiny_llama
 from transformers import LlamaForCausalLM
 
+from recipelib import models
 from recipelib.models import bundled as model_cache
-from recipelib.models import loading as models
 from recipelib.runtime.errors import UserError
 
 CHAT_TEMPLATE = "{% for message in messages %}[{{ message['content'] }}]{% endfor %}"

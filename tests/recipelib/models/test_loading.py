@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import errors as hub
 from tiny_llama import save_tiny_llama, tiny_backend
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     ByT5Tokenizer,
@@ -19,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from recipelib.models import loading as models
+from recipelib import models
 from recipelib.runtime.errors import UserError
 
 RECIPES = Path(models.__file__).parents[1]
@@ -229,6 +230,7 @@ def test_a_refusal_of_the_hub_is_one_line_with_the_cure(case, auto, monkeypatch)
         except OSError as error:
             raise OSError("what transformers says\nin several lines: " + str(error)) from error
 
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: LlamaConfig())
     monkeypatch.setattr(auto, "from_pretrained", refuse)
     load = models.load_tokenizer if auto is AutoTokenizer else models.load_pretrained
     with pytest.raises(UserError, match=f"^org/name: .*{expected}") as caught:
@@ -241,13 +243,25 @@ def test_only_safetensors_and_no_custom_code_are_asked_of_the_hub(monkeypatch):
 
     def fetch(name, **kwargs):
         asked.update(kwargs, n=name)
-        return SimpleNamespace(config=LlamaConfig())
+        return SimpleNamespace(config=LlamaConfig()), {"missing_keys": []}
 
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: LlamaConfig())
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fetch)
     models.load_pretrained("org/name", revision="v2", dtype="float32")
     assert asked["n"] == "org/name"
     assert (asked["use_safetensors"], asked["trust_remote_code"]) == (True, False)
     assert (asked["revision"], asked["dtype"]) == ("v2", "float32")
+
+
+def test_a_body_without_its_head_is_no_language_model(saved_model, tmp_path, capsys):
+    model = LlamaForCausalLM.from_pretrained(saved_model)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    model.config.tie_word_embeddings = False
+    model.model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"holds no lm_head.weight, which would start at random"):
+        models.load_pretrained(str(tmp_path))
+    models.load_pretrained(str(tmp_path), headless=True)
+    assert "its untouched score is chance" in capsys.readouterr().out
 
 
 def test_a_mistake_of_the_caller_keeps_its_traceback(saved_model):

@@ -123,6 +123,102 @@ def test_a_turn_that_is_not_to_be_learned_keeps_its_weight():
     assert [one.get("weight") for one in read(turns)] == [None, 0, None, None]
 
 
+@pytest.mark.parametrize(
+    ("flag", "learned"),
+    [
+        *(({key: no}, False) for key in ("weight", "loss_weight") for no in (0, 0.0, "0")),
+        *(({key: False}, False) for key in ("train", "training", "loss", "trainable")),
+        *(({key: True}, False) for key in ("mask", "masked", "ignore_loss")),
+        *(({key: yes}, True) for key in ("weight", "train", "loss") for yes in (1, True, "true")),
+        ({"mask": False, "train_detail": []}, True),
+    ],
+)
+def test_every_flag_that_says_whether_a_turn_is_learned_is_obeyed(flag, learned):
+    first, second = [turn for turn in read([HI[0], {**HI[1], **flag}, *HI]) if turn != HI[0]]
+    assert (first.get("weight") != 0, second) == (learned, HI[1])
+    off = {key: not value if isinstance(value, bool) else 0 for key, value in flag.items()}
+    if learned and len(flag) == 1:  # of the user nothing is learned
+        assert read([{**HI[0], **off}, HI[1]]) == HI
+        assert "is to be learned as user" in refused([{**HI[0], **flag}, HI[1]])
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        ({"weight": 0.5}, "has weight 0.5; a turn is learned or not, so write 1 or 0"),
+        ({"weight": "high"}, "has weight 'high'; a turn is learned or not"),
+        ({"mask": 1}, "has mask 1, which may mean either; write weight: 1 or 0"),
+        ({"weight": 1, "train": False}, "is learned by weight and not by train; keep one"),
+        ({"train_detail": [{"train": False}]}, "has train_detail, which may say what of it is"),
+        ({"loss_multiplier": 2}, "has loss_multiplier, which may say what of it is learned"),
+        ({"content": [{"type": "text", "text": "x", "train": False}]}, "holds a part with train"),
+        ({"content": [{"type": "image_url", "text": "x"}]}, "holds a part that is no text (image"),
+        ({"images": ["a.png"]}, "has images: only text is learned, leave the row out"),
+        ({"tools": ["look"]}, "has tools: move them to a column 'tools' of the row"),
+        ({"channel": "analysis"}, "has the channel 'analysis'; write reasoning as reasoning_co"),
+        ({"reasoning": {"text": "x"}}, "has reasoning that is no text; write the text alone"),
+        ({"reasoning": "x", "thinking": "y"}, "has thinking beside another reasoning; keep one"),
+        ({"value": "y"}, "has both content and value; keep one of them"),
+        ({"role": "critic"}, "has the role 'critic'; use system, user, assistant or tool"),
+    ],
+)
+def test_what_changes_a_turn_and_cannot_be_done_is_refused(more, problem):
+    assert refused([HI[0], {**HI[1], **more}]).startswith(f"chat: turn 2 {problem}")
+
+
+def test_turns_may_be_json_text_and_their_roles_be_written_otherwise():
+    call = '{"name": "look", "arguments": {}}'
+    turns = [
+        {"from": "User", "value": "Hi"},
+        {"from": "tool-call", "value": call},
+        {"role": "ipython", "content": "there"},
+        json.dumps({"role": "Assistant", "content": "Hello", "tool_calls": f"[{call}]"}),
+    ]
+    for written in (turns, json.dumps(turns)):
+        roles = [turn["role"] for turn in read(written)]
+        assert roles == ["user", "assistant", "tool", "assistant"]
+        assert [turn["tool_calls"][0]["function"] for turn in read(written)[1::2]] == [
+            {"name": "look", "arguments": {}}
+        ] * 2
+    assert refused('[{"role": "user"').startswith("chat: has no JSON for the list (Expecting ','")
+    assert refused(str(HI)).endswith("it is Python's, write it with json.dumps")
+
+
+def test_a_system_column_goes_before_the_turns_and_a_second_instruction_is_refused():
+    template = make({"name": "task", "form": "generative", "messages": "chat"})
+    told = {"role": "system", "content": "Be."}
+    assert list(template.questions({"chat": HI, "system": "Be."})[0].turns) == [told, *HI]
+    assert list(template.questions({"chat": [told, *HI], "system": "Be. "})[0].turns)[1:] == HI
+    with pytest.raises(RowError, match="chat: turn 1 is a system turn beside the one in 'system'"):
+        template.questions({"chat": [told, *HI], "system": "Be not."})
+    own = make({**template.fields, "system": "In {{ tongue }}."})
+    row = {"chat": HI, "tongue": "French", "system": "Be."}
+    (question,) = own.questions(row)
+    assert question.turns[0] == {"role": "system", "content": "In French."}
+    assert question.unread == ("the column 'system'",)
+    assert own.missing_columns(["chat"]) == ["tongue"]
+
+
+def test_a_history_goes_before_prompt_and_answer_and_all_of_it_is_learned():
+    fields = {"name": "t", "form": "generative", "prompt": "{{ ask }}", "answer": " {{ gold }}"}
+    template = make({**fields, "history": "earlier", "system": "Be."})
+    row = {"ask": "Hi", "gold": "Hello", "earlier": [["a", "b"], ["c", "d"]]}
+    (question,) = template.questions(row)
+    said = ["Be.", "a", "b", "c", "d", "Hi", "Hello"]
+    assert [turn["content"] for turn in question.turns] == said
+    assert template.metric == "loss"
+    for history, problem in [
+        ([["a"]], "earlier: item 1 is no [question, answer]; mend it"),
+        ([["a", "b"], "c"], "earlier: item 2 is no [question, answer]"),
+        ([["a", ""]], "earlier: turn 2 is empty"),
+        ("[[", "earlier: has no JSON for the list"),
+    ]:
+        with pytest.raises(RowError, match=re.escape(problem)):
+            template.questions({**row, "earlier": history})
+    with pytest.raises(RowError, match="gold is empty"):
+        template.questions({**row, "gold": ""})
+
+
 def test_of_a_prompt_and_its_completion_only_the_completion_is_learned():
     template = make(
         {"name": "task", "form": "generative", "messages": "ask", "completion": "answer"},

@@ -94,6 +94,8 @@ def test_label_words_that_yaml_turns_into_something_else_are_refused(tmp_path, w
             "completion",
             "names the turns behind those of 'messages'",
         ),
+        ({**SORT, "history": "h"}, "history", "goes with a prompt and an answer of free text, not"),
+        ({**ASK, "history": "h", "shorten": ["text"]}, "history", "not with shorten"),
         ({**SPAN, **NAMES, "references": "a"}, "references", "either 'references' or 'spans'"),
         ({**ASK, "metric": "accuracy"}, "metric", "accuracy does not fit"),
         ({**SORT, "metric": "squad"}, "metric", "squad does not fit"),

@@ -325,6 +325,18 @@ def test_the_models_own_folder_is_left_alone_however_it_is_named(named, folder, 
     assert files(folder) == set(OF_AN_EARLIER_RUN)
 
 
+def test_a_model_is_not_trained_into_its_own_folder_nor_its_checkpoint_cleared_away(folder):
+    own = put(folder, "checkpoint-20")
+    put(folder, "checkpoint-30")
+    (folder / "metrics.json").write_text("{}")
+    with pytest.raises(UserError, match="holds the model that is trained; name another"):
+        find_checkpoint(str(own), None, model=f"{own}/")
+    clear_way(str(folder), None, str(own))
+    assert [one.name for one in folder.iterdir()] == ["checkpoint-20"]
+    clear_results(str(folder), "owner/base", draws=2)  # those of the draws lie in their folders
+    assert not everything(folder)
+
+
 def test_other_processes_leave_the_clearing_to_the_main_one(folder, monkeypatch):
     leave(folder, OF_AN_EARLIER_RUN)
     monkeypatch.setenv("RANK", "1")

@@ -10,6 +10,7 @@ from accelerate.state import DistributedType, PartialState
 
 from recipelib.runtime.errors import UserError
 from recipelib.runtime.launch import _has_accelerator, check_joined, join_on_cpu, use_all_cores
+from recipelib.runtime.ranks import is_main_process
 
 ACCELERATE = {"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}
 
@@ -41,13 +42,19 @@ def test_threads_are_set_only_where_accelerate_left_one(environment, threads, mo
 # Processes that find each other -------------------------------------------------------------------
 
 LAUNCHED = {"LOCAL_RANK": "0", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+LAUNCHERS = {
+    "WORLD_SIZE": "RANK",
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+    "PMI_SIZE": "PMI_RANK",
+    "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK",
+    "SLURM_STEP_NUM_TASKS": "SLURM_PROCID",
+}
 
 
 @pytest.fixture
 def launched(monkeypatch):
     """As a process that `accelerate launch` started under an FSDP2 config, without a GPU."""
-    for name in (*LAUNCHERS, "FSDP_OFFLOAD_PARAMS", "RANK"):
+    for name in (*LAUNCHERS, *LAUNCHERS.values(), "FSDP_OFFLOAD_PARAMS"):
         monkeypatch.delenv(name, raising=False)
     # Named here so that both are again afterwards what they were.
     monkeypatch.setattr(PartialState, "_prepare_backend", PartialState._prepare_backend)
@@ -126,6 +133,31 @@ def test_several_processes_that_each_believe_to_be_alone_do_not_train(name, laun
     # What the trainer believes does not count where torch has no group.
     with pytest.raises(UserError, match="2 processes were started, but this one knows of 1"):
         check_joined(2)
+
+
+@pytest.mark.parametrize(("started", "number"), LAUNCHERS.items())
+def test_one_process_of_a_launch_is_the_main_one_whatever_launched_it(started, number, launched):
+    for of, numbers in (("1", ["0"]), ("3", ["0", "1", "2"])):
+        launched.setenv(started, of)
+        main = []
+        for own in numbers:
+            launched.setenv(number, own)
+            main.append(is_main_process())
+        assert main == [True, False, False][: len(numbers)]
+
+
+def test_a_process_that_was_started_for_itself_is_a_main_one(launched):
+    launched.setenv("SLURM_PROCID", "1")  # of a job that started no step of several tasks
+    launched.setenv("SLURM_NTASKS", "4")
+    assert is_main_process()
+    check_joined(1)
+    launched.setenv("SLURM_STEP_NUM_TASKS", "4")
+    assert not is_main_process()
+    with pytest.raises(UserError, match="set WORLD_SIZE=1 if each is to be a run of its own"):
+        check_joined(1)
+    launched.setenv("WORLD_SIZE", "1")
+    assert is_main_process()
+    check_joined(1)
 
 
 @pytest.mark.parametrize(("believed", "grouped"), [(1, 2), (2, 1), (2, 2)])

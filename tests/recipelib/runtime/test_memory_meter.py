@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ import numpy as np
 from recipelib.runtime.memory import MemoryMeter
 before = np.ones(200 * 2**20, dtype=np.uint8)
 meter = MemoryMeter()
+meter.restart()
 during = np.ones(150 * 2**20, dtype=np.uint8)
 time.sleep(0.5)
 del during
@@ -48,9 +50,12 @@ def test_memory_from_before_the_start_does_not_count_and_the_thread_ends():
     np.ones(200 * MIB, dtype=np.uint8).sum()
     threads = set(threading.enumerate())
     meter = MemoryMeter()
-    (started,) = set(threading.enumerate()) - threads
-    assert started.daemon
-    time.sleep(0.1)
+    assert set(threading.enumerate()) == threads
+    with suppress(ZeroDivisionError), meter.sampling():
+        (started,) = set(threading.enumerate()) - threads
+        assert started.daemon
+        time.sleep(0.1)
+        raise ZeroDivisionError
     assert 0 <= meter.stop() < 100 * MIB
     started.join(timeout=2)
     assert not started.is_alive()
@@ -59,6 +64,7 @@ def test_memory_from_before_the_start_does_not_count_and_the_thread_ends():
 def test_the_thread_ends_with_a_meter_that_nobody_stops():
     threads = set(threading.enumerate())
     meter = MemoryMeter()
+    meter.restart()
     (started,) = set(threading.enumerate()) - threads
     del meter
     started.join(timeout=5)
@@ -67,6 +73,7 @@ def test_the_thread_ends_with_a_meter_that_nobody_stops():
 
 def test_after_a_restart_only_the_later_peak_counts_above_the_first_start():
     meter = MemoryMeter()
+    meter.restart()
     kept = np.ones(60 * MIB, dtype=np.uint8)
     early = np.ones(150 * MIB, dtype=np.uint8)
     time.sleep(0.5)
@@ -101,6 +108,7 @@ print(meter.stop(), meter.resident)
 def test_without_glibc_the_resident_memory_counts(monkeypatch):
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
     meter = MemoryMeter()
+    meter.restart()
     block = np.ones(150 * MIB, dtype=np.uint8)
     assert 140 * MIB < meter.stop() < 200 * MIB
     assert len(block) == 150 * MIB

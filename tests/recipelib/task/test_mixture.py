@@ -36,7 +36,9 @@ def task_of(name: str, trained: bool) -> Task:
 
 def mixture_of(*trained: str, heldout: tuple[str, ...] = ()) -> Mixture:
     tasks = [task_of(name, name in trained) for name in (*trained, *heldout)]
-    shares = {name: {"rows": 1000 * place} for place, name in enumerate(trained, 1)}
+    shares = {
+        name: {"rows": 1000 * place, "rows_per_pass": 2500} for place, name in enumerate(trained, 1)
+    }
     first = tasks[0]
     return Mixture(
         tasks=tasks,
@@ -116,5 +118,14 @@ def test_each_task_is_compared_before_and_after(scored):
 def test_what_a_run_shows_and_keeps_is_of_the_trained_tasks():
     mixture = mixture_of("movie_reviews", "squad", heldout=("trec",))
     assert [template.name for template in mixture.templates] == ["movie_reviews", "squad"]
-    assert mixture.sources == {"movie_reviews": "1,000 rows", "squad": "2,000 rows"}
+    assert mixture.sources == {
+        "movie_reviews": "1,000 rows, each 2 or 3 times",
+        "squad": "2,000 rows, each 1 or 2 times",
+    }
+    mixture.shares["squad"]["rows_per_pass"] = 2000
+    mixture.shares["movie_reviews"]["rows_per_pass"] = 3000
+    assert mixture.sources == {
+        "movie_reviews": "1,000 rows, each 3 times",
+        "squad": "2,000 rows",
+    }
     assert mixture.skipped_rows == 6

@@ -16,6 +16,7 @@ import lora_sft
 import prompt_tuning
 import pytest
 from recipe_runs import REVIEWS, write_rows
+from tiny_llama import tiny_llama
 from tiny_task import plain
 from tokenizers_for_tests import tokenizer_for
 from transformers import AutoTokenizer
@@ -233,9 +234,11 @@ def test_another_share_of_a_mixture_makes_that_tasks_examples_anew(place):
     assert made("size", 21) == 1
 
 
-def test_a_cloze_is_kept_too(place, causal_model):
+def test_a_cloze_is_kept_too(place, tmp_path):
+    model = tmp_path / "model"
+    tiny_llama(len(place.tokenizer)).save_pretrained(model)
     options = {name: value for name, value in place.options.items() if name != "rendering"}
-    options |= {"model_name_or_path": str(causal_model), "cloze": True}
+    options |= {"model_name_or_path": str(model), "cloze": True}
 
     def made(**more) -> int:
         before = place.folders()

@@ -56,6 +56,12 @@ def test_scoring_asks_by_the_tasks_template_within_its_budget_and_says_how_it_we
     ]
 
 
+def test_evaluation_rows_that_do_not_fit_are_called_so(task):
+    task.encoder = PromptEncoder(task.template, task.tokenizer, 3)
+    with pytest.raises(UserError, match="--max_length 3: no evaluation row fits; raise it"):
+        task.held_out()
+
+
 def test_the_loss_is_followed_on_the_evaluation_rows_as_they_are_trained(task):
     assert plain(task.held_out()) == plain(encode_rows(task.encoder, ROWS[:2]).examples)
     other = task.encoder.with_template(task.template.with_instruction("Be brief."))

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tiny_task import examples_task
 from tokenizers_for_tests import tokenizer_for
 from transformers import AutoModelForCausalLM
 
-from recipelib.cli import RecipeArguments, parse_arguments
+from recipelib.cli import RecipeArguments, option, parse_arguments
 from recipelib.encoding.examples import encode_rows
 from recipelib.encoding.prompt_encoder import PromptEncoder
 from recipelib.evaluation.evaluation import evaluate_task
@@ -136,9 +137,14 @@ def test_a_run_that_keeps_getting_better_is_not_stopped(tmp_path):
     assert list(history(trainer, "eval_loss")) == [4, 8, 12]  # once a pass
 
 
+@dataclass
+class StoppingArguments(RecipeArguments):
+    early_stopping_patience: int | None = option(3, "")
+
+
 def parse(*argv: str):
     return parse_arguments(
-        RecipeArguments, "", {"output_dir": "runs/nowhere"}, ["--use_cpu", "true", *argv]
+        StoppingArguments, "", {"output_dir": "runs/nowhere"}, ["--use_cpu", "true", *argv]
     )[1]
 
 
@@ -177,7 +183,7 @@ def test_what_the_user_left_at_its_default_follows(command, evaluated, saved):
          "--save_strategy: .* evaluates every 5 steps and saves every 10 steps; leave out"),
         ("--eval_strategy epoch --save_steps 10",
          "--save_strategy: .* evaluates once a pass and saves every 10 steps"),
-        ("--metric_for_best_model runtime", "--metric_for_best_model: the evaluation loss"),
+        ("--metric_for_best_model runtime", "--metric_for_best_model runtime: only the loss"),
         ("--metric_for_best_model loss --greater_is_better true", "--greater_is_better: the lower"),
     ],
 )  # fmt: skip

@@ -34,6 +34,7 @@ PASSES |= {"gradient_accumulation_steps": 2, "world_size": 2}
 def training_of(**changes) -> SimpleNamespace:
     device = torch.device("cpu")
     plain = {"torch_compile": False, "mixed_precision": "no", "device": device}
+    plain["neftune_noise_alpha"] = None
     return SimpleNamespace(**{**PASSES, **plain, **changes})
 
 
@@ -159,6 +160,8 @@ def test_those_of_all_runs_are_deleted_if_that_is_asked_for(tmp_path, capsys):
 def test_a_compiled_model_is_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match=r"^--torch_compile: the cache changes what is compiled"):
         keep(tmp_path, training=training_of(torch_compile=True))
+    with pytest.raises(UserError, match=r"^--neftune_noise_alpha: the cache would keep no noise"):
+        keep(tmp_path, training=training_of(neftune_noise_alpha=5.0))
     compiled = training_of(torch_compile=True)
     assert keep(tmp_path, training=compiled, cache=False, cache_dir=None)[0] is None
 

@@ -3,6 +3,8 @@ is what was asked for.
 """
 
 import json
+import threading
+import time
 
 import pytest
 import torch
@@ -11,7 +13,13 @@ from peft import LoraConfig, get_peft_model
 from tiny_llama import tiny_llama
 from tiny_task import examples_task
 from tokenizers_for_tests import tokenizer_for
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    TrainerCallback,
+)
 from transformers.trainer_pt_utils import LabelSmoother
 
 from recipelib.encoding.examples import encode_rows
@@ -422,6 +430,21 @@ def test_evaluation_rows_are_prepared_only_where_the_loss_is_followed(tmp_path):
     followed = RecipeConfig(output_dir=str(tmp_path), use_cpu=True, eval_strategy="epoch")
     with pytest.raises(AssertionError, match="nobody follows the loss"):
         RecipeTrainer(tiny_llama(VOCABULARY), followed, task)
+
+
+def test_no_thread_goes_on_measuring_where_training_fails(tmp_path):
+    class Fails(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            raise ZeroDivisionError
+
+    task = examples_task(ROWS, TOKENIZER)
+    task.memory = MemoryMeter()
+    training = RecipeConfig(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True)
+    trainer = RecipeTrainer(tiny_llama(VOCABULARY), training, task, callbacks=[Fails()])
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    time.sleep(0.1)
+    assert not [one for one in threading.enumerate() if one.name == "memory meter"]
 
 
 def test_where_memory_is_measured_the_plan_is_shown_and_figures_hold_all_of_it(tmp_path, capsys):
