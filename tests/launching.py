@@ -23,6 +23,14 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "accelerate_configs"
 # Of a run that leaves checkpoints 4, 6 and 8.
 SAVING = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 3}
+# Of a run that trains nothing, and is told nothing about training.
+UNTRAINED = dict.fromkeys(
+    (
+        *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+        *("train_sampling_strategy", "lr_scheduler_type", "warmup_steps", "learning_rate"),
+        "save_strategy",
+    )
+)
 UNSAVED = {**dict.fromkeys(SAVING), "save_strategy": "no"}
 SHARDED = re.compile(r"sharded by FSDP2: ([\d,]+) of ([\d,]+) parameters \((.*)%\) in each of (\d)")
 TIMEOUT = 400  # seconds; a run that hangs has lost a process

@@ -97,6 +97,12 @@ def _look(model: nn.Module, layers: LayerList) -> tuple[int, int, str, bool, lis
             "one after the other, so none can be frozen by its number; take another model"
         )
     states = [output[0] if isinstance(output, tuple) else output for output in outputs]
+    # Longformer pads texts, Gemma 3n hands on several states of a token, the first GPT a list.
+    if any(getattr(state, "shape", ())[:2] != token.shape for state in states):
+        raise UserError(
+            f"--model_name_or_path: the layers of {type(bare_model(model)).__name__} do not hand "
+            "on one state for each token, which could be kept; run recipes/lora_sft.py"
+        )
     boundary = sum(not state.requires_grad for state in states)
     below = [*before, *(names[layer] for layer in [*layers][:boundary])] if boundary else []
     return boundary, states[0].shape[-1], _key(model, boundary), in_tuples.pop(), below

@@ -63,6 +63,11 @@ def start_ids(
     return (start * count)[:count]
 
 
+# Model types before which transformers, or PEFT, cannot put embeddings, or keys and values.
+_TAKE_NO_EMBEDDINGS = {"deepseek_v4", "funnel", "ibert", "longformer", "mllama", "moshi"}
+_TAKE_NO_PREFIX = {"funnel", "megatron-bert", "mimo_v2_flash", "rembert", "roc_bert"}
+
+
 def check_prompt(option: str, args, training, *, prefix: bool = False) -> None:
     """Refuse a prompt that the model cannot have in front, before it is loaded, and launches that
     save checkpoints as shards: PEFT cannot read a prompt from them, and it has only a few kilobytes
@@ -87,18 +92,22 @@ def check_prompt(option: str, args, training, *, prefix: bool = False) -> None:
     )
     config = nature.config.get_text_config()
     takes = nature.forward_arguments
-    if prefix and not ({"past_key_values"} <= takes and _has_attention(config)):
+    kind = nature.model_type
+    if prefix and not (
+        "past_key_values" in takes and kind not in _TAKE_NO_PREFIX and _has_attention(config)
+    ):
         reason = "has layers that keep no plain keys and values"
-    elif not prefix and "inputs_embeds" not in takes:
+    elif not prefix and ("inputs_embeds" not in takes or kind in _TAKE_NO_EMBEDDINGS):
         reason = "takes no embeddings in place of tokens"
     elif not prefix and getattr(config, "hidden_size_per_layer_input", None):
         reason = "looks tokens up in every layer, and a soft prompt has none"
     else:
         return
     other = "soft_prompt" if prefix else "prefix"
+    recipe = "cloze_sft.py" if nature.masked else "lora_sft.py"
     raise UserError(
-        f"{option}: {nature.name} ({nature.model_type}) {reason}; prompt_tuning.py --tune {other} "
-        "or lora_sft.py may do"
+        f"{option}: {nature.name} ({kind}) {reason}; try prompt_tuning.py --tune {other}, or "
+        f"{recipe}"
     )
 
 

@@ -18,6 +18,18 @@ _BEHIND_PADDING = {
     *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
 }
 
+# What no recipe can use, and why.
+_UNUSABLE = {
+    **dict.fromkeys(
+        ("bert-generation", "cpmant", "xlm", "xlnet"),
+        "sees what follows a token while it predicts it",
+    ),
+    "blt": "reads bytes in patches of its own making",
+    "perceiver": "reads a fixed number of bytes",
+    "reformer": "trains on texts of one fixed length",
+    "xmod": "has to be told the language of each text",
+}
+
 
 @dataclass(frozen=True)
 class Nature:
@@ -48,7 +60,9 @@ class Nature:
 
         for known in (auto.MODEL_MAPPING, auto.MODEL_FOR_CAUSAL_LM_MAPPING):
             if type(self.config) in known:
-                return {*inspect.signature(known[type(self.config)].forward).parameters}
+                kinds = known[type(self.config)]
+                kind = kinds[-1] if isinstance(kinds, tuple) else kinds  # Funnel has two
+                return {*inspect.signature(kind.forward).parameters}
         return {"inputs_embeds", "past_key_values"}
 
     def fitting(self, max_length: int, tokenizer, virtual_tokens: int = 0) -> int:
@@ -121,11 +135,17 @@ def nature_of(
         raise UserError(
             f"{name}: is an encoder-decoder model, which is not trained here; take a decoder"
         )
+    masked = _is_masked(config)
+    reason = None if masked and config.model_type == "xlm" else _UNUSABLE.get(config.model_type)
+    if config.model_type == "bert-generation" and config.is_decoder:
+        reason = None
+    if reason:
+        raise UserError(f"{name} ({config.model_type}): {reason}; take another model")
     text = config.get_text_config()
     return Nature(
         name=name,
         model_type=config.model_type,
-        masked=_is_masked(config),
+        masked=masked,
         classifies="ForSequenceClassification" in f"{config.architectures}",
         positions=_positions(text),
         vocabulary=getattr(text, "vocab_size", None) or sys.maxsize,
@@ -155,8 +175,9 @@ def _is_masked(config: Any) -> bool:
     if "ForMaskedLM" in f"{config.architectures}":
         return True
     own = getattr(config, "auto_map", None) or {}  # of a model that brings its code
-    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES or "AutoModelForMaskedLM" in own
-    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in own
+    kind = config.model_type
+    masked = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or "AutoModelForMaskedLM" in own
+    causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in own
     # BERT and its like are both, and causal only where their config makes them decoders.
     decoder = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
     return masked and not (causal and decoder)

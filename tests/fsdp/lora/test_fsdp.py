@@ -95,7 +95,6 @@ def test_an_adapter_scores_as_in_one_process_each_of_an_odd_number_of_rows_once(
     template = root / template if template.endswith(".yaml") else template
     given = options(
         name,
-        model_name_or_path=root / name,  # the tokenizer that it saved
         template=template,
         dataset=root / data,
         max_new_tokens=6,

@@ -17,7 +17,7 @@ import search_label_words
 import transfer_learning
 import watched_cache
 from datasets import Dataset
-from launching import CONFIGS, SAVING, UNSAVED, Launched, command
+from launching import CONFIGS, SAVING, UNSAVED, UNTRAINED, Launched, command
 from optional_packages import HAS_BITSANDBYTES
 from tiny_llama import save_tiny_llama
 
@@ -138,7 +138,7 @@ def _prompt_runs(root: Path) -> Runs:
         ),
         "masked_resumed": (prompt_tuning, {**network, **resumed}),
         "few_shot": (prompt_tuning, {**soft, **masked, **few}),
-        "searched": (search_label_words, {**shared, **masked}),
+        "searched": (search_label_words, {**masked, "max_length": 100, **UNTRAINED}),
     }
 
 
@@ -155,7 +155,7 @@ def _upper_runs(root: Path) -> Runs:
         f"upper{watched_cache.LOSES}": (watched_cache, upper),
         "upper_masked": (watched_cache, {**upper, **masked, "train_head": True}),
         "upper_head": (watched_cache, {**upper, **masked, **head, "peft": "lora"}),
-        "features": (transfer_learning, {"mode": "features", "cache": False}),
+        "features": (transfer_learning, {"mode": "features", "cache": False, **UNTRAINED}),
     }
 
 
