@@ -283,10 +283,10 @@ def kind_of(result: str) -> str:
 
 
 def general(name: str, found: Mapping[str, str], result: str) -> str:
-    """A result without what is the type's own, so that those that say the same are one."""
-    kind = found.get(BUILD, "").partition(",")[0] or "CLASS"
-    for word, instead in ((kind, "CLASS"), (name.removesuffix(DECODER), "TYPE")):
-        result = re.sub(rf"(?<![\w-]){re.escape(word)}(?![\w-])", instead, result)
+    """A result without what is the model's own, so that those that say the same are one."""
+    kind, name = found[BUILD].partition(",")[0], name.removesuffix(DECODER)
+    for word, instead in ((kind, "CLASS"), (rf"{re.escape(name)}\w*", "TYPE"), (r"\d+", "N")):
+        result = re.sub(rf"(?<![\w-]){word}(?![\w-])", instead, result)
     return result
 
 
@@ -300,29 +300,27 @@ def show(results: Results) -> None:
 
 def markdown(results: Results) -> str:
     """The table of all architectures, and the lines that its numbers stand for."""
+    built = {name: of for name, of in results.items() if kind_of(of[BUILD]) != NOT_BUILT}
     lines = Counter(
-        general(name, results[name], result)
-        for name, _, result in cells(results)
-        if result != "works"
+        general(name, built[name], result) for name, _, result in cells(built) if result != "works"
     )
     order = sorted(lines, key=lambda line: (kind_of(line), -lines[line], line))
     numbers = {line: number for number, line in enumerate(order, 1)}
-    counts = Counter(kind_of(result) for _, _, result in cells(results))
+    counts = Counter(kind_of(result) for _, _, result in cells(built))
 
     def cell(name: str, recipe: str) -> str:
-        result = results[name].get(recipe, "")
+        result = built[name].get(recipe, "")
         if result in ("", "works"):
             return result
-        return f"{kind_of(result)} {numbers[general(name, results[name], result)]}"
+        return f"{kind_of(result)} {numbers[general(name, built[name], result)]}"
 
-    built = [name for name, found in results.items() if kind_of(found[BUILD]) != NOT_BUILT]
     text = [
         "# Recipe by architecture",
         "",
-        "Written by `python benchmarks/architectures.py`, which says what was run. transformers "
-        f"{versions()['transformers']}, {len(built)} architectures: "
-        + ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common())
-        + ". A number leads to the line below.",
+        "Written by [`architectures.py`](architectures.py), which says what was run, with "
+        f"transformers {versions()['transformers']}. {len(built)} architectures: "
+        + ", ".join(f"{kind} {count:,} times" for kind, count in counts.most_common())
+        + ". Numbers lead to the [lines](#lines) below.",
         "",
         f"| type | {' | '.join(RECIPES)} |",
         f"|{'---|' * (len(RECIPES) + 1)}",
@@ -330,11 +328,13 @@ def markdown(results: Results) -> str:
         "",
         "## Lines",
         "",
-        *(f"{numbers[line]}. {times(lines[line])} {plain(line)}" for line in order),
+        "MODEL, TYPE, CLASS and N stand for the model's folder, type and class, and for numbers.",
+        "",
+        *(f"{numbers[line]}. {lines[line]} x {quoted(line)}" for line in order),
     ]
-    for title, step in (("Not built", BUILD), ("Not called by plain transformers on text", PLAIN)):
+    for title, step in (("Not built", BUILD), ("What plain transformers makes of a text", PLAIN)):
         told = [
-            f"- {name}: {plain(found[step])}"
+            f"- {name}: {quoted(found[step])}"
             for name, found in results.items()
             if kind_of(found.get(step, "")) in (NOT_BUILT, "fails")
         ]
@@ -343,14 +343,9 @@ def markdown(results: Results) -> str:
     return "\n".join(text) + "\n"
 
 
-def times(count: int) -> str:
-    """How often, in words."""
-    return "once" if count == 1 else f"{count} times"
-
-
-def plain(line: str) -> str:
-    """A line in Markdown that shows it as it is."""
-    return re.sub(r"([*_<>|\[\]`])", r"\\\1", line)
+def quoted(result: str) -> str:
+    """The line of a result, as code in which there may be code."""
+    return f"`` {result.partition(': ')[2]} ``"
 
 
 if __name__ == "__main__":

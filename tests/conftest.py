@@ -24,7 +24,7 @@ else:  # what recipes prepare is kept for the other tests, and goes with the las
 
 settings.register_profile(
     "suite",
-    max_examples=20,
+    max_examples=14,
     deadline=None,
     derandomize=True,
     database=None,

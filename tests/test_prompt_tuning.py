@@ -12,6 +12,7 @@ from peft import PeftModel
 from recipe_runs import changed, watched_training
 from run_files import losses, read_json, read_jsonl
 from safetensors.torch import load_file
+from tiny_models import LLAMA_LIKE, TOKENIZER, tiny
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -343,6 +344,52 @@ def test_soft_prompts_stand_before_masked_models_of_other_kinds(kind, run, maske
             UserError, match=r"--tune prefix: .* has layers that keep no plain keys"
         ):
             run(**options, tune="prefix", output="prefix")
+
+
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+LAYERS = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]}
+CAUSAL = {
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},  # one key head
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+    "mixtral": LLAMA_LIKE | EXPERTS,
+    "gemma4_text": LLAMA_LIKE | LAYERS,  # another head size in some layers
+}
+
+
+@pytest.fixture(scope="module")
+def causal_kinds(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kinds")
+    for kind, fields in CAUSAL.items():
+        tiny(kind, **fields).save_pretrained(folder / kind)
+        TOKENIZER.save_pretrained(folder / kind)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "tune"),
+    [
+        *(("falcon", "prefix"), ("gemma4_text", "prefix"), ("mixtral", "prefix")),
+        *(("mamba", "soft_prompt"), ("mixtral", "soft_prompt")),
+    ],
+)
+def test_prompts_stand_before_causal_models_of_other_kinds(kind, tune, run, causal_kinds):
+    folder = run(model_name_or_path=causal_kinds / kind, tune=tune, max_steps=1, init="words")
+    assert read_json(folder / "metrics.json")["trainable_parameters"] > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "tune", "says"),
+    [
+        ("mamba", "prefix", "keep no plain keys and values; try prompt_tuning.py --tune soft_pr"),
+        ("gemma4_text", "soft_prompt", "looks tokens up in every layer, .* try .* --tune prefix"),
+    ],
+)
+def test_a_prompt_that_cannot_stand_there_is_refused_before_the_model_is_loaded(
+    kind, tune, says, run, causal_kinds, monkeypatch
+):
+    monkeypatch.setattr("recipelib.models.loading.load_pretrained", None)
+    with pytest.raises(UserError, match=says):
+        run(model_name_or_path=causal_kinds / kind, tune=tune)
 
 
 def test_a_model_with_an_encoder_is_refused(run, causal_model, tmp_path):

@@ -33,7 +33,7 @@ def test_each_type_is_built_and_its_table_tells_what_works_and_what_is_refused(s
     assert (counts["types"], counts["works"], counts["refused"]) == (2, 1, 1)
     rows = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("| ")]
     assert rows[1:] == [[" qwen3 ", " works "], [" bert ", " refused 1 "]]
-    assert "1. once refused: --model\\_name\\_or\\_path MODEL: is a masked" in table
+    assert "1. 1 x `` --model_name_or_path MODEL: is a masked" in table
     # What was kept is not run again.
     monkeypatch.setattr(architectures, "run_step", None)
     assert sweep(*words) == (counts, table)

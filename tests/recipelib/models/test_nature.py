@@ -7,13 +7,16 @@ from tokenizers_for_tests import fresh
 from transformers import (
     BartConfig,
     BertConfig,
+    BertGenerationConfig,
     DebertaV2Config,
     GPT2Config,
     LlamaConfig,
     MambaConfig,
     MptConfig,
     OPTConfig,
+    ReformerConfig,
     RobertaConfig,
+    XLNetConfig,
 )
 
 from recipelib.models import nature_of
@@ -103,3 +106,21 @@ def test_a_pad_token_without_an_embedding_is_exchanged(tmp_path, capsys):
     llama.check_tokens(tokenizer, chat=False)
     assert tokenizer.pad_token == tokenizer.eos_token
     assert "has no embedding for <|pad|>" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (XLNetConfig(), r"\(xlnet\): sees what follows a token"),
+        (BertGenerationConfig(), r"\(bert-generation\): sees what follows a token"),
+        (ReformerConfig(is_decoder=True), r"\(reformer\): trains on texts of one fixed length"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_what_no_recipe_can_use_is_named_with_the_reason(tmp_path, config, says):
+    with pytest.raises(UserError, match=says):
+        nature(tmp_path, config)
+
+
+def test_a_decoder_of_such_a_kind_is_taken(tmp_path):
+    assert not nature(tmp_path, BertGenerationConfig(is_decoder=True)).masked
