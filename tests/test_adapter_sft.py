@@ -14,10 +14,11 @@ from recipe_runs import changed, watched_training
 from run_files import losses, read_json, read_jsonl
 from safetensors.torch import load_file, save_file
 from tiny_llama import save_tiny_llama
+from tiny_models import LLAMA_LIKE, tiny
 from transformers import AutoModelForCausalLM
 
-from recipelib.adapters import without_adapters
-from recipelib.adapters.bottleneck import BottleneckLayer, layer_number
+from recipelib.adapters import add_bottlenecks, without_adapters
+from recipelib.adapters.bottleneck import BottleneckConfig, BottleneckLayer, layer_number
 from recipelib.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -287,3 +288,17 @@ def test_what_the_tuner_refuses_is_said_of_the_option_that_it_names(run, monkeyp
     monkeypatch.setattr("recipelib.adapters.adapter_layers.get_peft_model", refuse)
     with pytest.raises(UserError, match=r"^--adapter_input='residual': gemma2"):
         run(adapter_input="residual")
+
+
+@pytest.mark.parametrize(("kind", "known"), [("olmo2", True), ("mixtral", False)])
+def test_layers_made_as_llamas_have_adapters_under_any_name(kind, known, capsys):
+    model = tiny(kind, **LLAMA_LIKE)
+    config = BottleneckConfig(task_type="CAUSAL_LM")
+    if not known:  # its experts are no linear layers
+        with pytest.raises(UserError, match=r"--target_modules: model type 'mixtral'"):
+            add_bottlenecks(model, config)
+        return
+    adapted = add_bottlenecks(model, config)
+    assert "after self_attn.o_proj and mlp.down_proj, as in Llama" in capsys.readouterr().out
+    layers = {name for name, it in adapted.named_modules() if isinstance(it, BottleneckLayer)}
+    assert len(layers) == 4

@@ -15,9 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from recipelib.adapters import bottleneck
 from recipelib.adapters.adapterhub import load_adapterhub
-from recipelib.adapters.bottleneck import BottleneckConfig, BottleneckLayer, layer_number
-from recipelib.models import decoder_layers, require_modules
-from recipelib.runtime import UserError, is_main_process
+from recipelib.adapters.bottleneck import (
+    SUBLAYERS,
+    BottleneckConfig,
+    BottleneckLayer,
+    layer_number,
+)
+from recipelib.models import decoder_layers, require_modules, without_lora
+from recipelib.runtime import UserError, is_main_process, say
 
 
 @contextmanager
@@ -66,6 +71,9 @@ def add_bottlenecks(
         )
     if isinstance(config.target_modules, set):
         require_modules(model, sorted(config.target_modules))
+    elif not adapterhub and model.config.model_type not in SUBLAYERS:
+        config.target_modules = _usual_ends(model, config.placement)
+        config.exclude_modules = without_lora(model) or None
     if top_layers:
         config.layers_to_transform = list(range(lowest, layers))
     with errors_name_options():
@@ -83,6 +91,22 @@ def add_bottlenecks(
         with without_adapters(model, drop_below):
             pass  # raises if there are none to drop
     return model
+
+
+# Where sublayers end in the many models whose layers are made as Llama's.
+_USUAL = {"attention": "self_attn.o_proj", "ffn": "mlp.down_proj"}
+
+
+def _usual_ends(model, placement: str) -> set[str] | None:
+    """The linear layers that end the sublayers of a model that `SUBLAYERS` does not list, if all
+    its layers have them under their usual names.
+    """
+    ends = {end for place, end in _USUAL.items() if placement in ("both", place)}
+    layers = decoder_layers(model)
+    if not layers or not all(ends <= {name for name, _ in each.named_modules()} for each in layers):
+        return None
+    say(f"adapters stand after {' and '.join(sorted(ends, reverse=True))}, as in Llama")
+    return ends
 
 
 @contextmanager
