@@ -24,7 +24,7 @@ from recipelib.inference import (
     run_passes,
 )
 from recipelib.models import bare_model, logits_at
-from recipelib.runtime import digest, is_main_process
+from recipelib.runtime import UserError, digest, is_main_process
 
 # From states [rows, tokens, width] and a mask [rows, tokens, 1] to [rows, width].
 POOLING: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
@@ -59,7 +59,7 @@ def pooled_states(
         pooling: a key of POOLING; "cls" is the first token.
         batch_tokens, description: as in `log_likelihoods`.
     Raises:
-        UserError: a single text does not fit into memory.
+        UserError: a single text does not fit into memory, or a token has several states.
     """
     model.eval()
     run, pool = Lockstep(model), POOLING[pooling]
@@ -73,6 +73,11 @@ def pooled_states(
     found: dict[int, torch.Tensor] = {}
 
     def keep(number: int, states: torch.Tensor) -> None:
+        if states.dim() != 3:
+            raise UserError(
+                "--mode features: the layers of this model hand on several states for each token; "
+                "--mode freeze trains it"
+            )
         if mask is not None:
             found[number] = pool(states.float(), mask).cpu()
 
