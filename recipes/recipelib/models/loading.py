@@ -77,7 +77,7 @@ def load_pretrained(
     Args:
         dtype: "auto": as it was saved.
         model_class: the class whose `from_pretrained` loads it; by default `AutoModelForCausalLM`.
-        headless: whether weights may be missing, of a model whose states only are read.
+        headless: whether the head's weights may be missing, of a model whose states only are read.
         kwargs: further arguments of `from_pretrained`.
     Raises:
         UserError: as `nature_of`, an error of the hub, or weights that do not load or are missing.
@@ -104,11 +104,12 @@ def load_pretrained(
             **kwargs,
         )
     if (missing := sorted(found["missing_keys"])) and model_class.__name__.endswith("LM"):
-        lacks = f"{nature.name}: holds no {missing[0]}" + (", ..." if len(missing) > 1 else "")
-        if not headless:
+        body = [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]
+        lacks = f"{nature.name}: holds no {(body or missing)[0]}" + ", ..." * (len(missing) > 1)
+        if body or not headless:
             raise UserError(
-                f"{lacks}, which would start at random; pass a model that was saved with its "
-                "language model's head"
+                f"{lacks}, which would start at random; pass a model that was saved whole, with "
+                "its language model's head"
             )
         say(f"{lacks}: as a language model it knows nothing, and its untouched score is chance")
     for name in tower_names(model):
