@@ -143,8 +143,9 @@ def make_run(task: str, method: str, regime: str, args: argparse.Namespace, keep
         "columns": DATA_SETS[task].columns or None,
         "max_eval_samples": args.rows,
         "model_name_or_path": args.model_name_or_path,
-        "save_strategy": "no",
     }
+    if regime != "none":
+        options["save_strategy"] = "no"
     if regime == "many":
         options |= {"max_train_samples": args.train_rows, "num_train_epochs": 1}
     if regime == "few":

@@ -81,7 +81,6 @@ def measure(args: argparse.Namespace) -> None:
         save_strategy="no",
         disable_tqdm=True,
         use_cpu=True,
-        remove_unused_columns=False,
     )
     template = PromptTemplate.load(args.template, columns=parse_columns(args.columns))
     needed = training.max_steps * ROWS_PER_STEP

@@ -195,7 +195,7 @@ def make_run(task: str, method: str, seed: int, args: argparse.Namespace, folder
         "model_name_or_path": args.model_name_or_path,
         "max_train_samples": args.train_rows,
         "max_eval_samples": args.rows or -1,  # some recipes score fewer by default
-        "save_strategy": "no",
+        **({} if method == "features" else {"save_strategy": "no"}),
         "seed": seed,
         # Nothing is found that an earlier run has computed.
         **({"cache_dir": cache} if recipe == TRANSFER else {}),

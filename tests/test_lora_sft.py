@@ -317,7 +317,7 @@ def test_named_layers_alone_are_adapted_and_a_wrong_name_is_one_line(run):
 
 
 def test_the_head_is_adapted_where_it_is_named(run):
-    folder = run(target_modules=["q_proj", "lm_head"], max_steps=1, learning_rate=1e-2)
+    folder = run(target_modules=["q_proj", "lm_head"], max_steps=2, learning_rate=1e-2)
     learned = load_file(folder / "adapter_model.safetensors")
     assert learned["base_model.model.lm_head.lora_B.weight"].abs().sum() > 0
 
