@@ -20,7 +20,7 @@ from recipelib.models.loading import (
     load_tokenizer,
     require_modules,
 )
-from recipelib.models.nature import Nature, nature_of
+from recipelib.models.nature import Nature, is_masked, nature_of
 from recipelib.models.quantization import (
     count_parameters,
     describe_quantization,
@@ -61,6 +61,7 @@ __all__ = [
     "group_of",
     "head_modules",
     "hub_errors_in_one_line",
+    "is_masked",
     "is_masked_model",
     "layer_map",
     "layer_names",

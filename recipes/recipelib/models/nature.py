@@ -135,7 +135,7 @@ def nature_of(
         raise UserError(
             f"{name}: is an encoder-decoder model, which is not trained here; take a decoder"
         )
-    masked = _is_masked(config)
+    masked = is_masked(config)
     reason = None if masked and config.model_type == "xlm" else _UNUSABLE.get(config.model_type)
     if config.model_type == "bert-generation" and config.is_decoder:
         reason = None
@@ -165,7 +165,7 @@ def _positions(config: Any) -> int:
     return most if most > 0 else sys.maxsize
 
 
-def _is_masked(config: Any) -> bool:
+def is_masked(config: Any) -> bool:
     """Whether a model of this config sees what follows a token, too."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,

@@ -16,7 +16,13 @@ from transformers import (
     PretrainedConfig,
 )
 
-from recipelib.models import find_layers, hub_errors_in_one_line, stored_config
+from recipelib.models import (
+    find_layers,
+    hub_errors_in_one_line,
+    is_masked,
+    stored_config,
+    without_lora,
+)
 from recipelib.runtime import UserError
 
 _LLAMA_3 = {
@@ -72,13 +78,17 @@ def read_config(model_name_or_path: str | None = None) -> PretrainedConfig:
     with hub_errors_in_one_line(name, str(folder), None):
         config = AutoConfig.for_model(**values)
     # Asked beforehand, for transformers imports all configs to list them in its error.
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or is_masked(config):
         raise UserError(
             f"{name}: a {config.model_type} is no causal language model of transformers; pass one "
             "that is, such as a llama"
         )
     with hub_errors_in_one_line(name, str(folder), None):
-        find_layers(skeleton(config, torch.float32))
+        model = skeleton(config, torch.float32)
+    find_layers(model)
+    # Without their kernels they compute token by token, which takes minutes.
+    if any(hasattr(module, "A_log") and hasattr(module, "D") for module in model.modules()):
+        raise UserError(f"{name}: has state-space layers, for which there are no plans; try a run")
     return config
 
 
@@ -98,7 +108,8 @@ def skeleton(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         if r is None:
             return model
-        lora = LoraConfig(r=r, target_modules="all-linear", task_type="CAUSAL_LM")
+        options = {"target_modules": "all-linear", "exclude_modules": without_lora(model)}
+        lora = LoraConfig(r=r, **options, task_type="CAUSAL_LM")
         model = get_peft_model(model, lora)
         for module in model.modules() if packed else ():
             if isinstance(module, LoraLayer):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_llama import save_tiny_llama
-from transformers import LlamaForCausalLM
+from transformers import BertConfig, LlamaForCausalLM, MambaConfig
 
 from recipelib.models import count_parameters
 from recipelib.planning import read_config
@@ -73,3 +73,17 @@ def test_packed_weights_have_four_bits_and_their_scales(config):
         )
 
     assert size(model) / size(plain) == pytest.approx(4.127 / 16, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (BertConfig(), "a bert is no causal language model"),
+        (MambaConfig(), "has state-space layers"),
+    ],
+    ids=["bert", "mamba"],
+)
+def test_a_model_that_cannot_be_planned_is_one_line(tmp_path, config, says):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=says):
+        read_config(str(tmp_path))
