@@ -2,7 +2,7 @@
 `AutoModelForMaskedLM` know: what works, what is refused with which line, and what fails.
 
     python benchmarks/architectures.py --quick                      # three types: a minute
-    python benchmarks/architectures.py --keep runs/architectures --write architectures.md   # hours
+    python benchmarks/architectures.py --keep runs/architectures --write table.md   # half an hour
     python benchmarks/architectures.py --types llama mamba --recipes lora_sft prefix
 
 Each model has random weights, one layer of each kind, and a width of 32; each recipe trains for two

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from recipelib.encoding import CausalAsker, MaskedAsker
-from recipelib.models import bare_model, is_masked_model, nature_of
+from recipelib.models import bare_model, is_masked_model, nature_of_model
 from recipelib.prompts import Question, RowError
 from recipelib.runtime import UserError, fsdp_option, uses_fsdp
 
@@ -85,11 +85,7 @@ def check_prompt(option: str, args, training, *, prefix: bool = False) -> None:
             f"{option}: is saved whole, and this launch saves shards; launch with "
             "accelerate_configs/fsdp2.yaml"
         )
-    nature = nature_of(
-        args.model_name_or_path,
-        revision=args.revision,
-        trust_remote_code=training.trust_remote_code,
-    )
+    nature = nature_of_model(args, training)
     config = nature.config.get_text_config()
     takes = nature.forward_arguments
     kind = nature.model_type

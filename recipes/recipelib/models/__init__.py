@@ -20,7 +20,7 @@ from recipelib.models.loading import (
     load_tokenizer,
     require_modules,
 )
-from recipelib.models.nature import Nature, is_masked, nature_of
+from recipelib.models.nature import Nature, is_masked, nature_of, nature_of_model
 from recipelib.models.quantization import (
     count_parameters,
     describe_quantization,
@@ -73,6 +73,7 @@ __all__ = [
     "logits_at",
     "name_layers",
     "nature_of",
+    "nature_of_model",
     "place_model",
     "prepare_for_fsdp2",
     "prepare_four_bit",

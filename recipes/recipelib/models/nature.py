@@ -18,12 +18,10 @@ _BEHIND_PADDING = {
     *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
 }
 
+# Causal in name only: they see what follows a token while they predict it.
+_SEE_AHEAD = {"bert-generation", "cpmant", "xlm", "xlnet"}
 # What no recipe can use, and why.
 _UNUSABLE = {
-    **dict.fromkeys(
-        ("bert-generation", "cpmant", "xlm", "xlnet"),
-        "sees what follows a token while it predicts it",
-    ),
     "blt": "reads bytes in patches of its own making",
     "perceiver": "reads a fixed number of bytes",
     "reformer": "trains on texts of one fixed length",
@@ -135,10 +133,10 @@ def nature_of(
         raise UserError(
             f"{name}: is an encoder-decoder model, which is not trained here; take a decoder"
         )
-    masked = is_masked(config)
-    reason = None if masked and config.model_type == "xlm" else _UNUSABLE.get(config.model_type)
-    if config.model_type == "bert-generation" and config.is_decoder:
-        reason = None
+    masked, reason = is_masked(config), _UNUSABLE.get(config.model_type)
+    decoder = getattr(config, "is_decoder", False)
+    if config.model_type in _SEE_AHEAD and not (masked or decoder):
+        reason = "sees what follows a token while it predicts it"
     if reason:
         raise UserError(f"{name} ({config.model_type}): {reason}; take another model")
     text = config.get_text_config()
@@ -150,6 +148,15 @@ def nature_of(
         positions=_positions(text),
         vocabulary=getattr(text, "vocab_size", None) or sys.maxsize,
         config=config,
+    )
+
+
+def nature_of_model(args, training) -> Nature:
+    """What the model of a recipe's arguments is, see `nature_of`."""
+    return nature_of(
+        args.model_name_or_path,
+        revision=args.revision,
+        trust_remote_code=training.trust_remote_code,
     )
 
 

@@ -24,7 +24,7 @@ from recipelib.encoding import (
     encode_stream,
 )
 from recipelib.evaluation import TaskScore, score_chosen, score_classes, score_cloze
-from recipelib.models import describe_model
+from recipelib.models import describe_model, nature_of_model
 from recipelib.runtime import Store, UserError, say
 from recipelib.task.task import (
     Task,
@@ -32,7 +32,6 @@ from recipelib.task.task import (
     load_rows_of,
     load_template,
     make_encoder,
-    nature_of_model,
     refuse_options_of_texts,
     refuse_predict,
     say_how_many,

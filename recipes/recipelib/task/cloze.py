@@ -27,7 +27,7 @@ from recipelib.encoding import (
     label_word_ids,
 )
 from recipelib.evaluation import TaskScore, score_cloze
-from recipelib.models import describe_model
+from recipelib.models import describe_model, nature_of_model
 from recipelib.prompts import PromptTemplate, Question
 from recipelib.runtime import (
     MemoryMeter,
@@ -45,7 +45,6 @@ from recipelib.task.task import (
     load_task,
     load_template,
     make_encoder,
-    nature_of_model,
     refuse_options_of_texts,
     refuse_predict,
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 from recipelib.adapters import SOFT_VERBALIZER, base_of, resolve_adapter, saved_embeddings
 from recipelib.data import load_asked
 from recipelib.encoding import CausalAsker, MaskedAsker, asker_of
-from recipelib.models import describe_model
+from recipelib.models import describe_model, nature_of_model
 from recipelib.runtime import (
     MemoryMeter,
     Store,
@@ -18,7 +18,7 @@ from recipelib.runtime import (
     refuse_trained_run,
     say,
 )
-from recipelib.task.task import Task, load_template, make_encoder, nature_of_model
+from recipelib.task.task import Task, load_template, make_encoder
 
 
 @dataclass(kw_only=True)

@@ -25,12 +25,7 @@ from recipelib.encoding import (
     training_encoding,
 )
 from recipelib.evaluation import TaskScore, evaluate_task
-from recipelib.models import (
-    Nature,
-    describe_model,
-    load_tokenizer,
-    nature_of,
-)
+from recipelib.models import describe_model, load_tokenizer, nature_of_model
 from recipelib.prompts import PromptTemplate
 from recipelib.runtime import MemoryMeter, Store, UserError, find_checkpoint, say
 
@@ -275,15 +270,6 @@ def make_encoder(
             "--chat_template_kwargs: changes nothing without --rendering chat; leave it out"
         )
     return encoder
-
-
-def nature_of_model(args, training) -> Nature:
-    """What the model of a recipe's arguments is, see `nature_of`."""
-    return nature_of(
-        args.model_name_or_path,
-        revision=args.revision,
-        trust_remote_code=training.trust_remote_code,
-    )
 
 
 def require_causal(args, training) -> None:
