@@ -233,6 +233,103 @@ CASES = {
         ],
         golds=[2, 4, 2],
     ),
+    "commonsense_qa": Case(
+        rows=[
+            {
+                "id": "a1",
+                "question": "Where does milk stay fresh?",
+                "question_concept": "milk",
+                "choices": {"label": list("ABCDE"), "text": ["oven", "fridge", "x", "y", "z"]},
+                "answerKey": "B",
+            },
+            {
+                "question": "Q?",
+                "choices": {"label": ["A", "B"], "text": ["a", "b"]},
+                "answerKey": "A",
+            },
+            # From a CSV file, where lists are JSON text.
+            {
+                "question": " Why? ",
+                "choices": '{"label": ["A", "B"], "text": ["so", "{{ 7*7 }}"]}',
+                "answerKey": "b",
+            },
+        ],
+        golds=["B", "A", "B"],
+        prompt="Question: Where does milk stay fresh?\nAnswer:",
+        target=" fridge",
+        cloze="Where does milk stay fresh? [M].",
+    ),
+    "arc": Case(
+        rows=[
+            {
+                "id": "a1",
+                "question": "What melts?",
+                "choices": {"text": ["ice.", "stone.", "wood."], "label": ["1", "2", "3"]},
+                "answerKey": "1",
+            },
+            {
+                "question": "Which is larger?",
+                "choices": {"text": ["2", "1"], "label": ["A", "B"]},
+                "answerKey": "A",
+            },
+            # As in the files of its authors: a list of options.
+            {
+                "question": "Which?",
+                "choices": [{"text": "one", "label": "A"}, {"text": "two", "label": "B"}],
+                "answerKey": "B",
+            },
+        ],
+        golds=["1", "A", "B"],
+        prompt="Question: What melts?\nAnswer:",
+        target=" ice.",
+        cloze="What melts? [M]",
+    ),
+    "hellaswag": Case(
+        rows=[
+            {
+                "ind": 4,
+                "activity_label": "Removing ice",
+                "ctx_a": "A man stands by a car. [step] He scrapes.",
+                "ctx_b": "then, the man",
+                "ctx": "unused",
+                "endings": ["sings [substeps] loudly.", "drives off.", "sleeps.", "waits."],
+                "label": "1",
+            },
+            {
+                "activity_label": "X",
+                "ctx_a": "",
+                "ctx_b": "élan",
+                "endings": ["a", "b"],
+                "label": 0,
+            },
+            {
+                "activity_label": "Y",
+                "ctx_a": "It rains.",
+                "ctx_b": "",
+                "endings": ["a", "", None, "d"],  # what is empty is no option
+                "label": "3",
+            },
+        ],
+        golds=["B", "A", "D"],
+        prompt="Removing ice: A man stands by a car. He scrapes. Then, the man",
+        target=" drives off.",
+    ),
+    "date_understanding": Case(
+        rows=[
+            {
+                "input": "It is 2 May 1999. What is tomorrow?\nOptions:\n(A) 05/03/1999\n(B) x",
+                "target": "(A)",
+            },
+            {"input": "Now?\nOptions:\n(A) 1\n(B) 2\n(C) 3\n", "target": "(C)"},
+            {"input": "Then?\nOptions:\n(A) 10\n(B) 1", "target": " B "},
+        ],
+        golds=["A", "C", "B"],
+        prompt=(
+            "Question: It is 2 May 1999. What is tomorrow?\n"
+            "Options:\n(A) 05/03/1999\n(B) x\nAnswer:"
+        ),
+        target=" (A)",
+    ),
     "next_sentence": Case(
         rows=[
             {"text": "The striker scored twice.", "label": "Sports"},

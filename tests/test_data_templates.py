@@ -11,7 +11,9 @@ from recipelib.prompts.values import RowError
 
 FILES = sorted(path.stem for path in TEMPLATE_FOLDER.glob("*.yaml"))
 ASKED = sorted(set(CASES) - {"conversations"})
-CLASSES = sorted(name for name, case in CASES.items() if isinstance(case.golds[0], str))
+OPTIONS = ["arc", "commonsense_qa", "date_understanding", "hellaswag"]
+CHOSEN = {name for name, case in CASES.items() if isinstance(case.golds[0], str)}
+CLASSES = sorted(CHOSEN - set(OPTIONS))
 ALL_ROWS = [(name, number) for name in ASKED for number in range(3)]
 
 
@@ -72,7 +74,7 @@ def test_the_gold_target_reads_back_as_the_gold_answer(name, number):
         elif template.asks_each_word:
             assert (answer == "yes") == (question.asked == question.label)
         elif template.label:
-            assert template.read_label(answer) == question.label
+            assert template.read_label(answer, question) == question.label
         else:
             assert answer == question.references[0]
 
@@ -151,6 +153,18 @@ def test_every_turn_of_a_conversation_stays_as_it_is(number):
     (question,) = load("conversations").questions(case.rows[number])
     assert len(question.turns) == case.golds[number]
     assert list(question.turns) == case.rows[number]["messages"]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_options_are_the_row_s_and_stay_where_its_texts_are_emptied(name):
+    template = load(name)
+    for row in CASES[name].rows:
+        (question,) = template.questions(row)
+        assert len(question.candidates) == len(question.options.texts) >= 2
+        assert question.answer == question.candidates[question.label][0]
+        emptied = question.change(**dict.fromkeys(template.content_variables, "N/A"))
+        assert template.prompt(emptied) != template.prompt(question)
+        assert emptied.candidates == question.candidates
 
 
 def test_next_sentence_asks_about_every_topic_and_says_yes_to_the_right_one():

@@ -1,9 +1,12 @@
 """Rows from the hub, folders and files, checked by a template; draws, mixtures, demonstrations."""
 
 from recipelib.data.checking import StoredRows
+from recipelib.data.classes import with_classes, with_classes_of
 from recipelib.data.demonstrations import Demonstrations, nearest_rows
 from recipelib.data.drawing import draw_rows, few_shot_rows, mixture_counts
-from recipelib.data.formats import classes_from_rows, guess_template, template_for
+from recipelib.data.formats import guess_template, template_for
+from recipelib.data.handed import check_dataset
+from recipelib.data.origin import origin_of
 from recipelib.data.rows import (
     Rows,
     load_asked,
@@ -11,6 +14,7 @@ from recipelib.data.rows import (
     load_splits,
     overlap,
     parse_columns,
+    untrained_classes,
 )
 from recipelib.data.streaming import RowStream, load_streamed
 
@@ -19,7 +23,7 @@ __all__ = [
     "RowStream",
     "Rows",
     "StoredRows",
-    "classes_from_rows",
+    "check_dataset",
     "draw_rows",
     "few_shot_rows",
     "guess_template",
@@ -29,7 +33,11 @@ __all__ = [
     "load_streamed",
     "mixture_counts",
     "nearest_rows",
+    "origin_of",
     "overlap",
     "parse_columns",
     "template_for",
+    "untrained_classes",
+    "with_classes",
+    "with_classes_of",
 ]

@@ -48,6 +48,8 @@ class StoredRows(Sequence):
         places: [n] of the rows in the table.
         keys: [n] numbers; rows that ask the same have the same (`row_key`).
         labels: [n] the number of each row's class in the verbalizer, -1 for none.
+        files, lines: [n] the number of each row's file, and where it stands there, from 1.
+        names: of the files.
         identity: a key for the source and the template that checked it.
     """
 
@@ -58,10 +60,14 @@ class StoredRows(Sequence):
         places: np.ndarray,
         keys: np.ndarray,
         labels: np.ndarray,
+        files: np.ndarray,
+        lines: np.ndarray,
+        names: list[str],
         identity: str,
     ):
         self._table, self._read, self._identity = table.with_format("arrow"), read, identity
         self.places, self.keys, self.labels = places, keys, labels
+        self.files, self.lines, self._names = files, lines, names
 
     @property
     def identity(self) -> str:
@@ -94,25 +100,35 @@ class StoredRows(Sequence):
     def select(self, order: Sequence[int] | np.ndarray) -> StoredRows:
         """The rows at these places, in this order; a place may stand there twice."""
         at = np.asarray(order, dtype=np.int64)
-        chosen = (self.places[at], self.keys[at], self.labels[at])
-        return StoredRows(self._table, self._read, *chosen, self._identity)
+        return self._with(self._table, *(array[at] for array in self._arrays))
 
     def __add__(self, other: StoredRows) -> StoredRows:
         """These rows and others of the same table."""
-        chosen = (
-            np.concatenate([getattr(self, name), getattr(other, name)])
-            for name in ("places", "keys", "labels")
-        )
-        return StoredRows(self._table, self._read, *chosen, self._identity)
+        both = zip(self._arrays, other._arrays, strict=True)
+        return self._with(self._table, *map(np.concatenate, both))
 
     def mapped_anew(self) -> StoredRows:
         """The same rows behind a mapping of its own: what was read of it is freed with it."""
         files = [file["filename"] for file in self._table.cache_files]
         table = read_arrow(files) if files else self._table
-        if len(table) != len(self._table):  # a part of its files
-            table = self._table
-        chosen = (self.places, self.keys, self.labels)
-        return StoredRows(table, self._read, *chosen, self._identity)
+        if len(table) != len(self._table) or table.column_names != self._table.column_names:
+            table = self._table  # a part of its files, or their columns under other names
+        return self._with(table, *self._arrays)
+
+    def locations(self) -> list[dict[str, Any]]:
+        """Where each row stands: its `line`, as errors count, and of several files its `file`."""
+        found = [{"line": line} for line in self.lines.tolist()]
+        if len(self._names) > 1:
+            for row, file in zip(found, self.files.tolist(), strict=True):
+                row["file"] = self._names[file]
+        return found
+
+    @property
+    def _arrays(self) -> tuple[np.ndarray, ...]:
+        return self.places, self.keys, self.labels, self.files, self.lines
+
+    def _with(self, table: Dataset, *arrays: np.ndarray) -> StoredRows:
+        return StoredRows(table, self._read, *arrays, self._names, self._identity)
 
 
 def select(rows: Sequence, order: Sequence[int]) -> Sequence:
@@ -237,8 +253,8 @@ def check_rows(
         source.table(sorted(folder.glob("rows-*.arrow"))),
         source.read,
         good if order is None else order[good],
-        checks["key"].to_numpy()[good],
-        checks["label"].to_numpy()[good],
+        *(checks[name].to_numpy()[good] for name in ("key", "label", "file", "line")),
+        [where.format("").removesuffix(": row ") for where in source.where],
         identity,
     )
     if len(good) == len(checks):

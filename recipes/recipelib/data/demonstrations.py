@@ -58,7 +58,7 @@ class Demonstrations:
                 f"{template.path}: {template.conversation}: before a conversation there is no "
                 "place for demonstrations; pass --shots 0"
             )
-        if sampler == "balanced" and not template.label:
+        if sampler == "balanced" and not template.verbalizer:
             raise UserError(
                 "--sampler balanced: the template has no classes; choose first, random or nearest"
             )

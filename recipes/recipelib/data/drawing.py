@@ -1,16 +1,78 @@
-"""Draws rows: how many of each task in a mixture, and which; few-shot rows of each class."""
+"""Draws rows: at random with the classes' shares; how many of each task in a mixture, and which;
+few-shot rows of each class.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from heapq import heappop, heappush
 from typing import Any
 
 import numpy as np
 
-from recipelib.data.checking import row_labels, select
+from recipelib.data.checking import StoredRows, row_labels, select
 from recipelib.prompts import PromptTemplate
 from recipelib.runtime import UserError
+
+
+def random_order(count: int, seed: int) -> np.ndarray:
+    """0 to count - 1 in random order. It uses `random.Random.random` only, the one method whose
+    numbers are the same in every version of Python.
+    """
+    generator = random.Random(seed)
+    keys = np.fromiter((generator.random() for _ in range(count)), np.float64, count)
+    return np.argsort(keys, kind="stable")
+
+
+def order_by_shares(classes: np.ndarray, seed: int, count: int) -> np.ndarray:
+    """0 to n - 1 in random order, of which every beginning has the classes' shares: of each class
+    as many rows as are due to it, rounded up or down. So a draw is stratified, as scikit-learn's
+    `train_test_split(stratify=...)` is, and a smaller draw is the beginning of a larger one.
+
+    Rounding the shares of each draw by itself cannot do both (the Alabama paradox); the quota
+    method (Balinski and Young 1975) can: the k-th row is of a class that has fewer rows than are
+    due to it by then, and of these of the one that must have its next row first.
+
+    Args:
+        classes: [n] numbers.
+        count: how many rows will be drawn; behind several times as many the order is random.
+    """
+    rows, order = len(classes), random_order(len(classes), seed)
+    _, numbers, sizes = np.unique(classes, return_inverse=True, return_counts=True)
+    if len(sizes) < 2:
+        return order
+    place = np.argsort(order)  # of each row in the random order
+    grouped = order[np.argsort(numbers[order], kind="stable")]  # class by class
+    starts, sizes = np.cumsum(sizes) - sizes, sizes.tolist()
+    waiting = [(1, number) for number in range(len(sizes))]  # from which step on, which class
+    ready: list[tuple[int, int, int]] = []  # until which step; the row's place; its class
+    given, drawn = [0] * len(sizes), []
+    for step in range(1, min(rows, 4 * count + 1000) + 1):
+        while waiting and waiting[0][0] <= step:
+            _, number = heappop(waiting)
+            until = -(-(given[number] + 1) * rows // sizes[number])
+            row = grouped[starts[number] + given[number]]
+            heappush(ready, (until, int(place[row]), number))
+        _, at, number = heappop(ready)
+        drawn.append(order[at])
+        given[number] += 1
+        if given[number] < sizes[number]:
+            heappush(waiting, (given[number] * rows // sizes[number] + 1, number))
+    return np.concatenate([drawn, order[~np.isin(order, drawn)]])
+
+
+def order_to_hold_out(classes: np.ndarray, seed: int, count: int) -> np.ndarray:
+    """As `order_by_shares`, for `count` rows that are to be kept out of training: a class's only
+    row comes last, if that leaves enough.
+    """
+    _, numbers, sizes = np.unique(classes, return_inverse=True, return_counts=True)
+    alone = sizes[numbers] == 1
+    others = np.flatnonzero(~alone)
+    if len(others) < count:
+        return order_by_shares(classes, seed, count)
+    order = others[order_by_shares(classes[others], seed, count)]
+    return np.concatenate([order, np.flatnonzero(alone)])
 
 
 def mixture_counts(sizes: Sequence[int], mixing: str, total: int | None = None) -> list[int]:
@@ -51,15 +113,18 @@ def mixture_counts(sizes: Sequence[int], mixing: str, total: int | None = None) 
 
 
 def draw_rows(rows: Sequence[Mapping[str, Any]], count: int, seed: int) -> Sequence[Mapping]:
-    """`count` rows of a task: each as often as every other, or once more."""
+    """`count` rows of a task: each as often as every other, or once more; the latter with the
+    classes' shares.
+    """
     drawn: list[np.ndarray] = []
-    generator, left = random.Random(seed), count
+    left = count
     while left >= len(rows):
         drawn.append(np.arange(len(rows)))
         left -= len(rows)
     if left:
-        keys = np.array([generator.random() for _ in range(len(rows))])
-        drawn.append(np.sort(np.argsort(keys, kind="stable")[:left]))
+        known = isinstance(rows, StoredRows)
+        classes = rows.labels if known else np.zeros(len(rows), dtype=np.int64)
+        drawn.append(np.sort(order_by_shares(classes, seed, left)[:left]))
     return select(rows, np.concatenate(drawn))
 
 
@@ -73,6 +138,11 @@ def few_shot_rows(
     Raises:
         UserError: a class has too few rows.
     """
+    if template.options:
+        raise UserError(
+            f"--per_class {per_class}: {template.path.name} has options, which are no classes; "
+            "pass --max_train_samples"
+        )
     draw = random.Random(seed)
     train, validation = [], []
     labels = row_labels(template, rows)

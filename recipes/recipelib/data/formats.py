@@ -7,24 +7,14 @@ prompts with completions or responses. The template is like any other and is sav
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import Any
 
-from recipelib.data.rows import load_splits, parse_columns
-from recipelib.data.sources import Hub, first_rows, locate
-from recipelib.prompts import (
-    PREFERENCES,
-    PromptTemplate,
-    RowError,
-    class_name,
-    find_template,
-    is_empty,
-    read_list,
-)
-from recipelib.runtime import Store, UserError, load_yaml
+from recipelib.data.places import Hub, find
+from recipelib.data.sources import first_rows
+from recipelib.prompts import PREFERENCES, PromptTemplate, RowError, is_empty, read_list
+from recipelib.runtime import UserError
 
 _LOOKED_AT = 100  # rows
-_MOST_CLASSES = 100
 _KNOWN = (
     "messages, conversations, instruction with output or response, prompt or query with "
     "completion or response"
@@ -38,24 +28,30 @@ _BESIDE = {
 
 
 def template_for(
-    dataset: str, split: str | None = None, streaming: bool = False
+    dataset: str,
+    split: str | None = None,
+    streaming: bool = False,
+    encoding: str | None = None,
+    field: str | None = None,
 ) -> tuple[PromptTemplate, str]:
     """A template for a data set, guessed from its first 100 rows; no other row is read.
 
     Args:
         dataset: a file, a folder with a file per split, or a hub id.
         split: the split whose rows are read; by default "train". A file has one split.
+        encoding, field: how files are read, see `places.Files`.
     Returns:
         The template, named after the data set, and a line that says what the data was taken for.
     Raises:
         UserError: no such data, or columns that say nothing.
     """
-    place = locate(None, dataset, None)
+    place = find(None, dataset, encoding=encoding, field=field)
     rows = first_rows(place, split or "train", _LOOKED_AT, streaming)
     if isinstance(place, Hub):
         name = place.path.rpartition("/")[2]
     else:
-        name = place.resolve().stem if place.is_file() else place.resolve().name
+        path = place.path.resolve()
+        name = path.stem if path.is_file() else path.name
     return guess_template(_typical(rows), dataset, name)
 
 
@@ -213,35 +209,3 @@ def _with_texts(
     given = {"columns": columns, "optional": optional}
     given = {key: value for key, value in given.items() if value}
     return kind, [*used, *beside.values()], {**given, **fields}
-
-
-def classes_from_rows(args: Any, seed: int, store: Store | None = None) -> PromptTemplate:
-    """The template of `args`. If it has a `label` but no `verbalizer`, each class in the rows gets
-    its own name as its label word.
-
-    Raises:
-        UserError: rows that cannot be read, or too many different labels.
-    """
-    path, columns = find_template(args.template), parse_columns(args.columns)
-    fields = load_yaml(path)
-    if "label" not in fields or "verbalizer" in fields:
-        return PromptTemplate.load(args.template, columns=columns)
-    label = fields["label"]
-    # To read the rows before any label is known, the label is taken for a text to be written.
-    free = {key: fields[key] for key in ("name", "dataset") if key in fields}
-    free |= {
-        "form": "generative",
-        "prompt": "label",
-        "answer": f"{{{{ {label} }}}}",
-        "columns": {**(fields.get("columns") or {}), **columns},
-    }
-    template = PromptTemplate(free, path)
-    train, evaluation = load_splits(template, args, seed, store=store)
-    rows = chain(train.rows, evaluation.rows)  # a class may be in the held-out rows only
-    classes = sorted({class_name(row[template.column(label)]) for row in rows})
-    if len(classes) > _MOST_CLASSES:
-        raise UserError(
-            f"{path}: label: {label} has {len(classes)} values; name a column of classes"
-        )
-    fields |= {"columns": free["columns"], "verbalizer": {name: [name] for name in classes}}
-    return PromptTemplate(fields, path)

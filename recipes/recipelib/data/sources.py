@@ -1,23 +1,23 @@
-"""Finds rows (in a file, a folder or on the hub) and reads them as they come, good or bad.
+"""Reads rows of files, folders and the hub as they come, good or bad.
 
-`text_rows.py` reads the text formats; `rows.py` checks rows against the template.
+`places.py` finds them, `text_rows.py` reads the text formats; `rows.py` checks rows against the
+template.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipelib.data.text_rows import Span, hash_file, read_text_rows, scan
-from recipelib.prompts import TEMPLATE_FOLDER, PromptTemplate, RowError
+from recipelib.data.places import FORMATS, Files, Hub, load_hub, shown_path, stream_hub
+from recipelib.data.text_rows import Reading, Span, hash_file, read_text_rows, scan
+from recipelib.prompts import PromptTemplate, RowError
 from recipelib.runtime import ArrowFile, UserError, digest, one_line, read_arrow
 
 if TYPE_CHECKING:
@@ -26,35 +26,14 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from pyarrow import parquet
 
-FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-
-_HUB_ID = re.compile(r"(?P<path>\w[\w.-]*(/\w[\w.-]*)?)(:(?P<config>[^:/\\<>|?*]+))?", re.ASCII)
-_FILE = re.compile(r"(?P<split>.+)\.(jsonl|json|csv|tsv|parquet)", re.IGNORECASE)
-# Shards on the hub are train-00000-of-00002.parquet; older ones have a hash at the end.
-_SHARD = re.compile(r"(?P<split>.+?)-(?P<number>\d+)(-of-(?P<count>\d+))?(-[0-9a-f]+)?\.parquet")
-
 # A part of a file for one process to read: large enough to be worth one, and the files of a large
 # data set not too many.
 _LEAST_BYTES, _MOST_BYTES, _MOST_ROWS = 2**18, 2**24, 10_000
 
-_NO_SPLIT = "no such split"
 _NO_PARQUET = "{}: no Parquet file ({}); write it again"
 
 # The number of a row's file, its line or number there, and the row or what is wrong with it.
 Entry = tuple[int, int, dict[str, Any] | RowError]
-
-
-@dataclass(frozen=True)
-class Hub:
-    """A data set on the hub."""
-
-    path: str
-    config: str | None
-    revision: str | None
-
-    def __str__(self) -> str:
-        config = f":{self.config}" if self.config else ""
-        return f"{self.path}{config}@{self.revision or 'main'}"
 
 
 @dataclass(frozen=True)
@@ -66,6 +45,7 @@ class Source:
         identity: a key for the rows.
         where: of each file, where a row stands in it: "rows.csv:{}".
         columns: of a hub's data set; else [], for they are found while the rows are read.
+        classes: the names of the label's classes, where the data says them.
         count: rows; of a text file its lines.
         pieces: parts that can be read by themselves; of a hub's data set [], for any places can.
         entries: the rows of such a part (of a hub's data set, at these places), which it also
@@ -83,120 +63,10 @@ class Source:
     entries: Callable[[Any, Path], Iterator[Entry]]
     table: Callable[[list[Path]], Dataset]
     read: Callable[[pyarrow.Table], list[dict[str, Any]]]
+    classes: list[str] | None = None
 
 
-def locate(
-    template: PromptTemplate | None,
-    dataset: str | None,
-    revision: str | None,
-    option: str = "--dataset",
-) -> Path | Hub:
-    """The file, folder or hub data set that `dataset` names, or the template if that is None.
-
-    A file or folder that exists goes before a hub id. A template's path starts at the template's
-    folder or at `data_templates/`.
-
-    Args:
-        template: may be None if `dataset` is given.
-        option: the command-line option that gave `dataset`, for errors.
-    Raises:
-        UserError: neither names any data, or what is named is neither there nor a hub id.
-    """
-    config = None
-    if dataset is None:
-        name = template.dataset.get("path")
-        shown = f"{template.path}: dataset.path: {name}"
-        if not name:
-            raise UserError(
-                f"{template.path}: dataset.path: is missing; pass --dataset a hub id or a file"
-            )
-        existing = [
-            folder / name
-            for folder in (template.path.parent, TEMPLATE_FOLDER)
-            if (folder / name).exists()
-        ]
-        config = template.dataset.get("name")
-        revision = revision or template.dataset.get("revision")
-    else:
-        name, shown = dataset, f"{option} {dataset}"
-        existing = [Path(name)] if name and Path(name).exists() else []
-    if existing:
-        return existing[0]
-    match = _HUB_ID.fullmatch(name)
-    if match is None or Path(name).suffix.lower() in FORMATS:
-        raise UserError(
-            f"{shown}: no such file or folder; pass one that exists, or a hub id such as owner/name"
-        )
-    return Hub(match["path"], match["config"] or config, revision)
-
-
-def _files_of_split(folder: Path, split: str) -> list[Path]:
-    """The file of a split in a folder, or its shards in order; if the folder has none, those in its
-    `data` folder, where copies of the hub's data sets have them.
-    """
-    known: set[str] = set()
-    for place in (folder, folder / "data"):
-        files = sorted(file for file in place.glob("*") if _FILE.fullmatch(file.name))
-        exact = [file for file in files if _FILE.fullmatch(file.name)["split"] == split]
-        all_shards = [(match, file) for file in files if (match := _SHARD.fullmatch(file.name))]
-        shards = [(match, file) for match, file in all_shards if match["split"] == split]
-        if exact or shards:
-            break
-        sharded = {file: match["split"] for match, file in all_shards}
-        known |= {sharded.get(file) or _FILE.fullmatch(file.name)["split"] for file in files}
-    else:
-        hint = (
-            f"its splits: {', '.join(sorted(known))}; choose with --train_split and --eval_split"
-            if known
-            else f"name the files after their splits: {split}.jsonl (or {', '.join(FORMATS[1:])})"
-        )
-        raise UserError(f"{_shown(folder)}: no file for the split {split!r}; {hint}")
-    if len(exact) > 1 or (exact and shards):
-        names = [file.name for file in exact] + [file.name for _, file in shards]
-        raise UserError(
-            f"{_shown(place)}: {names[0]} and {names[1]} both are the split {split!r}; keep one"
-        )
-    counts = {int(match["count"]) for match, _ in shards if match["count"]}
-    if counts and counts != {len(shards)}:
-        raise UserError(
-            f"{_shown(place)}: {len(shards)} of {max(counts)} {split} files are there; "
-            "copy all files of one version"
-        )
-    in_order = sorted(shards, key=lambda shard: int(shard[0]["number"]))
-    return exact or [file for _, file in in_order]
-
-
-def has_split(place: Path | Hub, split: str, streaming: bool = False) -> bool:
-    """Whether a folder has a file for a split, or a hub data set the split; False for a file.
-
-    Args:
-        streaming: fetch no more of a hub's data set than that takes.
-    Raises:
-        UserError: what else keeps a hub's data set from being read.
-    """
-    if isinstance(place, Hub):
-        try:
-            with _hub_problems(place, split) as load:
-                load(**({"streaming": True} if streaming else {}))
-        except UserError as error:
-            if _NO_SPLIT in str(error):
-                return False
-            raise
-        return True
-    if not isinstance(place, Path) or not place.is_dir():
-        return False
-    files = [file.name for folder in (place, place / "data") for file in folder.glob(f"{split}*")]
-    matches = [_SHARD.fullmatch(name) or _FILE.fullmatch(name) for name in files]
-    return any(match and match["split"] == split for match in matches)
-
-
-def _shown(path: Path) -> str:
-    """A path as the user gave it; bundled data relative to the repository."""
-    bundled = path.is_relative_to(TEMPLATE_FOLDER)
-    return str(path.relative_to(TEMPLATE_FOLDER.parent) if bundled else path)
-
-
-def open_source(place: Path | Hub, split: str, template: PromptTemplate, answers: bool) -> Source:
+def open_source(place: Files | Hub, split: str, template: PromptTemplate, answers: bool) -> Source:
     """The rows of a split; a file is one split, whatever its name.
 
     Args:
@@ -207,25 +77,39 @@ def open_source(place: Path | Hub, split: str, template: PromptTemplate, answers
     """
     if isinstance(place, Hub):
         return _open_hub(place, split, template, answers)
-    files = [place] if place.is_file() else _files_of_split(place, split)
-    name = _shown(files[0])
+    files, reading = place.of_split(split)
+    name = shown_path(files[0])
     if len(files) > 1:
-        name = f"{_shown(place)}, split {split} ({len(files)} files)"
+        name = f"{shown_path(place.path)}, split {split} ({len(files)} files)"
+    elif place.lists:
+        name = f"{name}, split {split}"
     for file in files:
-        _refuse_unknown(file)
+        _refuse_unknown(file, reading)
     if files[0].suffix.lower() == ".parquet":
         return _open_parquet(files, name, template, answers)
-    return _open_text(files[0], name)
+    found = None if reading.field else place.object
+    if found and found.lists and template.missing_columns(found.keys, answers=answers):
+        raise UserError(f"{name}: is one object, not rows; {found}")
+    return _open_text(files[0], name, reading)
 
 
-def _refuse_unknown(file: Path) -> str:
-    """Refuse a file of an unknown format; returns what messages call the file."""
-    if file.suffix.lower() not in FORMATS:
-        raise UserError(f"{_shown(file)}: not one of {', '.join(FORMATS)}; convert the file")
-    return _shown(file)
+def _refuse_unknown(file: Path, reading: Reading) -> str:
+    """Refuse a file of an unknown format, or one that is not read in this way; returns what
+    messages call the file.
+    """
+    suffix, shown = file.suffix.lower(), shown_path(file)
+    if suffix not in FORMATS:
+        raise UserError(f"{shown}: not one of {', '.join(FORMATS)}; convert the file")
+    if reading.encoding and suffix == ".parquet":
+        raise UserError(
+            f"{shown}: Parquet says itself how its text is encoded; leave out --encoding"
+        )
+    if reading.field and suffix not in (".json", ".jsonl"):
+        raise UserError(f"{shown}: --field is for JSON files; leave it out")
+    return shown
 
 
-def _open_text(file: Path, name: str) -> Source:
+def _open_text(file: Path, name: str, reading: Reading) -> Source:
     """The rows lie in the Arrow file as JSON, which brings back any row exactly; Arrow's own types
     would ask all rows to have the same.
     """
@@ -235,19 +119,20 @@ def _open_text(file: Path, name: str) -> Source:
     features, hashed = Features(row=Value("string")), xxhash.xxh3_128()
     size = file.stat().st_size
     most = max(_LEAST_BYTES, min(_MOST_BYTES, size // 32))
-    lines, spans = scan(file, name, most, hashed)
+    shown = shown_path(file)
+    lines, spans = scan(file, shown, most, hashed, reading)
 
     def entries(span: Span, path: Path) -> Iterator[Entry]:
         with ArrowFile(path, features) as stored:
-            for line, row in read_text_rows(file, name, span):
+            for line, row in read_text_rows(file, shown, span, reading):
                 text = None if isinstance(row, RowError) else json.dumps(row, ensure_ascii=False)
                 stored.add(text)
                 yield 0, line, row
 
     return Source(
         name,
-        digest(hashed.hexdigest(), file.suffix.lower()),
-        [_braced(f"{name}:") + "{}"],
+        digest(hashed.hexdigest(), file.suffix.lower(), *reading.field),
+        [_braced(f"{shown}:") + "{}"],
         [],
         lines,
         spans,
@@ -288,15 +173,14 @@ def _open_parquet(files: list[Path], name: str, template: PromptTemplate, answer
                 )
             # What `datasets` writes into the schema says which integers are classes.
             typed = b"huggingface" in (schemas[0].metadata or {})
-            named = _class_reader(
-                Features.from_arrow_schema(schemas[0]) if typed else {}, template, answers
-            )
+            features = Features.from_arrow_schema(schemas[0]) if typed else {}
+            named = _class_reader(features, template, answers)
             plain = pyarrow.schema([_plain(column) for column in schemas[0]])
             Features.from_arrow_schema(plain)  # raises for what a table in memory cannot have
             if not schemas[-1].equals(schemas[0]):
                 raise UserError(
                     f"{shown}: its columns or their types differ from those of "
-                    f"{_shown(files[0])}; write all files of a split alike"
+                    f"{shown_path(files[0])}; write all files of a split alike"
                 )
 
     def entries(piece: tuple[int, list[int], int], path: Path) -> Iterator[Entry]:
@@ -316,7 +200,7 @@ def _open_parquet(files: list[Path], name: str, template: PromptTemplate, answer
     def read(table: pyarrow.Table) -> list[dict[str, Any]]:
         return [named(row) for row in table.to_pylist()]
 
-    where = [_braced(f"{_shown(file)}: row ") + "{}" for file in files]
+    where = [_braced(f"{shown_path(file)}: row ") + "{}" for file in files]
     return Source(
         name,
         digest(hashed.hexdigest(), ".parquet"),
@@ -327,6 +211,7 @@ def _open_parquet(files: list[Path], name: str, template: PromptTemplate, answer
         entries,
         read_arrow,
         read,
+        class_names(features, template),
     )
 
 
@@ -344,7 +229,7 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, parquet.ParquetFile]]:
     import pyarrow
     from pyarrow import parquet
 
-    shown = _refuse_unknown(file)
+    shown = shown_path(file)
     try:
         with parquet.ParquetFile(file) as opened:
             yield shown, opened
@@ -355,7 +240,7 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, parquet.ParquetFile]]:
 
 
 def first_rows(
-    place: Path | Hub, split: str, count: int, streaming: bool = False
+    place: Files | Hub, split: str, count: int, streaming: bool = False
 ) -> list[dict[str, Any]]:
     """The first rows of a split that can be read, without a template: at least one, at most so
     many.
@@ -367,11 +252,11 @@ def first_rows(
     """
     if isinstance(place, Hub):
         if streaming:
-            return _stream_hub(place, split, count)[1]
+            return stream_hub(place, split, count)[1]
         # As Arrow's values: images are not decoded.
-        return _load_hub(place, split).with_format("arrow")[:count].to_pylist()
-    file = place if place.is_file() else _files_of_split(place, split)[0]
-    shown = _refuse_unknown(file)
+        return load_hub(place, split).with_format("arrow")[:count].to_pylist()
+    (file, *_), reading = place.of_split(split)
+    shown = _refuse_unknown(file, reading)
     problem = f"{shown}: holds no rows; pass a file with at least one"
     if file.suffix.lower() == ".parquet":
         with _read_parquet(file) as (_, opened):
@@ -379,7 +264,7 @@ def first_rows(
                 return batch.to_pylist()
         raise UserError(problem)
     rows: list[dict[str, Any]] = []
-    for line, row in read_text_rows(file, shown):
+    for line, row in read_text_rows(file, shown, reading=reading):
         if isinstance(row, dict):
             rows.append(row)
         else:
@@ -392,7 +277,7 @@ def first_rows(
 
 
 def open_stream(
-    place: Path | Hub, split: str, template: PromptTemplate, count: int
+    place: Files | Hub, split: str, template: PromptTemplate, count: int
 ) -> tuple[str, IterableDataset, list, Callable[[dict[str, Any]], dict[str, Any] | RowError]]:
     """What messages call a split of the hub or of Parquet files, its rows as they come, the first
     `count` of them, and a function that turns a row's classes into their names.
@@ -401,18 +286,19 @@ def open_stream(
         UserError: as `open_source`, or files of another format.
     """
     if isinstance(place, Hub):
-        name, (data, first) = f"{place}, split {split}", _stream_hub(place, split, count)
+        name, (data, first) = f"{place}, split {split}", stream_hub(place, split, count)
     else:
         import datasets
 
-        files = [place] if place.is_file() else _files_of_split(place, split)
-        name = f"{_shown(place)}, split {split}"
+        files, reading = place.of_split(split)
+        name = f"{shown_path(place.path)}, split {split}"
         if any(file.suffix.lower() != ".parquet" for file in files):
             raise UserError(
-                f"{_shown(files[0])}: --streaming true reads the hub and Parquet files; leave it "
-                "out: rows of other files are prepared once, and mapped into memory from then on"
+                f"{shown_path(files[0])}: --streaming true reads the hub and Parquet files; leave "
+                "it out: rows of other files are prepared once, and mapped into memory from then on"
             )
         for file in files:
+            _refuse_unknown(file, reading)
             with _read_parquet(file):
                 pass  # raises for what is no Parquet file
         data = datasets.load_dataset(
@@ -424,44 +310,12 @@ def open_stream(
     return name, data, first, _class_reader(data.features or {}, template, answers=True)
 
 
-def _load_hub(hub: Hub, split: str) -> Dataset:
-    with _hub_problems(hub, split) as load:
-        data = load()
-        return _unless_empty(data, len(data), hub, split)
-
-
-def _stream_hub(hub: Hub, split: str, count: int) -> tuple[IterableDataset, list]:
-    """The rows of a split as they come, images and the like as their bytes, and the first few."""
-    with _hub_problems(hub, split) as load:
-        data = load(streaming=True)
-        data = data.decode(False) if data.features else data
-        first = list(islice(data, count))
-        return data, _unless_empty(first, len(first), hub, split)
-
-
-def _unless_empty(rows: Any, count: int, hub: Hub, split: str) -> Any:
-    if not count:
-        raise UserError(f"{hub}, split {split}: holds no rows; choose another split")
-    return rows
-
-
-@contextmanager
-def _hub_problems(hub: Hub, split: str) -> Iterator[Callable]:
-    """`load_dataset` for this split; what it or reading the rows raises becomes one line."""
-    import datasets
-
-    try:
-        yield partial(
-            datasets.load_dataset, hub.path, hub.config, split=split, revision=hub.revision
-        )
-    except UserError:
-        raise
-    except Exception as error:  # a dozen types from five libraries; all mean that it cannot load
-        raise UserError(f"{hub}, split {split}: {_hub_problem(error, hub)}") from error
-
-
 def _open_hub(hub: Hub, split: str, template: PromptTemplate, answers: bool) -> Source:
-    name, data = f"{hub}, split {split}", _load_hub(hub, split)
+    return open_table(load_hub(hub, split), f"{hub}, split {split}", template, answers)
+
+
+def open_table(data: Dataset, name: str, template: PromptTemplate, answers: bool) -> Source:
+    """The rows of a `datasets.Dataset`; `name` is what messages call it."""
     named = _class_reader(data.features, template, answers)
     raw = data.with_format("arrow")
 
@@ -484,32 +338,16 @@ def _open_hub(hub: Hub, split: str, template: PromptTemplate, answers: bool) -> 
         entries,
         lambda paths: data,
         read,
+        class_names(data.features, template),
     )
 
 
-def _hub_problem(error: Exception, hub: Hub) -> str:
-    text = str(error)
-    listed = re.search(r"\[.*?\]", text)
-    names = listed.group().strip("[]").replace("'", "") if listed else "see its page on the hub"
-    if isinstance(error, ConnectionError) or "Couldn't reach" in text:
-        return "the hub cannot be reached; pass --dataset a folder or a file"
-    if "gated" in text:
-        return f"is gated: accept its terms at hf.co/datasets/{hub.path} and run 'hf auth login'"
-    if "Revision" in text and "doesn't exist" in text:
-        return "no such revision; mend dataset.revision"
-    if "doesn't exist on the Hub" in text:
-        return "not on the hub (or private), and no file or folder of this name; mend the name"
-    if "scripts are no longer supported" in text:
-        return (
-            "a loading script, which is not run; try dataset.revision: refs/convert/parquet in the "
-            "template, or pass --dataset a folder or a file"
-        )
-    if "Unknown split" in text or "Bad split" in text:
-        return f"{_NO_SPLIT}; its splits: {names}; choose with --train_split and --eval_split"
-    if "Config name is missing" in text or "BuilderConfig" in text:
-        return f"name one of its configs, as {hub.path}:CONFIG; its configs: {names}"
-    text = f"{text} {error.__cause__ or ''}"
-    return f"{type(error).__name__}: {one_line(text)}; pass --dataset a folder or a file"
+def class_names(features: Mapping[str, Any], template: PromptTemplate) -> list[str] | None:
+    """The names of the label's classes, where the data says them."""
+    from datasets import ClassLabel
+
+    feature = features.get(template.column(template.label)) if template.label else None
+    return list(feature.names) if isinstance(feature, ClassLabel) else None
 
 
 def _class_reader(

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipelib.data.checking import describe_unread, refuse_missing_columns
+from recipelib.data.places import Files
 from recipelib.data.rows import Rows, load_rows, splits_of
 from recipelib.data.sources import open_stream
 from recipelib.prompts import PromptTemplate, RowError
@@ -139,7 +139,7 @@ def load_streamed(
         )
     place, train_split, eval_split = splits_of(template, args)
     name, data, first, read = open_stream(place, train_split, template, _LOOKED_AT)
-    if train_split == eval_split or (isinstance(place, Path) and place.is_file()):
+    if train_split == eval_split or (isinstance(place, Files) and place.one_split):
         raise UserError(
             "--streaming true: a tenth of a stream cannot be held out; name a split with "
             "--eval_split, in a folder or on the hub"

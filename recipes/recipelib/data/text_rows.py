@@ -5,14 +5,14 @@ Only a line feed ends a line: U+2028, U+0085 and the like are text. A byte order
 
 import codecs
 import csv
-import json
-import re
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from recipelib.data.json_rows import Inside, array_rows, line_rows, look_inside, stands_alone
 from recipelib.prompts import RowError
 from recipelib.runtime import UserError
 
@@ -23,13 +23,28 @@ Entry = tuple[int, dict[str, Any] | RowError]
 csv.field_size_limit(2**31 - 1)
 
 _CHUNK = 2**22  # bytes that are read at once
-_JSON_SPACE = re.compile(r"[ \t\n\r]*")
 _CURE = "put the field into quotes, and write a quote inside it twice"
 _CSV_PROBLEMS = {
     "unexpected end of data": "a quote is opened and never closed",
     "expected after": "text follows a closing quote",
     "new-line character": "a carriage return stands outside quotes",
 }
+_TSV_CURE = "in TSV a tab always ends a field, and a line end the row; save it as CSV"
+
+
+class Reading(NamedTuple):
+    """How a text file is read.
+
+    Attributes:
+        encoding: as Python calls it; None for UTF-8.
+        field: the keys that lead to the rows of a JSON file, from outside in.
+    """
+
+    encoding: str | None = None
+    field: tuple[str, ...] = ()
+
+
+_PLAIN = Reading()
 
 
 class Span(NamedTuple):
@@ -42,9 +57,11 @@ class Span(NamedTuple):
     line: int
 
 
-def scan(path: Path, shown: str, size: int, hashed) -> tuple[int, list[Span]]:
+def scan(
+    path: Path, shown: str, size: int, hashed, reading: Reading = _PLAIN
+) -> tuple[int, list[Span]]:
     """How many lines a text file has, and its spans of about `size` bytes: a single one where rows
-    may run over several lines.
+    may run over several lines, or the file is not UTF-8.
 
     Args:
         shown: how errors name the file.
@@ -52,8 +69,9 @@ def scan(path: Path, shown: str, size: int, hashed) -> tuple[int, list[Span]]:
     Raises:
         UserError: the file cannot be read.
     """
-    with _opened(path, shown) as file:
+    with _opened(path, shown, reading) as file:
         whole = path.suffix.lower() in (".csv", ".tsv") or _is_array(path, file)
+        whole = whole or reading != _PLAIN
         lines, at, spans, start, first, last = 0, 0, [], 0, 1, b"\n"
         while chunk := file.read(_CHUNK):
             hashed.update(chunk)
@@ -77,11 +95,13 @@ def hash_file(path: Path, hashed) -> None:
             hashed.update(chunk)
 
 
-def read_text_rows(path: Path, shown: str, span: Span | None = None) -> Iterator[Entry]:
+def read_text_rows(
+    path: Path, shown: str, span: Span | None = None, reading: Reading = _PLAIN
+) -> Iterator[Entry]:
     """The rows of a .jsonl, .json, .csv or .tsv file, each with the line that it starts on.
 
-    CSV and TSV fields stay text: nothing guesses that 007 is a number. Quotes mean the same in
-    both.
+    CSV and TSV fields stay text: nothing guesses that 007 is a number. In TSV quotes are text, too,
+    as pandas' QUOTE_NONE has it.
 
     Args:
         path: the file; its suffix says the format.
@@ -90,42 +110,92 @@ def read_text_rows(path: Path, shown: str, span: Span | None = None) -> Iterator
     Yields:
         The line number, from 1, and the row as column -> value or what is wrong with it.
     Raises:
-        UserError: the file cannot be read, is UTF-16, has no usable header, or is an array of which
-            the rest cannot be read.
+        UserError: the file cannot be read, has another encoding, no usable header, no such field,
+            or is an array of which the rest cannot be read.
     """
     undecodable: dict[int, str] = {}
     suffix = path.suffix.lower()
-    with _opened(path, shown) as file:
-        array = suffix == ".json" and _is_array(path, file)
-        span = span or Span(0, path.stat().st_size, 1)
+    with _opened(path, shown, reading) as file:
+        array = bool(reading.field) or _is_array(path, file)
+        span = span or Span(0, _size(file), 1)
         lines = _lines(file, shown, span, undecodable, _CHUNK if array else -1)
-        if suffix in (".csv", ".tsv"):
-            rows = _table_rows(lines, "\t" if suffix == ".tsv" else ",", undecodable, shown)
+        if suffix == ".csv":
+            rows = _table_rows(_records(lines), undecodable, shown, _CURE)
+        elif suffix == ".tsv":
+            rows = _table_rows(_unquoted(lines), undecodable, shown, _TSV_CURE)
         elif array:
-            rows = _array_rows(lines, shown)
+            rows = array_rows(lines, shown, _CHUNK, reading.field)
         else:
-            rows = _line_rows(lines, span.line)
+            rows = line_rows(lines, span.line)
         for first, last, row in rows:
             broken = undecodable and next(filter(undecodable.get, range(first, last + 1)), None)
             yield first, RowError(undecodable[broken]) if broken else row
 
 
+def inside(path: Path, shown: str, reading: Reading) -> Inside | None:
+    """What the object holds that a .json or .jsonl file is, or that stands at a field of it; None
+    for rows: one a line, or a list.
+
+    Raises:
+        UserError: the file cannot be read, or there is no such field.
+    """
+    with _opened(path, shown, reading) as file:
+        span = Span(0, _size(file), 1)
+        return look_inside(lambda: _lines(file, shown, span, {}, -1), shown, _CHUNK, reading.field)
+
+
 @contextmanager
-def _opened(path: Path, shown: str) -> Iterator[BinaryIO]:
+def _opened(path: Path, shown: str, reading: Reading) -> Iterator[BinaryIO]:
+    """The file as UTF-8."""
     try:
         with path.open("rb") as file:
-            yield file
+            if reading.encoding is None:
+                yield file
+                return
+            with tempfile.TemporaryFile() as copy:
+                _recode(file, copy, shown, reading.encoding)
+                copy.seek(0)
+                yield copy
     except OSError as error:
         raise UserError(f"{shown}: {error.strerror or error}; pass a file to read") from None
 
 
+def _recode(file: BinaryIO, copy: BinaryIO, shown: str, encoding: str) -> None:
+    decoder, lines = codecs.getincrementaldecoder(encoding)(), 1
+    try:
+        while chunk := file.read(_CHUNK):
+            text = decoder.decode(chunk)
+            lines += text.count("\n")
+            copy.write(text.encode())
+        copy.write(decoder.decode(b"", True).encode())
+    except UnicodeError as error:  # also of a text that UTF-8 cannot hold
+        good = getattr(error, "object", "")[: getattr(error, "start", 0)]
+        if isinstance(good, bytes):
+            good = good.decode(encoding, "replace")
+        raise UserError(
+            f"{shown}:{lines + good.count(chr(10))}: is not {encoding} "
+            f"({getattr(error, 'reason', error)}); pass its --encoding, or save it as UTF-8"
+        ) from None
+
+
+def _size(file: BinaryIO) -> int:
+    return file.seek(0, 2)
+
+
 def _is_array(path: Path, file: BinaryIO) -> bool:
-    """Whether a .json file's first character is a bracket; the file is at its beginning then."""
-    text = b""
-    while path.suffix.lower() == ".json" and not text and (chunk := file.read(2**16)):
+    """Whether a .json file's first character is a bracket, or that of a .jsonl file whose first
+    line is not JSON by itself; the file is at its beginning then.
+    """
+    suffix, text = path.suffix.lower(), b""
+    while suffix in (".json", ".jsonl") and not text and (chunk := file.read(2**16)):
         text = chunk.removeprefix(codecs.BOM_UTF8).strip()
+    array = text.startswith(b"[")
+    if array and suffix == ".jsonl":
+        file.seek(0)
+        first = next(filter(bytes.strip, file), b"").removeprefix(codecs.BOM_UTF8)
+        array = not stands_alone(first.decode(errors="replace"))
     file.seek(0)
-    return text.startswith(b"[")
+    return array
 
 
 def _lines(
@@ -145,7 +215,9 @@ def _lines(
             raw += file.read(1)  # the rest of a character
         if not at:
             if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                raise UserError(f"{shown}: the file is UTF-16; save it as UTF-8")
+                raise UserError(
+                    f"{shown}: the file is UTF-16; pass --encoding utf-16, or save it as UTF-8"
+                )
             raw, at = raw.removeprefix(codecs.BOM_UTF8), len(raw)
         else:
             at += len(raw)
@@ -154,187 +226,27 @@ def _lines(
         except UnicodeDecodeError as error:
             before = raw[: error.start].decode()[-20:]
             byte = f"0x{raw[error.start]:02x}"
-            undecodable[number] = f"not UTF-8 (byte {byte} after {before!r}); save it as UTF-8"
+            undecodable[number] = (
+                f"not UTF-8 (byte {byte} after {before!r}); save it as UTF-8, or pass its "
+                "--encoding, such as cp1252"
+            )
             line = raw.decode(errors="replace")
         yield line
         number += line.endswith("\n")
 
 
-class _JsonReader:
-    """Reads JSON objects out of a text and reports what `json` accepts in silence: duplicate keys,
-    NaN and infinities, halves of surrogate pairs.
-    """
-
-    def __init__(self):
-        self._problems: list[str] = []
-        self._decoder = json.JSONDecoder(
-            object_pairs_hook=self._object, parse_constant=self._constant
-        )
-
-    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        members: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in members:
-                self._problems.append(f"the key {key!r} stands twice; keep one of them")
-            members[key] = value
-        return members
-
-    def _constant(self, name: str) -> None:
-        self._problems.append(f"{name} is no JSON; write null or a number")
-
-    def read(self, text: str, start: int) -> tuple[dict[str, Any] | RowError, int]:
-        """The row that begins at `start`, and where it ends.
-
-        Raises:
-            json.JSONDecodeError: the text there is not JSON.
-        """
-        self._problems.clear()
-        try:
-            row, end = self._decoder.raw_decode(text, start)
-        except json.JSONDecodeError:
-            raise
-        except (RecursionError, ValueError) as error:  # nested too deeply, or over 4,300 digits
-            raise json.JSONDecodeError(str(error), text, start) from None
-        if not isinstance(row, dict):
-            self._problems.append(
-                f"{type(row).__name__} instead of an object; write {{column: value, ...}}"
-            )
-        elif "\\u" in text[start:end]:
-            try:
-                json.dumps(row, ensure_ascii=False).encode()
-            except UnicodeEncodeError as error:
-                half = f"\\u{ord(error.object[error.start]):04x}"
-                self._problems.append(f"{half} is half a character; write both halves, or none")
-        return (RowError(self._problems[0]) if self._problems else row), end
+# A record of a table with its first and last line, or what is wrong with it.
+_Record = tuple[int, int, list[str] | RowError]
 
 
-def _line_rows(lines: Iterable[str], first: int) -> Iterator[tuple[int, int, dict | RowError]]:
-    reader = _JsonReader()
-    for number, line in enumerate(lines, start=first):
-        start = _JSON_SPACE.match(line).end()
-        if start == len(line):
-            continue
-        try:
-            row, end = reader.read(line, start)
-            end = _JSON_SPACE.match(line, end).end()
-            if end < len(line):
-                raise json.JSONDecodeError("more text after the object", line, end)
-        except json.JSONDecodeError as error:
-            row = RowError(f"no JSON at column {error.colno}: {error.msg}; write one object a line")
-        yield number, number, row
+def _unquoted(lines: Iterator[str]) -> Iterator[_Record]:
+    """The records of TSV, one a line, in which quotes are text."""
+    for number, line in enumerate(lines, start=1):
+        if text := line.removesuffix("\n").removesuffix("\r"):
+            yield number, number, text.split("\t")
 
 
-class _Window:
-    """The part of a text that is looked at: more is added as it is needed, and what is done with
-    goes.
-    """
-
-    def __init__(self, lines: Iterator[str]):
-        self._lines, self.text, self.at = lines, "", 0
-        self._place, self._line = 0, 1  # a place in the text, and its line
-        self._cut = 0  # characters of the first line that are gone
-
-    def line_of(self, place: int) -> int:
-        """The number of the line that a place is on; places do not go back."""
-        self._line += self.text.count("\n", self._place, place)
-        self._place = max(self._place, place)
-        return self._line
-
-    def column_of(self, place: int) -> int:
-        """The column of a place, from 1."""
-        before = self.text.rfind("\n", 0, place)
-        return place - before + (self._cut if before < 0 else 0)
-
-    def indent(self) -> str | None:
-        """The white space in front of `at` on its line; None if there is something else."""
-        before = self.text.rfind("\n", 0, self.at)
-        text = self.text[before + 1 : self.at]
-        return None if text.strip(" \t") or (before < 0 and self._cut) else text
-
-    def extend(self) -> bool:
-        """Drop what is before `at` and add as much again as is left, at least a chunk; False at the
-        end.
-        """
-        added, size = [], 0
-        for line in self._lines:
-            added.append(line)
-            size += len(line)
-            if size >= max(_CHUNK, len(self.text) - self.at):
-                break
-        if not added:
-            return False
-        start = self.text.rfind("\n", 0, self.at) + 1
-        if self.at - start > _CHUNK:  # a line that holds many rows
-            self._cut = self.at - start if start else self._cut + self.at
-            start = self.at
-        elif start:
-            self._cut = 0
-        self.line_of(self.at)
-        self.text = "".join([self.text[start:], *added])
-        self.at -= start
-        self._place -= start
-        return True
-
-    def skip_space(self) -> str:
-        """Go to the next character that is no white space, and return it."""
-        while True:
-            self.at = _JSON_SPACE.match(self.text, self.at).end()
-            if self.at < len(self.text) or not self.extend():
-                return self.text[self.at : self.at + 1]
-
-
-def _array_rows(lines: Iterator[str], shown: str) -> Iterator[tuple[int, int, dict | RowError]]:
-    """The elements of an array, each with its first and last line. After a broken element, reading
-    goes on at the next line that begins with the same indent and a brace.
-    """
-    reader, window = _JsonReader(), _Window(lines)
-
-    def broken(problem: str, place: int) -> UserError:
-        return UserError(
-            f"{shown}:{window.line_of(place)}: {problem}; mend the array, or write one object a "
-            "line"
-        )
-
-    window.skip_space()
-    window.at += 1
-    while window.skip_space() != "]":
-        try:
-            row, end = reader.read(window.text, window.at)
-            # A number or a word at the end of what was read may go on behind it.
-            if end == len(window.text) and window.extend():
-                continue
-        except json.JSONDecodeError as error:
-            if window.extend():
-                continue
-            at, column, indent = window.at, window.column_of(error.pos), window.indent()
-            if indent is None or window.text[at] != "{":
-                raise broken(f"no JSON at column {column}: {error.msg}", error.pos) from None
-            number = window.line_of(at)
-            following = re.compile(rf"^{indent}{{", re.MULTILINE).search(window.text, at + 1)
-            window.at = following.end() - 1 if following else len(window.text)
-            last = number + window.text.count("\n", at, error.pos)
-            problem = f"no JSON at line {last}, column {column}: {error.msg}; mend it"
-            yield number, number, RowError(problem)
-            if following is None:
-                return
-            continue
-        yield window.line_of(window.at), window.line_of(end), row
-        window.at = end
-        after = window.skip_space()
-        if after == ",":
-            window.at += 1
-            if window.skip_space() == "]":
-                raise broken("a comma after the last row", window.at)
-        elif after != "]":
-            raise broken("no comma between two rows, or no ] after the last", window.at)
-    window.at += 1
-    if window.skip_space():
-        raise broken("more text after the array", window.at)
-
-
-def _records(
-    lines: Iterator[str], delimiter: str
-) -> Iterator[tuple[int, int, list[str] | RowError]]:
+def _records(lines: Iterator[str]) -> Iterator[_Record]:
     """The records, each with its first and last line. After a broken record, reading goes on at the
     second line of that record: a quote left open must not swallow the rows that follow.
     """
@@ -347,7 +259,7 @@ def _records(
                 seen.append(line)
                 yield line
 
-        reader = csv.reader(keep(), delimiter=delimiter, strict=True)
+        reader = csv.reader(keep(), strict=True)
         try:
             for fields in reader:
                 if fields:
@@ -365,10 +277,10 @@ def _records(
 
 
 def _table_rows(
-    lines: Iterator[str], delimiter: str, undecodable: dict[int, str], shown: str
+    records: Iterator[_Record], undecodable: dict[int, str], shown: str, cure: str
 ) -> Iterator[tuple[int, int, dict | RowError]]:
     header = None
-    for first, last, fields in _records(lines, delimiter):
+    for first, last, fields in records:
         if header is None:
             header = fields
             problem = _header_problem(fields) or undecodable.get(first)
@@ -381,7 +293,7 @@ def _table_rows(
             yield (
                 first,
                 last,
-                RowError(f"{len(fields)} fields, the header has {len(header)}{span}; {_CURE}"),
+                RowError(f"{len(fields)} fields, the header has {len(header)}{span}; {cure}"),
             )
         else:
             yield first, last, dict(zip(header, fields, strict=True))

@@ -2,10 +2,11 @@
 
 from recipelib.prompts.columns import PREFERENCES
 from recipelib.prompts.conversations import Turn, read_list
+from recipelib.prompts.questions import Demonstration, Question
 from recipelib.prompts.schema import TEMPLATE_FOLDER, find_template
-from recipelib.prompts.template import Demonstration, PromptTemplate, Question
+from recipelib.prompts.template import PromptTemplate
 from recipelib.prompts.values import RowError, as_list, class_name, is_empty
-from recipelib.prompts.verbalizer import COMBINE, combine_words, label_scores
+from recipelib.prompts.verbalizer import COMBINE, combine_words, label_scores, same_word
 
 __all__ = [
     "COMBINE",
@@ -23,4 +24,5 @@ __all__ = [
     "is_empty",
     "label_scores",
     "read_list",
+    "same_word",
 ]

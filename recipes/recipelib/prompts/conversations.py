@@ -63,6 +63,7 @@ def read_turns(
     *,
     system: Any = None,
     learn_all: bool = False,
+    learn: bool = True,
     unread: set[str] | None = None,
 ) -> tuple[Turn, ...]:
     """The turns of a conversation as chat templates take them: {role, content} with the roles
@@ -86,6 +87,8 @@ def read_turns(
             last column's turns are learned (TRL's conversational prompt and completion).
         system: text of a system turn in front of them; empty or null for none.
         learn_all: whether the turns of all columns are learned.
+        learn: False for turns that are to be answered: then they need no answer, and a last one
+            of the assistant's that is empty is left out.
         unread: is added the keys of turns that have a value which nothing reads.
     Raises:
         RowError: a column holds no such list; the error names the turn, counted from 1.
@@ -103,7 +106,10 @@ def read_turns(
         for turn in turns:
             if turn["role"] == "assistant" and not learn_all:
                 turn["weight"] = 0
-        for number, raw in enumerate(read_list(value, column), start=1):
+        raws = read_list(value, column)
+        for number, raw in enumerate(raws, start=1):
+            if not learn and number == len(raws) and _is_blank_answer(raw):
+                continue
             try:
                 turn = _read_turn(raw, unread)
                 if turn["role"] == "system" and not turn["content"].strip():
@@ -118,9 +124,21 @@ def read_turns(
             if turn["role"] == "tool":
                 _name_result(turn, turns)
             turns.append(turn)
+    if not learn:
+        if not turns or turns[-1]["role"] == "system":
+            raise RowError(f"{column}: no turn of the user, so nothing to answer; add one")
+        return tuple(turns)
     if not any(turn["role"] == "assistant" and turn.get("weight") != 0 for turn in turns):
         raise RowError(f"{column}: no assistant turn, so nothing to learn; leave the row out")
     return tuple(turns)
+
+
+def _is_blank_answer(raw: Any) -> bool:
+    """Whether a turn is an assistant's that says nothing: room for an answer."""
+    if not _is_map(raw) or _ROLES.get(str(raw.get("role", raw.get("from")))) != "assistant":
+        return False
+    says = ("content", "value", "tool_calls", "function_call", *_REASONING)
+    return all(is_empty(raw.get(key)) for key in says)
 
 
 def read_history(value: Any, column: str = "history") -> list[Turn]:

@@ -12,16 +12,18 @@ from typing import Any
 
 import jinja2
 
+from recipelib.prompts.options import check_options
 from recipelib.prompts.sandbox import SecurityError, compile_expression, compile_text, variables_of
+from recipelib.prompts.values import class_name, plain
 from recipelib.runtime import UserError
 
 TEMPLATE_FOLDER = Path(__file__).resolve().parents[3] / "data_templates"
 
 FORMS = ("generative", "extractive", "inference")
 SAMPLERS = ("first", "random", "balanced", "nearest")
+CLASS_METRICS = ("accuracy", "macro_f1", "matthews", "f1 CLASS")
 METRICS = (
-    "accuracy",
-    "macro_f1",
+    *CLASS_METRICS,
     "exact_match",
     "numeric_match",
     "squad",
@@ -37,17 +39,19 @@ CURE = "a template may use its variables and what recipelib/prompts/sandbox.py a
 
 KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(TEXTS + EXPRESSIONS, (str,)),
-    **dict.fromkeys(("name", "description", "form", "label", "metric", "context"), (str,)),
+    **dict.fromkeys(("name", "description", "form", "label", "context"), (str,)),
     **dict.fromkeys(("messages", "completion", "history"), (str,)),
     **dict.fromkeys(("dataset", "columns", "verbalizer", "demonstrations", "rationale"), (dict,)),
     **dict.fromkeys(("optional", "prompts", "stop", "content_free", "guessed"), (list,)),
     "extract": (list,),
     "shorten": (list, dict),
+    "metric": (str, list),
     "spans": (dict,),
+    "options": (str, list, dict),
     "negatives": (int,),
 }
 _INNER = {
-    "dataset": ("path", "name", "revision", "train", "eval"),
+    "dataset": ("path", "name", "revision", "train", "eval", "field", "encoding"),
     "demonstrations": ("k", "sampler", "separator"),
     "rationale": ("text", "join"),
     "spans": ("tokens", "tags", "types", "join", "none"),
@@ -108,9 +112,10 @@ def check_fields(fields: dict[str, Any], path: Path) -> dict[str, Any]:
             if inner in ("k", "types") or (content is None and key == "dataset"):
                 continue
             if not isinstance(content, str):
-                raise wrong(
-                    f"{key}.{inner}", f'{content!r} is not text; write "{content}" in quotes'
-                )
+                cure = f'write "{content}" in quotes'
+                if isinstance(content, bool):  # YAML's yes, no, on, off, true and false
+                    cure = "put what stands there into quotes"
+                raise wrong(f"{key}.{inner}", f"{content!r} is not text; {cure}")
     if not fields.get("name"):
         raise wrong("name", "is missing; give the task a short name")
     # Runs write files under this name.
@@ -129,6 +134,8 @@ def check_fields(fields: dict[str, Any], path: Path) -> dict[str, Any]:
         if not isinstance(column, str):
             raise wrong(f"columns.{name}", f"must name a column, not {column!r}")
 
+    if "options" in fields:
+        check_options(fields, wrong)
     _check_words(fields, wrong)
     _check_jinja(fields, wrong)
     _check_shape(fields, wrong)
@@ -140,6 +147,8 @@ def own_variables(fields: dict[str, Any]) -> set[str]:
     names = {"mask"}
     if "label" in fields:
         names.add("word")
+    if "options" in fields:
+        names |= {"options", "letter"}
     if fields["form"] == "inference":
         names |= {"first", "second", "question"} & fields.keys()
     if fields["form"] == "extractive":
@@ -158,6 +167,9 @@ def _check_words(fields: dict, wrong) -> None:
         if not isinstance(table, dict) or not table:
             raise wrong(key, "must map each label to its words")
         for label, words in table.items():
+            if not isinstance(label, str):  # from Python; YAML's are refused when it is read
+                problem = f"is not text; write {class_name(label)!r}"
+                raise wrong(f"{key}.{label}", problem)
             if isinstance(words, str):
                 table[label] = words = [words]
             if not isinstance(words, list) or not words:
@@ -177,11 +189,6 @@ def _check_words(fields: dict, wrong) -> None:
                     f"verbalizer.{label}",
                     f"the word {word!r} also stands for {other!r}; give each its own",
                 )
-
-
-def plain(word: str) -> str:
-    """A label word as it is compared: without letter case, and spaces and full stops around it."""
-    return word.strip(" .\n\t").casefold()
 
 
 def _check_shape(fields: dict, wrong) -> None:
@@ -204,10 +211,9 @@ def _check_shape(fields: dict, wrong) -> None:
         raise wrong("prompt", "is missing; it holds the text that the model is asked")
     fields.pop("prompt", None)
 
-    if ("label" in fields) != ("verbalizer" in fields):
-        missing = "verbalizer" if "label" in fields else "label"
+    if "verbalizer" in fields and "label" not in fields:
         raise wrong(
-            missing,
+            "label",
             "is missing: 'label' names the class's column, 'verbalizer' gives each class its words",
         )
     if "messages" in fields and (form != "generative" or "label" in fields or "answer" in fields):
@@ -302,13 +308,32 @@ def _check_shape(fields: dict, wrong) -> None:
         default = "entity_f1" if "spans" in fields else "squad"
     else:
         default = "loss" if {"messages", "history"} & given else "exact_match"
-    if fields.setdefault("metric", default) not in METRICS:
-        raise wrong("metric", f"must be one of {', '.join(METRICS)}, not {fields['metric']!r}")
-    if ("label" in fields) != (fields["metric"] in ("accuracy", "macro_f1")):
-        raise wrong(
-            "metric",
-            f"{fields['metric']} does not fit: accuracy and macro_f1 go with a label, others not",
-        )
+    _check_metrics(fields, default, wrong)
+
+
+def _check_metrics(fields: dict, default: str, wrong) -> None:
+    """Check that a template's metrics exist and fit it; they become a list."""
+    metrics = fields.get("metric", default)
+    fields["metric"] = metrics = [metrics] if isinstance(metrics, str) else metrics
+    if not metrics:
+        raise wrong("metric", "is empty; name at least one")
+    for name in metrics:
+        kind, _, of = name.partition(" ") if isinstance(name, str) else (name, "", "")
+        known = "f1 CLASS" if kind == "f1" and of else name
+        if known not in METRICS:
+            raise wrong("metric", f"must be one of {', '.join(METRICS)}, not {name!r}")
+        if ("label" in fields) != (known in CLASS_METRICS):
+            problem = f"{', '.join(CLASS_METRICS)} go with a label, others not"
+            raise wrong("metric", f"{name} does not fit: {problem}")
+        if known == "f1 CLASS" and of not in fields.get("verbalizer", {of: []}):
+            classes = ", ".join(map(repr, list(fields["verbalizer"])[:8]))
+            raise wrong("metric", f"{name}: {of!r} is no class of the verbalizer ({classes})")
+        if name != "loss" and ("spans" in fields) != (name == "entity_f1"):
+            raise wrong("metric", f"{name} does not fit: entity_f1 goes with spans, others not")
+        if name == "loss" and len(metrics) > 1:
+            raise wrong("metric", "loss compares no answers; let it stand alone")
+        if metrics.count(name) > 1:
+            raise wrong("metric", f"{name} stands twice; keep one")
 
 
 def _check_jinja(fields: dict, wrong) -> None:
@@ -324,9 +349,11 @@ def _check_jinja(fields: dict, wrong) -> None:
             raise wrong(key, f"line {error.lineno}: {error.message}; see Jinja's syntax") from None
         except (RecursionError, SyntaxError):
             raise wrong(key, "is nested too deeply; write it more simply") from None
-    for key in EXPRESSIONS:
+    expressions = {key: fields[key] for key in EXPRESSIONS if key in fields}
+    expressions |= {f"options.{key}": text for key, text in fields.get("options", {}).items()}
+    for key, expression in expressions.items():
         try:
-            compile_expression(fields.get(key, "none"))
+            compile_expression(expression)
         except SecurityError as error:
             raise wrong(key, f"{error}; {CURE}") from None
         except (jinja2.TemplateSyntaxError, RecursionError) as error:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,12 @@ import jinja2
 import yaml
 
 from recipelib.prompts.columns import check_columns
-from recipelib.prompts.conversations import Turn, read_history, read_tools, read_turns
+from recipelib.prompts.conversations import read_history, read_tools, read_turns
+from recipelib.prompts.options import read_options
+from recipelib.prompts.questions import Question
 from recipelib.prompts.sandbox import SecurityError, compile_expression, compile_text, variables_of
-from recipelib.prompts.schema import CURE, TEXTS, check_fields, find_template, own_variables, plain
-from recipelib.prompts.values import RowError, as_list, class_name, read_entities
+from recipelib.prompts.schema import CURE, TEXTS, check_fields, find_template, own_variables
+from recipelib.prompts.values import RowError, as_list, class_name, plain, read_entities
 from recipelib.runtime import UserError, load_yaml
 
 # What a filter or an operator may raise for a value that does not fit it.
@@ -35,49 +36,6 @@ def _missing(value: Any) -> str | None:
     if value is None:
         return "null"
     return "empty" if isinstance(value, str) and not value.strip() else None
-
-
-Demonstration = tuple[str, str]  # a prompt and its answer, as text
-
-
-@dataclass(frozen=True)
-class Question:
-    """One thing asked about a row.
-
-    Attributes:
-        variables: what the texts of the template are rendered with.
-        answer: the gold answer as text, its leading space included; None where the row has none.
-        rationale: the reasoning before the answer, with the text that joins the two; empty if the
-            template has none.
-        references: every gold answer that counts as right, without leading space.
-        label: the gold class; None without a verbalizer or without an answer.
-        candidates: for each class, the answers that stand for it, one per label word.
-        asked: the class whose word stands in the pair, or the entity type; None otherwise.
-        spans: [start, end) characters of the answers in the context, which must not be cut away.
-        turns, tools: of a ready conversation, as `conversations` reads them; empty otherwise.
-        unread: what the row says and nothing reads: "the column 'system'".
-    """
-
-    variables: Mapping[str, Any]
-    answer: str | None = None
-    rationale: str = ""
-    references: tuple[str, ...] = ()
-    label: str | None = None
-    candidates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    asked: str | None = None
-    spans: tuple[tuple[int, int], ...] = ()
-    turns: tuple[Turn, ...] = ()
-    tools: tuple[Mapping[str, Any], ...] = ()
-    unread: tuple[str, ...] = ()
-
-    @property
-    def target(self) -> str | None:
-        """What training supervises: rationale and answer as one text."""
-        return None if self.answer is None else self.rationale + self.answer
-
-    def change(self, **variables: Any) -> Question:
-        """The same question with other values of some variables (shortened ones)."""
-        return dataclasses.replace(self, variables={**self.variables, **variables})
 
 
 class PromptTemplate:
@@ -98,7 +56,8 @@ class PromptTemplate:
         self.verbalizer: dict[str, list[str]] = checked.get("verbalizer", {})
         self.shorten: dict[str, str] = checked["shorten"]
         self.demonstrations: dict[str, Any] = checked["demonstrations"]
-        self.metric: str = checked["metric"]
+        self.metrics: list[str] = checked["metric"]
+        self.metric: str = self.metrics[0]
         self.messages: str | None = checked.get("messages")
         self.completion: str | None = checked.get("completion")
         self.history: str | None = checked.get("history")
@@ -115,7 +74,9 @@ class PromptTemplate:
         self._compiled = {key: compile_text(text) for key, text in self.texts.items()}
         self._prompts = [compile_text(text) for text in self.prompts]
         self._rationale = {key: compile_text(text) for key, text in (self.rationale or {}).items()}
+        self.options: dict[str, str] = checked.get("options", {})
         self.expressions = {key: checked[key] for key in ("references", "start") if key in checked}
+        self.expressions |= {f"options.{key}": text for key, text in self.options.items()}
         self._expressions = {k: compile_expression(text) for k, text in self.expressions.items()}
 
     @classmethod
@@ -140,6 +101,12 @@ class PromptTemplate:
             return self
         own = self.fields.get("columns") or {}
         return PromptTemplate({**self.fields, "columns": {**own, **columns}}, self.path)
+
+    def with_dataset(self, dataset: Mapping[str, str]) -> PromptTemplate:
+        """The template whose default rows are these; itself if none are named."""
+        if not dataset:
+            return self
+        return PromptTemplate({**self.fields, "dataset": dict(dataset)}, self.path)
 
     def without_rationale(self) -> PromptTemplate:
         """The template for the bare answer.
@@ -166,6 +133,15 @@ class PromptTemplate:
         own = self.fields.get("system")
         system = f"{own}\n{instruction}" if own is not None else instruction
         return PromptTemplate({**self.fields, "system": system}, self.path)
+
+    @property
+    def lacks_words(self) -> bool:
+        """Whether the classes are still to be found in the rows, each of which is its own word."""
+        return bool(self.label) and not self.verbalizer and not self.options
+
+    def with_words(self, words: Mapping[str, list[str]]) -> PromptTemplate:
+        """The template with this verbalizer."""
+        return PromptTemplate({**self.fields, "verbalizer": dict(words)}, self.path)
 
     def with_stop(self, stop: str) -> PromptTemplate:
         """The template whose answers end at this text, too."""
@@ -201,15 +177,26 @@ class PromptTemplate:
     def prompt_variables(self) -> set[str]:
         """The variables that are needed to ask: columns under the template's names for them."""
         if self.messages:
-            needed = {self.messages, self.completion or self.messages}
-            return needed | variables_of(self.texts.get("system", ""))
+            return {self.messages} | variables_of(self.texts.get("system", ""))
         sources = [*self.prompts, *(self.texts[key] for key in self.texts if key != "answer")]
         needed = set().union(*map(variables_of, sources)) - self._own
         if self.entity_spans:
             needed = needed - {self.context} | {self.entity_spans["tokens"]}
         elif self.context:
             needed.add(self.context)
+        for key in self.options:
+            needed |= variables_of(self.options[key], expression=True)
         return needed | ({self.history} if self.history else set())
+
+    @cached_property
+    def content_variables(self) -> set[str]:
+        """Those of `prompt_variables` that a text without content replaces: what the texts say of a
+        row, not the options that they offer.
+        """
+        if not self.options:
+            return self.prompt_variables
+        texts = [*self.prompts, *(self.texts[key] for key in self.texts if key != "answer")]
+        return set().union(*map(variables_of, texts)) - self._own
 
     @cached_property
     def answer_variables(self) -> set[str]:
@@ -219,8 +206,7 @@ class PromptTemplate:
         )
         for expression in self.expressions.values():
             needed |= variables_of(expression, expression=True)
-        if self.label:
-            needed.add(self.label)
+        needed |= {name for name in (self.label, self.completion) if name}
         if self.entity_spans:
             needed.add(self.entity_spans["tags"])
         return needed - self._own - self.prompt_variables
@@ -253,8 +239,8 @@ class PromptTemplate:
 
     def read_class(self, value: Any) -> str | None:
         """The verbalizer's key for the value of a label column; None if it has no such class."""
-        label = class_name(value)
-        return label if label in self.verbalizer else None
+        names = (class_name(value), str(value).strip())  # true may be Python's True there
+        return next((name for name in names if name in self.verbalizer), None)
 
     # Rows -> questions
 
@@ -284,17 +270,19 @@ class PromptTemplate:
                 f"no column {missing[0]!r}; the row has {has}: map the variable with columns in "
                 f"{self.path.name} or --columns"
             )
-        values = self.variables(row)
+        values, learn = self.variables(row), answers
         answers = answers or self._has_answers(row)
         unread = () if checked else self._check_columns(row)
         if answers:
             self._refuse_missing_answers(row)
         if self.conversation:
-            return [self._converse(values, unread)]
+            return [self._converse(values, unread, answers, learn)]
         if self.entity_spans:
             questions = self._ask_entities(values, answers)
         elif self.form == "extractive":
             questions = [self._ask_span(values, answers)]
+        elif self.options:
+            questions = [self._ask_options(values, answers)]
         elif self.label:
             questions = self._ask_class(values, answers)
         else:
@@ -310,15 +298,34 @@ class PromptTemplate:
             ]
         # A row that cannot be rendered must fail here, before a model is loaded.
         for question in () if checked else questions:
-            for phrasing in range(len(self.prompts)):
-                self.prompt(question, phrasing)
-            self.system(question)
-            self.cloze(question, "")
-            if self.form == "inference":
-                self.pair(question)
+            self._render_all(question)
         if unread:
             questions[0] = dataclasses.replace(questions[0], unread=tuple(unread))
         return questions
+
+    def _render_all(self, question: Question) -> None:
+        for phrasing in range(len(self.prompts)):
+            self.prompt(question, phrasing)
+        self.system(question)
+        self.cloze(question, "")
+        if self.form == "inference":
+            self.pair(question)
+
+    def check_content_free(self, row: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            UserError: the texts cannot be rendered with one of `content_free` in place of what a
+                row says.
+        """
+        for text in self.content_free:
+            question = self.questions(row, answers=False, checked=True)[0]
+            try:
+                self._render_all(question.change(**dict.fromkeys(self.content_variables, text)))
+            except RowError as error:
+                raise UserError(
+                    f"{self.path}: content_free: {text!r} stands in place of each column, and a "
+                    f"text cannot be rendered with it: {error}; leave content_free out"
+                ) from None
 
     def _check_columns(self, row: Mapping[str, Any]) -> list[str]:
         """`check_columns`; where texts were guessed, nothing else may stand in their columns."""
@@ -338,24 +345,33 @@ class PromptTemplate:
         names = (self.prompt_variables | self.answer_variables) - {self.history}
         return sorted(map(self.column, names))
 
-    def _converse(self, values: Mapping[str, Any], unread: Iterable[str]) -> Question:
-        """A conversation: ready turns, or prompt and answer behind a history."""
+    def _converse(
+        self, values: Mapping[str, Any], unread: Iterable[str], answers: bool, learn: bool
+    ) -> Question:
+        """A conversation: ready turns, or prompt and answer behind a history.
+
+        Args:
+            answers: whether the row has the answer, or the completion, that has its own column.
+            learn: False for turns that are to be answered.
+        """
         keys: set[str] = set()
         if self.messages:
-            names = filter(None, (self.messages, self.completion))
+            names = filter(None, (self.messages, self.completion if answers else None))
             columns = {self.column(name): values[name] for name in names}
         else:
             history = self.column(self.history)
-            answer = self._render(self._compiled["answer"], values, "answer")
             columns = {
                 history: read_history(values[self.history], history),
                 "prompt": [{"role": "user", "content": self.prompt(Question(values))}],
-                "answer": [{"role": "assistant", "content": answer.strip()}],
             }
+            if answers:
+                answer = self._render(self._compiled["answer"], values, "answer")
+                columns["answer"] = [{"role": "assistant", "content": answer.strip()}]
         own = "system" in self.texts
         system = self.system(Question(values)) if own else values.get("system")
         learn_all = self.history is not None
-        turns = read_turns(columns, system=system, learn_all=learn_all, unread=keys)
+        how = {"learn_all": learn_all, "learn": learn, "unread": keys}
+        turns = read_turns(columns, system=system, **how)
         tools = read_tools(values.get("tools"), self.column("tools"))
         more = (f"the turns' key {key!r}" for key in sorted(keys))
         return Question(values, turns=turns, tools=tools, unread=(*unread, *more))
@@ -375,14 +391,20 @@ class PromptTemplate:
 
     def _ask_class(self, values: dict, answers: bool) -> list[Question]:
         label = None
+        if not self.verbalizer:
+            raise UserError(
+                f"{self.path}: verbalizer: is missing, and no rows were read to find the classes; "
+                "write it"
+            )
         if answers:
             value = values[self.label]
             label = self.read_class(value)
             if label is None:
                 known = [*map(repr, list(self.verbalizer)[:8]), "..."]
                 known = ", ".join(known[: len(self.verbalizer)])
+                shown = class_name(value) if isinstance(value, bool) else repr(value)
                 raise RowError(
-                    f"{self.column(self.label)}: {value!r} is not in the verbalizer ({known}); "
+                    f"{self.column(self.label)}: {shown} is not in the verbalizer ({known}); "
                     "add it there or mend it"
                 )
         if self.asks_each_word:
@@ -402,6 +424,27 @@ class PromptTemplate:
         candidates = self._fixed_candidates or self._candidates(values)
         answer = None if label is None else candidates[label][0]
         return [Question(values, answer=answer, label=label, candidates=candidates)]
+
+    def _ask_options(self, values: dict, answers: bool) -> Question:
+        found = [self._evaluate(f"options.{key}", values) for key in self.options]
+        options = read_options(**dict(zip(self.options, found, strict=True)))
+        given = values[self.label] if answers else None
+        values["options"] = [{"letter": name, "text": text} for name, text in options.texts.items()]
+        render = self._compiled["answer"]
+        candidates = {
+            name: (self._render(render, {**values, "word": text, "letter": name}, "answer"),)
+            for name, text in options.texts.items()
+        }
+        if not answers:
+            return Question(values, candidates=candidates, options=options)
+        try:
+            label = options.right(given)
+        except RowError as error:
+            raise RowError(f"{self.column(self.label)}: {error}") from None
+        answer = candidates[label]
+        # Of options that say the same, whichever is named, the first is found.
+        label = next(name for name, other in candidates.items() if other == answer)
+        return Question(values, answer[0], label=label, candidates=candidates, options=options)
 
     def _candidates(self, values: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
         render = self._compiled["answer"]
@@ -465,6 +508,21 @@ class PromptTemplate:
                 Question(scope, answer=answer, references=tuple(texts), asked=kind, spans=spans)
             )
         return questions
+
+    def words(self, question: Question) -> Mapping[str, Sequence[str]]:
+        """For each class the words that stand for it: the verbalizer's, or, of a row with options
+        of its own, what the answer says of each.
+        """
+        if question.options is None:
+            return self.verbalizer
+        return {name: [text.strip()] for name, (text,) in question.candidates.items()}
+
+    def class_texts(self, question: Question) -> Mapping[str, str]:
+        """For each class the text that stands for it; empty where that is the class's name."""
+        if question.options is not None:
+            return question.options.texts
+        words = {label: words[0].strip() for label, words in self.verbalizer.items()}
+        return words if any(plain(word) != plain(label) for label, word in words.items()) else {}
 
     # Questions -> text
 
@@ -531,23 +589,29 @@ class PromptTemplate:
                 return next((group for group in matches[-1].groups() if group), whole).strip()
         return None if self.extract else generated.strip()
 
-    def read_label(self, answer: str | None) -> str | None:
-        """The class that has the answer among its words, as `plain` compares them; None if no class
-        has.
+    def read_label(self, answer: str | None, question: Question | None = None) -> str | None:
+        """The class that has the answer among its words, as `plain` compares them, or the option
+        that the answer names or repeats; None if there is none.
         """
         if answer is None:
             return None
+        if question and question.options:
+            return question.options.read(answer)
         word, classes = plain(answer), self.verbalizer.items()
         return next((label for label, words in classes if word in map(plain, words)), None)
 
-    def first_word(self, generated: str) -> str | None:
+    def first_word(self, generated: str, question: Question) -> str | None:
         """The label word that stands first in what a model wrote; of several that begin there, the
-        longest.
+        longest. Of a row's own options their texts, or their names, which are A, not a.
         """
-        all_words = (word for words in self.verbalizer.values() for word in words)
-        longest_first = reversed(sorted(all_words, key=len))
-        either = "|".join(re.escape(word.strip()) for word in longest_first)
-        match = re.search(rf"(?<!\w)(?:{either})(?!\w)", generated, re.IGNORECASE)
+        words = [word for words in self.verbalizer.values() for word in words]
+        names = list(question.options.texts) if question.options else []
+        if question.options:
+            words = list(question.options.texts.values())
+        longest_first = sorted((word.strip() for word in words), key=len, reverse=True)
+        either = f"(?i:{'|'.join(map(re.escape, longest_first))})"
+        either = "|".join([either, *map(re.escape, names)])
+        match = re.search(rf"(?<!\w)(?:{either})(?!\w)", generated)
         return match.group() if match else None
 
     def read_spans(self, answer: str | None) -> list[str]:

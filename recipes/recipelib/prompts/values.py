@@ -46,10 +46,19 @@ def read_json(text: str, what: str) -> Any:
 
 
 def class_name(value: Any) -> str:
-    """The value of a label column as a template's verbalizer writes it: 1.0 becomes "1"."""
+    """The value of a label column as a template's verbalizer writes it: 1.0 becomes "1", and true
+    what JSON calls it.
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value).strip()
+
+
+def plain(word: str) -> str:
+    """A label word as it is compared: without letter case, and spaces and full stops around it."""
+    return word.strip(" .\n\t").casefold()
 
 
 def read_entities(

@@ -1,16 +1,28 @@
-"""Label words' scores -> the labels' scores."""
+"""Label words that cannot be told apart; their scores -> the labels' scores."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
+
+from recipelib.prompts.values import plain
 
 if TYPE_CHECKING:
     import torch
 
 
 COMBINE = ("logsumexp", "mean", "max")
+
+
+def same_word(words: Iterable[str]) -> tuple[str, str] | None:
+    """Two of these words that are the same where answers are read; None if there are none."""
+    seen: dict[str, str] = {}
+    for word in words:
+        other = seen.setdefault(plain(word), word)
+        if other is not word:
+            return other, word
+    return None
 
 
 def label_scores(words: Mapping[str, Sequence[float]]) -> dict[str, float]:

@@ -3,14 +3,48 @@
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from row_files import load, numbered, write
 
-from recipelib.data.drawing import draw_rows, mixture_counts
+from recipelib.data.drawing import (
+    draw_rows,
+    mixture_counts,
+    order_by_shares,
+    order_to_hold_out,
+    random_order,
+)
 from recipelib.runtime.errors import UserError
 
 sizes = st.lists(st.integers(1, 10**6), min_size=1, max_size=8)
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(0, 9))
+def test_every_beginning_of_an_order_has_each_classes_share_rounded_up_or_down(some, seed):
+    classes = np.repeat(np.arange(len(some)), some)
+    order = order_by_shares(classes, seed, 20)
+    assert sorted(order) == [*range(len(classes))]
+    taken = np.cumsum(classes[order][:, None] == np.arange(len(some)), axis=0)
+    due = np.arange(1, len(classes) + 1)[:, None] * np.array(some) / len(classes)
+    assert (abs(taken - due) < 1).all()
+    of_one = random_order(len(classes), seed)
+    assert (order_by_shares(classes * 0, seed, 20) == of_one).all()
+    for number in range(len(some)):  # in a class the order is random as it is without classes
+        assert (order[classes[order] == number] == of_one[classes[of_one] == number]).all()
+
+
+def test_a_task_in_a_mixture_is_drawn_with_its_classes_shares(tmp_path):
+    rows = load(write(tmp_path / "rows.jsonl", numbered(40))).rows
+    drawn = [row["label"] for row in draw_rows(rows, 50, 0)]
+    assert (drawn.count("0"), drawn.count("1")) == (25, 25)
+
+
+def test_the_only_row_of_a_class_is_held_out_last():
+    classes = np.array([0, 0, 0, 0, 1, 2, 3])
+    assert sorted(classes[order_to_hold_out(classes, 0, 4)[:4]]) == [0] * 4
+    assert len(set(order_to_hold_out(np.arange(5), 0, 2))) == 5  # where all are alone, any
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,11 @@ import json
 
 import datasets
 import pytest
-import yaml
 from datasets import Dataset
 from encoding_cases import refusal
-from row_files import arguments, write
+from row_files import write
 
-from recipelib.data.formats import classes_from_rows, guess_template, template_for
+from recipelib.data.formats import guess_template, template_for
 from recipelib.data.rows import load_rows
 from recipelib.prompts import RowError
 from recipelib.prompts.template import PromptTemplate
@@ -280,52 +279,3 @@ def test_an_empty_parquet_file_says_so(tmp_path):
     file = tmp_path / "rows.parquet"
     Dataset.from_list([ALPACA]).select([]).to_parquet(file)
     assert "holds no rows" in refusal(lambda: template_for(str(file)))
-
-
-# Classes that are not named yet
-
-FIELDS = {
-    "name": "t",
-    "form": "generative",
-    "prompt": "{{ text }} It was",
-    "cloze": "{{ text }} It was {{ mask }}.",
-    "label": "label",
-}
-
-ROWS = [
-    {"text": f"{word} {number}", "label": label}
-    for number in range(6)
-    for label, word in (("0", "a good film"), ("1", "the bad book"), ("2", "this old town"))
-]
-
-
-def arguments_for(tmp_path, fields, columns=()):
-    """Of a recipe with this template, on ROWS."""
-    path = tmp_path / "t.yaml"
-    path.write_text(yaml.safe_dump(fields))
-    data = write(tmp_path / "rows.jsonl", ROWS)
-    return arguments(data, template=str(path), columns=list(columns))
-
-
-def test_a_template_without_label_words_takes_its_classes_from_the_rows(tmp_path):
-    template = classes_from_rows(arguments_for(tmp_path, FIELDS), 0)
-    assert template.verbalizer == {"0": ["0"], "1": ["1"], "2": ["2"]}
-    assert template.metric == "accuracy"
-    renamed = classes_from_rows(arguments_for(tmp_path, FIELDS, ["label=text"]), 0)
-    assert renamed.verbalizer.keys() == {row["text"] for row in ROWS}
-    given = {**FIELDS, "verbalizer": {"0": ["x"], "1": ["y"], "2": ["z"]}}
-    assert classes_from_rows(arguments_for(tmp_path, given), 0).verbalizer["2"] == ["z"]
-
-
-def test_classes_are_named_as_they_are_read(tmp_path):
-    rows = [{"text": "x", "label": label} for label in (1.0, 0.0, 1.0)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    args = arguments_for(tmp_path, FIELDS)
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    template = classes_from_rows(args, 0)
-    assert list(template.verbalizer) == ["0", "1"]
-    assert [template.questions(row)[0].label for row in rows] == ["1", "0", "1"]
-    pairs = {"form": "inference", "first": "{{ text }}", "second": "{{ text }}"}
-    pairs |= {"name": "t", "prompt": "{{ first }}? {{ second }}", "label": "label"}
-    args = arguments_for(tmp_path, pairs)
-    assert list(classes_from_rows(args, 0).verbalizer) == ["0", "1", "2"]

@@ -5,7 +5,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from row_files import SST2, arguments, ask, load, numbered, refusal, write
 
-from recipelib.data.rows import load_splits, overlap, parse_columns
+from recipelib.data.rows import (
+    load_asked,
+    load_splits,
+    overlap,
+    parse_columns,
+    untrained_classes,
+)
 from recipelib.prompts.template import PromptTemplate
 from recipelib.runtime.errors import UserError
 
@@ -128,11 +134,46 @@ def test_a_smaller_draw_is_the_beginning_of_a_larger_one(
 
 def test_a_draw_depends_on_nothing_but_seed_and_count(tmp_path):
     path = write(tmp_path / "rows.jsonl", numbered(10))
-    drawn = [row["sentence"] for row in load(path, max_samples=5, seed=0).rows]
+    without_classes = ask(prompt="{{ sentence }}", answer=" {{ label }}")
+
+    def drawn(template, seed):
+        return [row["sentence"][4:] for row in load(path, template, max_samples=5, seed=seed).rows]
+
     # The places of the five smallest numbers of random.Random(0): 0.844, 0.758, 0.421, 0.259, ...
-    assert drawn == ["row 3", "row 7", "row 5", "row 2", "row 8"]
-    assert drawn != [row["sentence"] for row in load(path, max_samples=5, seed=1).rows]
+    assert drawn(without_classes, 0) == ["3", "7", "5", "2", "8"]
+    assert drawn(SST2, 0) == ["3", "2", "7", "8", "5"]  # in turn of either class
+    assert drawn(SST2, 0) != drawn(SST2, 1)
     assert load(path).rows == numbered(10)
+
+
+def test_draws_and_held_out_rows_have_the_classes_shares(tmp_path, capsys):
+    labels = ["0"] * 60 + ["1"] * 30 + ["2"] * 9 + ["3"]
+    rows = [{"sentence": f"row {n}", "label": label} for n, label in enumerate(labels)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    words = {label: [word] for label, word in zip("0123", "abcd", strict=True)}
+    template = PromptTemplate({**SST2.fields, "verbalizer": words})
+
+    def counts(rows):
+        return [sum(row["label"] == label for row in rows) for label in words]
+
+    train, evaluation = load_splits(template, arguments(path), 0)
+    assert counts(evaluation.rows) == [6, 3, 1, 0]  # its only row stays in training
+    assert counts(train.rows) == [54, 27, 8, 1]
+    few, _ = load_splits(template, arguments(path, max_train_samples=30), 1)
+    assert counts(few.rows) in ([18, 9, 3, 0], [18, 9, 2, 1])
+    assert untrained_classes(few, template) in (["3"], [])
+    assert counts(load(path, template, max_samples=50).rows)[:2] == [30, 15]
+
+
+def test_a_file_is_scored_whole_where_nothing_is_trained(tmp_path, capsys):
+    path = write(tmp_path / "rows.csv", numbered(20))
+    with pytest.raises(UserError, match=r"--eval_split all: .*rows.csv would be trained on and sc"):
+        load_splits(SST2, arguments(path, eval_split="all"), 0)
+    args = arguments(path, eval_split="all", trains=False, predict=None)
+    train, evaluation = load_splits(SST2, args, 0)
+    assert train.rows == evaluation.rows == numbered(20)
+    assert capsys.readouterr().out == f"{path}: all 20 rows are scored; none is held out\n"
+    assert [len(part.rows) for part in load_asked(SST2, args, 0, shots=1)] == [20, 20]
 
 
 def test_all_rows_of_a_file_are_checked_whatever_is_drawn(tmp_path):
@@ -220,15 +261,30 @@ def test_a_variable_has_one_column():
         parse_columns(["text=a", "text=b"])
 
 
-def test_without_a_named_evaluation_split_a_validation_file_is_taken_else_rows_are_held_out(
-    tmp_path,
+def test_without_a_named_evaluation_split_usual_names_are_taken_else_rows_are_held_out(
+    tmp_path, capsys
 ):
     template = ask(dataset={"path": "someone/rows", "train": "train"})
     rows = [{"question_text": f"q{number}", "hint": "", "gold": "g"} for number in range(20)]
     write(tmp_path / "train.jsonl", rows)
     train, evaluation = load_splits(template, arguments(tmp_path), 0)
     assert (len(train.rows), len(evaluation.rows)) == (18, 2)
-    write(tmp_path / "validation.jsonl", [{"question_text": "v", "hint": "", "gold": "g"}])
-    train, evaluation = load_splits(template, arguments(tmp_path), 0)
-    assert len(train.rows) == 20
-    assert [row["question_text"] for row in evaluation.rows] == ["v"]
+    capsys.readouterr()
+    write(tmp_path / "test.jsonl", rows[:4])
+    assert len(load_splits(template, arguments(tmp_path), 0)[1].rows) == 2
+    assert "; the split 'test' is not read: --eval_split test scores" in capsys.readouterr().out
+    load_splits(template, arguments(tmp_path / "train.jsonl"), 0)
+    assert f"; test beside it is not read: pass the folder, {tmp_path}" in capsys.readouterr().out
+    load_splits(template, arguments(tmp_path / "train.jsonl", eval_split="dev"), 0)
+    assert "; a file has no split 'dev'" in capsys.readouterr().out
+    for name in ("eval", "dev", "val", "valid", "validation"):  # each goes before those before
+        row = {"question_text": name, "hint": "", "gold": "g"}
+        write(tmp_path / f"{name}.jsonl", [row])
+        train, evaluation = load_splits(template, arguments(tmp_path), 0)
+        assert len(train.rows) == 20
+        assert evaluation.rows == [row]
+    assert len(load_splits(template, arguments(tmp_path, eval_split="test"), 0)[1].rows) == 4
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (tmp_path / "dev.jsonl").rename(alone / "dev.jsonl")
+    assert len(load_asked(template, arguments(alone, predict=None), 0, shots=0)[1].rows) == 1

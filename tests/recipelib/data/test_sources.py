@@ -21,14 +21,19 @@ def test_a_folder_holds_a_file_for_each_split(tmp_path):
     write(tmp_path / "train.jsonl", numbered(4))
     write(tmp_path / "dev.csv", numbered(2))
     assert len(load_rows(SST2, str(tmp_path), "dev").rows) == 2
-    train, evaluation = load_splits(SST2, arguments(tmp_path, eval_split="dev"), 0)
-    assert (len(train.rows), len(evaluation.rows)) == (4, 2)
-    assert evaluation.source == str(tmp_path / "dev.csv")
-    with pytest.raises(
-        UserError, match="no file for the split 'validation'; its splits: dev, train; "
-    ) as error:
-        load_splits(SST2, arguments(tmp_path), 0)
-    assert "--eval_split" in str(error.value)
+    # The template names validation, of its own data.
+    for named in ("dev", None):
+        train, evaluation = load_splits(SST2, arguments(tmp_path, eval_split=named), 0)
+        assert (len(train.rows), len(evaluation.rows)) == (4, 2)
+        assert evaluation.source == str(tmp_path / "dev.csv")
+    own = PromptTemplate({**SST2.fields, "dataset": {"path": str(tmp_path), "eval": "validation"}})
+    for template, args in ((SST2, arguments(tmp_path, eval_split="validation")),
+                           (own, arguments())):  # fmt: skip
+        with pytest.raises(
+            UserError, match="no file for the split 'validation'; its splits: dev, train; "
+        ) as error:
+            load_splits(template, args, 0)
+        assert "--eval_split" in str(error.value)
 
 
 def test_a_folder_without_data_says_how_to_name_the_files(tmp_path):
@@ -244,18 +249,24 @@ def test_a_draw_from_the_hub_checks_the_drawn_rows_only_and_refills_skipped_ones
     assert len(load_rows(SST2, "owner/name", "train", max_samples=1).rows) == 1
 
 
-@pytest.mark.parametrize("splits", [["train", "validation"], ["train", "test"]])
-def test_the_hubs_own_validation_split_is_used_where_the_template_names_none(monkeypatch, splits):
+@pytest.mark.parametrize(
+    ("splits", "own"),
+    [(["train", "validation"], "validation"), (["dev", "train"], "dev"), (["train", "test"], None)],
+)
+def test_the_hubs_own_evaluation_split_is_used_where_the_template_names_none(
+    monkeypatch, capsys, splits, own
+):
     def load_dataset(path, name=None, *, split, revision=None, streaming=False):
         if split not in splits:
             raise ValueError(f'Unknown split "{split}". Should be one of {splits}.')
         return Dataset.from_list([{"question_text": split, "gold": str(n)} for n in range(20)])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    args, own = arguments("owner/name"), "validation" in splits
+    args = arguments("owner/name")
     train, evaluation = load_splits(ask(), args, 0)
     assert (len(train.rows), len(evaluation.rows)) == ((20, 20) if own else (18, 2))
-    assert evaluation.rows[0]["question_text"] == ("validation" if own else "train")
+    assert evaluation.rows[0]["question_text"] == (own or "train")
+    assert ("'test' is not read: --eval_split test" in capsys.readouterr().out) == (not own)
     args.predict = None
     asked = load_asked(ask(), args, 0, shots=0)[1]
     assert asked.rows == evaluation.rows

@@ -1,16 +1,18 @@
 """Text files are read row by row, and a bad row is named by its line."""
 
 import hashlib
+import json
 import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from row_files import ROWS, dump, load, numbered, refusal, write
+from row_files import ROWS, SST2, arguments, ask, dump, load, numbered, refusal, write
 
 from recipelib.data import text_rows
+from recipelib.data.rows import load_rows, load_splits
 from recipelib.data.text_rows import read_text_rows, scan
-from recipelib.prompts import RowError
+from recipelib.prompts import PromptTemplate, RowError
 from recipelib.runtime import UserError
 
 # Formats
@@ -18,9 +20,12 @@ from recipelib.runtime import UserError
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
 def test_every_format_gives_the_same_rows(tmp_path, suffix):
-    path = write(tmp_path / f"rows.{suffix}", ROWS)
+    # Nothing is quoted in TSV, so that its fields have no tabs and no lines.
+    plain = [row for row in ROWS if not {*"\t\n"} & {*row["sentence"]}]
+    rows = plain if suffix == "tsv" else ROWS
+    path = write(tmp_path / f"rows.{suffix}", rows)
     loaded = load(path)
-    assert loaded.rows == ROWS
+    assert loaded.rows == rows
     assert loaded.source == str(path)
     assert loaded.skipped == 0
 
@@ -29,6 +34,8 @@ def test_every_format_gives_the_same_rows(tmp_path, suffix):
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=5))
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv"])
 def test_any_text_survives_any_text_format(tmp_path_factory, suffix, texts):
+    if suffix == "tsv":
+        texts = [re.sub(r"[\t\r\n]", " ", text) for text in texts]
     rows = [{"sentence": text, "label": "0"} for text in texts]
     path = write(tmp_path_factory.mktemp("any") / f"rows.{suffix}", rows)
     assert load(path).rows == rows
@@ -74,7 +81,8 @@ def test_csv_fields_stay_text_and_may_be_long(tmp_path):
         ('{"sentence": "a", "label": "1"} x', "no JSON at column 33: more text after the object"),
         ('{"sentence": "a", "sentence": "b", "label": "1"}', "the key 'sentence' stands twice"),
         ('{"sentence": {"a": 1, "a": 2}, "label": "1"}', "the key 'a' stands twice"),
-        ('["a", "1"]', "list instead of an object"),
+        ('[{"sentence": "a", "label": "1"}]', "list instead of an object"),
+        ("12", "int instead of an object"),
         ('{"sentence": NaN, "label": "1"}', "NaN is no JSON"),
         ('{"sentence": [-Infinity], "label": "1"}', "-Infinity is no JSON"),
         ('{"sentence": "\\ud83d", "label": "1"}', "\\ud83d is half a character"),
@@ -164,7 +172,49 @@ def test_bytes_that_are_not_utf8_spoil_a_whole_row_of_several_lines(tmp_path):
 def test_a_utf16_file_is_one_error(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("sentence,label\na,1\n", encoding="utf-16")
-    assert refusal(path) == "rows.csv: the file is UTF-16; save it as UTF-8"
+    assert refusal(path) == (
+        "rows.csv: the file is UTF-16; pass --encoding utf-16, or save it as UTF-8"
+    )
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv"])
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [("cp1252", "naïve – €"), ("utf-16", "日本 Ċ 🎬"), ("shift_jis", "ソース 表"), ("utf_8", "ü")],
+)
+def test_files_of_another_encoding_are_read_as_that(tmp_path, suffix, encoding, text):
+    rows = [{"sentence": f"{text} {number}", "label": "1"} for number in range(3)]
+    path = write(tmp_path / f"rows.{suffix}", rows)
+    path.write_bytes(path.read_text(encoding="utf-8").encode(encoding))
+    assert load(path, encoding=encoding).rows == rows
+
+
+@pytest.mark.parametrize(
+    ("encoding", "told"),
+    [
+        (
+            "utf-16",
+            r"rows.csv:1: is not utf-16 \(UTF-16 stream does not start with BOM\); pass",
+        ),
+        ("ascii", r"rows.csv:3: is not ascii \(ordinal not in range\(128\)\)"),
+        ("utf-61", "--encoding utf-61: no encoding that Python knows"),
+        ("hex", "--encoding hex: no encoding that Python knows"),
+    ],
+)
+def test_a_wrong_encoding_is_one_line(tmp_path, encoding, told):
+    path = tmp_path / "rows.csv"
+    path.write_bytes("sentence,label\na,1\nü,0\n".encode("latin-1"))
+    assert re.match(told, refusal(path, encoding=encoding))
+    assert load(path, encoding="latin-1").rows[1]["sentence"] == "ü"
+
+
+def test_in_tsv_quotes_are_text_as_in_pandas(tmp_path):
+    path = tmp_path / "rows.tsv"
+    path.write_text('sentence\tlabel\n"open\t1\r\n"whole"\t0\nsay ""\t1\n\n')
+    pandas = pytest.importorskip("pandas").read_csv(path, sep="\t", quoting=3, dtype=str)
+    assert load(path).rows == pandas.to_dict("records")
+    path.write_text('sentence\tlabel\n"a\nb"\t1\n')
+    assert "in TSV a tab always ends a field" in refusal(path)
 
 
 def test_reading_an_array_goes_on_after_a_broken_element(tmp_path):
@@ -216,6 +266,78 @@ def test_a_csv_file_needs_a_header_and_a_row(tmp_path, text, problem):
     path = tmp_path / "rows.csv"
     path.write_text(text)
     assert refusal(path).startswith(problem)
+
+
+# Rows inside an object
+
+HALVES = ask(prompt="{{ 1 }}", answer=" a")
+SPLITS = {"info": {"rows": 5}, "train": numbered(3), "val": [["a", "1"], ["b", "0"]]}
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_rows_inside_an_object_are_those_at_its_field(tmp_path, indent, suffix):
+    path = tmp_path / f"rows.{suffix}"
+    path.write_text(json.dumps({"n": 1, "data": SPLITS, "more": []}, indent=indent))
+    assert load(path, field="data.train").rows == numbered(3)
+    columns = {"text": "0", "label": "1"}
+    template = PromptTemplate({**SST2.fields, "columns": columns})
+    own = PromptTemplate({**template.fields, "dataset": {"path": path.name, "field": "data.val"}},
+                         tmp_path / "t.yaml")  # fmt: skip
+    rows = [{"0": "a", "1": "1"}, {"0": "b", "1": "0"}]
+    assert load(path, template, field="data.val").rows == rows == load_rows(own, None, "x").rows
+    # An object of lists has a split for each.
+    args = arguments(path, field="data", eval_split="val")
+    assert load_rows(SST2, str(path), "train", field="data").rows == numbered(3)
+    with pytest.raises(UserError, match=r"split val: no column 'label'"):
+        load_splits(SST2, args, 0)
+    for field, told in (
+        ("date.train", "--field date.train: no key 'date'; its keys: n, data, more"),
+        ("data.test", "--field data.test: no key 'test' in data; its keys: info, train, val"),
+        ("data.info", r"is the object at data.info, not rows, .* in it; its keys: rows"),
+        ("n", "--field n: is no list of rows; it is 1"),
+    ):
+        assert re.search(told, refusal(path, field=field))
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_object_instead_of_rows_is_one_line_that_names_its_lists(tmp_path, indent):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"v": 1, "items": {"all": numbered(3)}}, indent=indent))
+    assert re.fullmatch(
+        r"rows.json: is one object, not rows.*; its lists: items.all \(3\); name the one with the "
+        "rows, as in --field items.all",
+        refusal(path),
+    )
+    path.write_text(json.dumps(SPLITS, indent=indent))
+    assert load(path).rows == numbered(3)
+    assert [len(part.rows) for part in load_splits(HALVES, arguments(path), 0)] == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{\n "a": 1\n}\n{\n "a": 2\n}\n', "rows.json: has objects over several lines; write"),
+        ('{\n "train": [\n  {"a": 1},\n  {"a": oops}\n ]\n}', "rows.json:4: no JSON at column 9"),
+        ('{\n "train": [\n  {"a": 1}', "rows.json:3: no JSON at column 11: Expecting ','"),
+        (
+            '{\n "a": "x"\n}',
+            "rows.json: is one object, not rows, and has no split 'train'; no list",
+        ),
+    ],
+)
+def test_broken_objects_over_several_lines_are_one_line(tmp_path, text, told):
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    assert refusal(path).startswith(told)
+    assert "\n" not in refusal(path)
+
+
+def test_a_broken_first_line_hides_no_other(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"sentence": "a", "label":\n' + dump(ROWS[0]) + "\n")
+    assert refusal(path).startswith("rows.jsonl:1: no JSON at column 1: ")
+    assert load(path, skip_bad_rows=True).rows == [ROWS[0]]
 
 
 # Parts of a file

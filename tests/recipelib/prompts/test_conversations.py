@@ -113,6 +113,21 @@ def test_a_conversation_that_cannot_be_learned_says_why(turns, problem):
     assert one_line(error).startswith("chat: ")
 
 
+def test_turns_to_answer_need_a_question_and_no_answer():
+    template = make({"name": "task", "form": "generative", "messages": "chat", "completion": "end"})
+
+    def asked(turns, **more):
+        (question,) = template.questions({"chat": turns, **more}, answers=False)
+        return list(question.turns)
+
+    blank = {"role": "assistant", "content": ""}
+    assert asked(HI[:1]) == asked([*HI[:1], blank]) == asked(HI[:1], end=None) == HI[:1]
+    assert asked(HI[:1], end=[HI[1]])[-1]["content"] == HI[1]["content"]
+    for turns in ([{"role": "system", "content": "x"}], []):
+        with pytest.raises(RowError, match="no turn of the user, so nothing to answer; add"):
+            asked(turns)
+
+
 def test_a_system_turn_without_text_is_none():
     assert read([{"from": "system", "value": ""}, *HI]) == HI
     assert refused([{"from": "system", "value": ""}, HI[1]]).startswith("chat: turn 2 is the ")
