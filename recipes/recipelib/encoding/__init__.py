@@ -8,6 +8,7 @@ from recipelib.encoding.asking import (
     MaskedAsker,
     ask,
     asker_of,
+    beginning,
     record_of,
     requests_without_content,
     with_bar,
@@ -32,17 +33,24 @@ from recipelib.encoding.examples import (
     EncodedRows,
     Encoding,
     Example,
-    beginning,
     encode_into,
     encode_rows,
     encode_stream,
     training_encoding,
+)
+from recipelib.encoding.formatting import (
+    FORMS,
+    check_form,
+    encode_formatted,
+    format_rows,
+    show_counts,
 )
 from recipelib.encoding.prompt_encoder import IGNORED, Counts, DoesNotFit, PromptEncoder
 from recipelib.encoding.tokens import TextEncoder
 from recipelib.encoding.words import before_cloze, check_words, label_word_ids, word_encoder
 
 __all__ = [
+    "FORMS",
     "IGNORED",
     "Asked",
     "CausalAsker",
@@ -63,6 +71,7 @@ __all__ = [
     "asker_of",
     "before_cloze",
     "beginning",
+    "check_form",
     "check_words",
     "class_asker",
     "class_encoding",
@@ -70,15 +79,18 @@ __all__ = [
     "collate",
     "encode_class_rows",
     "encode_cloze_rows",
+    "encode_formatted",
     "encode_into",
     "encode_rows",
     "encode_stream",
     "ensure_chat_template",
     "example_of",
+    "format_rows",
     "label_word_ids",
     "pad_texts",
     "record_of",
     "requests_without_content",
+    "show_counts",
     "training_encoding",
     "with_bar",
     "word_encoder",

@@ -57,8 +57,19 @@ def ask(
                 ]
         except DoesNotFit:
             continue
+        except UserError as error:  # the chat template rejects the turns
+            if not encoder.template.conversation:
+                raise
+            raise UserError(f"row {number + 1}{beginning(questions[0])}: {error}") from None
         asked.append(Asked(number, questions, prompts, shown[dropped:], dropped))
     return asked
+
+
+def beginning(question: Question) -> str:
+    """How a conversation's first question begins, by which it can be found in its file."""
+    text = next(turn["content"] for turn in question.turns if turn["role"] == "user")
+    words = " ".join(text.split())
+    return f" ({words[:40]!r}{'...' if len(words) > 40 else ''})"
 
 
 def with_bar(rows: Sequence[Mapping], description: str | None) -> Iterator[Mapping]:
@@ -71,13 +82,16 @@ def with_bar(rows: Sequence[Mapping], description: str | None) -> Iterator[Mappi
 
 def record_of(encoder: PromptEncoder, asked: Asked, answer, prediction, score) -> dict:
     """What predictions.jsonl holds for a row."""
-    tokenizer = encoder.text.tokenizer
+    tokenizer, template = encoder.text.tokenizer, encoder.template
     prompts = [tokenizer.decode(prompt.ids) for prompt in asked.prompts]
+    texts = template.class_texts(asked.questions[0]) if template.label else {}
     return {
         "row": asked.row,
         "prompt": prompts[0] if len(prompts) == 1 else prompts,
         "answer": answer,
+        **({"answer_text": texts.get(answer)} if texts else {}),
         "prediction": prediction,
+        **({"prediction_text": texts.get(prediction)} if texts else {}),
         "score": score,
     }
 
@@ -141,7 +155,8 @@ class MaskedAsker:
         """
         template = encoder.template
         for key in ("verbalizer", "cloze"):
-            if not (template.verbalizer if key == "verbalizer" else template.texts.get(key)):
+            words = template.verbalizer or template.options
+            if not (words if key == "verbalizer" else template.texts.get(key)):
                 raise UserError(
                     f"{template.path}: {key}: is missing; a masked model fills label words into it"
                 )
@@ -150,7 +165,7 @@ class MaskedAsker:
     def solve(self, question: Question) -> Demonstration:
         """A demonstration: the cloze with the label's word in place of the mask."""
         before, after = self.encoder.cloze_parts(question)
-        return before, self.encoder.template.verbalizer[question.label][0] + after
+        return before, self.encoder.template.words(question)[question.label][0] + after
 
     def ask(
         self,
@@ -168,10 +183,9 @@ class MaskedAsker:
 
     def _encode(self, question: Question, reserve: int, shown: Sequence[Demonstration]):
         before, _ = self.encoder.cloze_parts(question)
-        verbalizer = self.encoder.template.verbalizer
         most = max(
             len(self.encoder.text.word(word, before))
-            for words in verbalizer.values()
+            for words in self.encoder.template.words(question).values()
             for word in words
         )
         return self.encoder.cloze(question, most, shown)[2]
@@ -187,7 +201,7 @@ class MaskedAsker:
         encoder, question = self.encoder, prompt.question
         before, _ = encoder.cloze_parts(question)
         by_length: dict[int, list[tuple[str, str, list[int]]]] = {}
-        for label, words in encoder.template.verbalizer.items():
+        for label, words in encoder.template.words(question).items():
             for word in words:
                 ids = encoder.text.word(word, before)
                 by_length.setdefault(len(ids), []).append((label, word, ids))
@@ -254,7 +268,7 @@ def requests_without_content(
         UserError: the template cannot be rendered with this text.
     """
     template = asker.encoder.template
-    emptied = question.change(**dict.fromkeys(template.prompt_variables, text))
+    emptied = question.change(**dict.fromkeys(template.content_variables, text))
     try:
         prompt = asker.prompt(emptied, shown)
         return asker.requests(emptied, prompt, shown[prompt.dropped :])

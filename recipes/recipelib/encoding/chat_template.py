@@ -104,9 +104,9 @@ class ChatTemplate:
         Raises:
             UserError: no chat template, or one that rejects the turns or leaves out calls of tools.
         """
-        return self._apply(self._as_taken(turns), tools, add_generation_prompt)
+        return self._apply(self.as_taken(turns), tools, add_generation_prompt)
 
-    def _as_taken(self, turns: Sequence[Turn]) -> Sequence[Turn]:
+    def as_taken(self, turns: Sequence[Turn]) -> Sequence[Turn]:
         """The turns in the form that the template takes."""
         if turns[0]["role"] == "system" and not self._takes_system:
             turns = _join_system(turns)
@@ -152,7 +152,7 @@ class ChatTemplate:
         if len(places) < FEW_PLACES:
             return render
         before, log = turns[: max(places)], _Log()
-        taken = self._as_taken(before)
+        taken = self.as_taken(before)
         joined = len(before) - len(taken)  # a system turn has become a part of another turn
         try:
             whole = self._apply(taken, tools, True, log)

@@ -213,15 +213,26 @@ def _encode_row(
             f"{asker.encoder.template.path}: --soft_verbalizer: a pair that is asked once per "
             "label has no label words of its own; leave it out, or pass --cloze true"
         )
-    classes = list(asker.encoder.template.verbalizer)
+    classes = list(asker.encoder.template.words(asked.questions[0]))
     if soft:
         requests = soft_requests(requests, classes)
     example = example_of(requests, classes, asked.questions[0].label, pairs)
+    if asked.questions[0].options:
+        example = _by_option(example)
     read = len({(read[0], read[1]) for read in example["reads"]})
     counts.examples += 1
     counts.tokens += len(example["input_ids"])
     counts.supervised_tokens += read
     return asked, example, read
+
+
+def _by_option(example: Example) -> Example:
+    """An example whose labels have one word each, with the words in the order of the labels, so
+    that rows with options of their own can be read side by side.
+    """
+    labels = example["word_labels"]
+    reads = [[*read[:3], labels[read[3]], read[4]] for read in example["reads"]]
+    return {**example, "reads": reads, "word_labels": sorted(labels)}
 
 
 def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
@@ -232,9 +243,12 @@ def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         `input_ids` and `attention_mask`: [sequences, width].
         `places`: [places, 2] sequence and column of each place that is read.
         `reads`: [n, 5] row, place, token, word, sign.
-        `word_labels`: [words], the same for all rows.
+        `word_labels`: [words], the same for all rows; where rows have options of their own, those
+            of the row that has most.
+        `words`: [rows] how many words each row has.
         `labels`: [rows] the right labels.
     """
+    words = [example["word_labels"] for example in examples]
     sequences: list[torch.Tensor] = []
     places: dict[tuple[int, int], int] = {}
     reads = []
@@ -253,6 +267,7 @@ def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         ),
         "places": torch.tensor(list(places)),
         "reads": torch.tensor(reads),
-        "word_labels": torch.tensor(examples[0]["word_labels"]),
+        "word_labels": torch.tensor(max(words, key=len)),
+        "words": torch.tensor([len(row) for row in words]),
         "labels": torch.tensor([example["labels"] for example in examples]),
     }

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from recipelib.data import RowStream, StoredRows
-from recipelib.encoding.prompt_encoder import Counts, DoesNotFit, PromptEncoder
+from recipelib.encoding.asking import beginning
+from recipelib.encoding.prompt_encoder import (
+    Counts,
+    DoesNotFit,
+    PromptEncoder,
+    TrainingExample,
+)
 from recipelib.prompts import PromptTemplate, Question
 from recipelib.runtime import (
     ArrowFile,
@@ -118,7 +124,8 @@ def training_encoding(encoder: PromptEncoder, seed: int = 0, kind: str = "traini
     tokens = List(Value("int32"))
 
     def encode(number: int, row: Mapping, counts: Counts) -> Iterator[tuple[int, tuple]]:
-        for ids, labels in training_examples(encoder, number, row, seed, counts, kind):
+        for example in training_examples(encoder, number, row, seed, counts, kind):
+            ids, labels = example.ids, example.labels
             yield counts.add_example(labels), (ids, labels, len(ids))
 
     return Encoding(
@@ -245,8 +252,8 @@ def training_examples(
     seed: int,
     counts: Counts,
     kind: str = "training",
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Ids and labels of a row's training examples, see `encode_rows`.
+) -> Iterator[TrainingExample]:
+    """What is trained of a row, see `encode_rows`.
 
     Args:
         number: the row's.
@@ -254,17 +261,13 @@ def training_examples(
     Raises:
         UserError: the chat template rejects the conversation.
     """
-    template, draw = encoder.template, None
-    if template.asks_each_word or len(template.prompts) > 1:
-        draw = random.Random(f"{seed}-{number}")
-    for question in drawn_questions(template, row, draw):
-        if template.conversation:
+    for question, phrasing in drawn_questions(encoder.template, number, row, seed):
+        if question.turns:
             try:
-                yield from encoder.conversation(question, counts)
+                yield from encoder.conversation_examples(question, counts)
             except UserError as error:  # the chat template rejects the turns
                 raise UserError(f"{kind} row {number + 1}{beginning(question)}: {error}") from None
             continue
-        phrasing = draw.randrange(len(template.prompts)) if draw else 0
         try:
             ids, labels, prompt = encoder.training_example(question, phrasing=phrasing)
         except DoesNotFit:
@@ -272,25 +275,22 @@ def training_examples(
             continue
         counts.shortened += prompt.shortened
         counts.dropped_demonstrations += prompt.dropped
-        yield ids, labels
-
-
-def beginning(question: Question) -> str:
-    """How a conversation's first question begins, by which it can be found in its file."""
-    text = next(turn["content"] for turn in question.turns if turn["role"] == "user")
-    words = " ".join(text.split())
-    return f" ({words[:40]!r}{'...' if len(words) > 40 else ''})"
+        yield TrainingExample(ids, labels, prompt.question, phrasing)
 
 
 def drawn_questions(
-    template: PromptTemplate, row: Mapping, draw: random.Random | None
-) -> list[Question]:
-    """The questions of a row to train on. Of a pair's wrong candidates, as many are drawn as the
-    template's `negatives` says; otherwise no draw is needed.
+    template: PromptTemplate, number: int, row: Mapping, seed: int
+) -> list[tuple[Question, int]]:
+    """The questions of a row to train on, each with its phrasing. Of a pair's wrong candidates, as
+    many are drawn as the template's `negatives` says, and of several phrasings one for each
+    question, by the seed and the row's number.
     """
-    questions = template.questions(row, checked=True)
-    if not template.asks_each_word:
-        return questions
-    right = [question for question in questions if question.asked == question.label]
-    wrong = [question for question in questions if question.asked != question.label]
-    return right + draw.sample(wrong, min(template.negatives, len(wrong)))
+    questions, phrasings = template.questions(row, checked=True), len(template.prompts)
+    if not template.asks_each_word and phrasings < 2:
+        return [(question, 0) for question in questions]
+    draw = random.Random(f"{seed}-{number}")
+    if template.asks_each_word:
+        right = [question for question in questions if question.asked == question.label]
+        wrong = [question for question in questions if question.asked != question.label]
+        questions = right + draw.sample(wrong, min(template.negatives, len(wrong)))
+    return [(question, draw.randrange(phrasings)) for question in questions]

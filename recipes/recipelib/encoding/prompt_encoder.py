@@ -19,6 +19,7 @@ from recipelib.prompts import Demonstration, PromptTemplate, Question, RowError,
 from recipelib.runtime import UserError, code_digest, digest
 
 IGNORED = -100  # the label that the loss skips
+_MORE = {"tool_calls", "reasoning_content"}  # what an assistant's turn may have beside its text
 RENDERINGS = ("text", "chat")
 
 
@@ -43,6 +44,23 @@ class EncodedPrompt:
     question: Question
     shortened: bool = False
     dropped: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingExample:
+    """What is trained of a question.
+
+    Attributes:
+        ids, labels: a label is the id in the answer and its end marker, and -100 elsewhere.
+        question: as it is asked, with its fields shortened. Of a conversation it has the turns that
+            are in the example; those of the assistant that are not learned there have the weight 0.
+        phrasing: which of the template's prompts asks it.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    question: Question
+    phrasing: int = 0
 
 
 @dataclass
@@ -144,7 +162,8 @@ class PromptEncoder:
         window: bool = False,
     ) -> EncodedPrompt:
         """The prompt of a question, shortened so that an answer of `reserve` tokens and its end
-        marker fit behind it.
+        marker fit behind it. Of a conversation it is the prompt of the next turn, or of the last
+        one if that is the assistant's: what stands there is the question's reference then.
 
         Args:
             demonstrations: solved examples in front; the first is dropped first.
@@ -154,6 +173,9 @@ class PromptEncoder:
             DoesNotFit: it cannot be shortened enough, or the answer would be cut out of its
                 context.
         """
+
+        if question.turns:
+            return self._next_turn(question, reserve)
 
         def build(question: Question, demonstrations: Sequence[Demonstration]) -> list[int]:
             if self.chat:
@@ -247,12 +269,31 @@ class PromptEncoder:
         becomes an example of its own, as generation will see it. An answer that does not fit even
         behind the last question alone is left out and counted.
         """
-        examples: list[tuple[list[int], list[int]]] = []
-        # Answers are learned without the white space around them, so later turns see them so, too.
-        turns = [
-            {**turn, "content": turn["content"].strip()} if turn["role"] == "assistant" else turn
-            for turn in self.text.with_reasoning(question.turns)
-        ]
+        return [(ids, labels) for ids, labels, *_ in self._conversation(question, counts)]
+
+    def conversation_examples(self, question: Question, counts: Counts) -> list[TrainingExample]:
+        """`conversation`, each example with its turns."""
+        turns, examples = self._stripped(question.turns), []
+        behind = int(turns[0]["role"] == "system")
+        for ids, labels, start, learned in self._conversation(question, counts):
+            places = [*range(behind), *range(behind + start, learned[-1] + 1)]
+            shown = (
+                {**turns[at], "weight": 0}
+                if turns[at]["role"] == "assistant" and at not in learned
+                else turns[at]
+                for at in places
+            )
+            examples.append(TrainingExample(ids, labels, replace(question, turns=tuple(shown))))
+        return examples
+
+    def _conversation(
+        self, question: Question, counts: Counts
+    ) -> list[tuple[list[int], list[int], int, list[int]]]:
+        """Ids and labels of a conversation's examples; the turn that each begins with, behind the
+        system turn; and the places of the turns that are learned in it.
+        """
+        examples: list[tuple[list[int], list[int], int, list[int]]] = []
+        turns = self._stripped(question.turns)
         guarded, tools = self.text.guard_turns(turns, question.tools)
         learned = [
             place
@@ -260,13 +301,12 @@ class PromptEncoder:
             if turn["role"] == "assistant" and turn.get("weight") != 0
         ]
         prompt_of = self.text.chat.prompts(guarded, learned, tools)
-        more = {"tool_calls", "reasoning_content"}  # than an answer's text
-        places = [place for place in learned if turns[place].keys() & more]
+        places = [place for place in learned if turns[place].keys() & _MORE]
         writing_of = self.text.chat_writings(guarded, places, tools)
         start = 0  # the turn that the last prompt began with, behind the system turn
         for place in learned:
             turn, before, answer = turns[place], guarded[:place], []
-            if turn.keys() & more:
+            if turn.keys() & _MORE:
                 target = writing_of(place)
             else:
                 answer = self.text.chat_answer(turn["content"])
@@ -282,11 +322,40 @@ class PromptEncoder:
                 self.text.remember_answer(turn["content"], answer)
             counts.shortened += start > 0
             ids, labels = prompt + target, [IGNORED] * len(prompt) + target
+            supervised = [place]
             if not start and examples and ids[: len(examples[-1][0])] == examples[-1][0]:
-                _, earlier = examples.pop()
+                _, earlier, _, supervised_before = examples.pop()
                 labels[: len(earlier)] = earlier
-            examples.append((ids, labels))
+                supervised = [*supervised_before, place]
+            examples.append((ids, labels, start, supervised))
         return examples
+
+    def _stripped(self, turns: Sequence[Turn]) -> list[Turn]:
+        """The turns as the chat template can write them, the assistant's without the white space
+        around them: so they are learned, and so later turns see them.
+        """
+        return [
+            {**turn, "content": turn["content"].strip()} if turn["role"] == "assistant" else turn
+            for turn in self.text.with_reasoning(turns)
+        ]
+
+    def _next_turn(self, question: Question, reserve: int) -> EncodedPrompt:
+        """`prompt` of a conversation, which loses its oldest turns where it is too long."""
+        turns = self._stripped(question.turns)
+        guarded, tools = self.text.guard_turns(turns, question.tools)
+        if turns[-1]["role"] == "assistant":
+            *turns, last = turns
+            *guarded, written = guarded
+            said = last["content"]
+            if last.keys() & _MORE:  # calls and reasoning as the model is to write them
+                ids = self.text.chat_written(guarded, written, tools)[:-1]
+                said = self.text.tokenizer.decode(ids, skip_special_tokens=True).strip()
+            question = replace(question, references=(said,))
+        end = self.text.chat_end(turns)
+        prompt_of = self.text.chat.prompts(guarded, [len(turns)], tools)
+        budget = self.max_length - reserve - len(end)
+        ids, start = self._window(guarded, tools, budget, 0, prompt_of)
+        return EncodedPrompt(ids, end, question, shortened=start > 0)
 
     def _window(
         self,
@@ -404,7 +473,7 @@ class PromptEncoder:
             space = before[len(text) :]
             return self.text.text_prompt(text), {
                 label: [self.text.continuation(f"{space}{word}{after}") for word in words]
-                for label, words in self.template.verbalizer.items()
+                for label, words in self.template.words(question).items()
             }
 
         def build(question: Question) -> list[int]:

@@ -77,8 +77,8 @@ def label_word_ids(
     its prompt.
     """
     encode = word_encoder(asker, question)
-    verbalizer = asker.encoder.template.verbalizer
-    return {label: [encode(word) for word in words] for label, words in verbalizer.items()}
+    words = asker.encoder.template.words(question)
+    return {label: [encode(word) for word in its_words] for label, its_words in words.items()}
 
 
 def word_encoder(

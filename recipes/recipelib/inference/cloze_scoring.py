@@ -15,6 +15,10 @@ from recipelib.inference.scoring import CPU_PASS_TOKENS, plan_padded, run_passes
 from recipelib.inference.token_tree import Pass
 from recipelib.models import logits_at
 
+# The score of a word that a row lacks and another row of the batch has: finite, for infinity has no
+# gradient, and impossible.
+NO_WORD = -1e9
+
 
 def word_scores(
     model, batch: Mapping[str, torch.Tensor], run: Callable | None = None
@@ -26,7 +30,7 @@ def word_scores(
         run: called instead of the model, such as a `Lockstep`.
 
     Returns:
-        [rows, words].
+        [rows, words]; `NO_WORD` where a row has fewer words than another.
     """
     with logits_at(model, batch["places"], batch["input_ids"].shape[1]):
         logits = (run or model)(
@@ -35,7 +39,9 @@ def word_scores(
     rows, places, tokens, words, signs = batch["reads"].T
     log_probs = logits[0].float().log_softmax(-1)[places, tokens] * signs
     scores = log_probs.new_zeros(len(batch["labels"]), len(batch["word_labels"]))
-    return scores.index_put((rows, words), log_probs, accumulate=True)
+    scores = scores.index_put((rows, words), log_probs, accumulate=True)
+    lacking = torch.arange(scores.shape[1], device=scores.device) >= batch["words"][:, None]
+    return scores.masked_fill(lacking, NO_WORD)
 
 
 @torch.no_grad()  # not inference_mode: what FSDP gathers meanwhile is trained afterwards
@@ -66,4 +72,6 @@ def score_examples(
         return word_scores(model, batch, run).tolist()
 
     scores = run_passes(run, examples, plan, compute, batch_tokens, description, None)
-    return torch.tensor([scores[index] for index in range(len(examples))])
+    widest = max(len(row) for row in scores.values())
+    rows = (scores[index] for index in range(len(examples)))
+    return torch.tensor([row + [NO_WORD] * (widest - len(row)) for row in rows])

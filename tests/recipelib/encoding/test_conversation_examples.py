@@ -45,7 +45,7 @@ from tokenizers_for_tests import (
 )
 
 from recipelib.encoding.examples import encode_rows
-from recipelib.encoding.prompt_encoder import Counts, PromptEncoder
+from recipelib.encoding.prompt_encoder import Counts, DoesNotFit, PromptEncoder
 from recipelib.evaluation.losses import score_loss
 from recipelib.prompts.template import PromptTemplate
 from recipelib.runtime.errors import UserError
@@ -60,6 +60,49 @@ def asked(examples):
 
 def assistant_places(messages):
     return [place for place, one in enumerate(messages) if one["role"] == "assistant"]
+
+
+# The next turn
+
+
+@pytest.mark.parametrize("chat_template", TAKES_CALLS[::7])
+@given(data=st.data())
+@settings(max_examples=2)
+def test_a_turn_is_asked_for_behind_what_stood_before_it_in_training(chat_template, data):
+    """Whether the row has it or ends before it; what the row has is the reference, as trained."""
+    encoder = limited(chat_encoder(chat_template), ROOMY)
+    texts = plain_text(min_words=2)
+    messages = data.draw(conversations(texts, calls=arguments(texts)))
+    whole, bare = (
+        encoder.template.questions({"messages": some, "tools": [TOOL]}, answers=False)[0]
+        for some in (messages, messages[:-1])
+    )
+    examples = encoder.conversation(whole, Counts())
+    answered, unanswered = (encoder.prompt(question, 4) for question in (whole, bare))
+    assert answered.ids == unanswered.ids == asked(examples)[-1]
+    target = targets(examples)[-1]
+    assert answered.end[-1] == unanswered.end[-1]
+    said = chat_tokenizer(chat_template).decode(target[:-1], skip_special_tokens=True)
+    assert answered.question.references == (said.strip(),)
+    assert unanswered.question.references == ()
+
+
+def test_a_long_conversation_is_asked_without_its_oldest_turns_and_with_room_for_the_answer():
+    encoder = conversation_encoder("gpt2")
+    roles = ["system", *["user", "assistant"] * 6, "user"]
+    messages = turns(roles, [f"text {number}" for number in range(14)])
+    question, kept = (
+        encoder.template.questions({"messages": some}, answers=False)[0]
+        for some in (messages, [messages[0], *messages[3:]])
+    )
+    whole, later = encoder.prompt(question, 0), encoder.prompt(kept, 0)
+    assert not whole.shortened
+    limited(encoder, len(whole.ids) + len(whole.end))
+    assert encoder.prompt(question, 0).ids == whole.ids
+    cut = encoder.prompt(question, 9)
+    assert (cut.shortened, cut.ids) == (True, later.ids)
+    with pytest.raises(DoesNotFit, match="its last turns are longer than"):
+        encoder.prompt(question, len(whole.ids))
 
 
 # Exactly the assistant's turns

@@ -20,6 +20,7 @@ from recipelib.encoding.asking import ClozeAsker, asker_of
 from recipelib.encoding.cloze_rows import collate, encode_cloze_rows, example_of
 from recipelib.encoding.prompt_encoder import PromptEncoder
 from recipelib.encoding.words import label_word_ids
+from recipelib.evaluation.evaluation import evaluate_task
 from recipelib.evaluation.labels import score_cloze
 from recipelib.inference.cloze_scoring import score_examples, word_scores
 from recipelib.inference.scoring import log_likelihoods, masked_log_likelihoods
@@ -275,10 +276,16 @@ def test_calibration_divides_by_what_the_blank_says_without_content():
     for record, row in zip(result.records, weighted, strict=True):
         for number, label in enumerate(LABELS):
             part = sum(p for p, own in zip(row.tolist(), labels, strict=True) if own == number)
-            assert record["log_likelihoods"][label] == pytest.approx(
+            assert record["scores"][label] == pytest.approx(
                 torch.tensor(part).log().item(), abs=1e-3
             )
     plain_result = score_cloze(model, ask, rows)
+    # Uncalibrated and unnormalized, as every recipe writes them.
+    asked = evaluate_task(model, ask.encoder, ROWS)
+    for one, other, more in zip(plain_result.records, result.records, asked.records, strict=True):
+        for record in (one, other):
+            assert record["log_likelihoods"] == pytest.approx(more["log_likelihoods"], abs=1e-4)
+    assert "scores" not in asked.records[0]
     assert plain_result.details["calibrated"] == result.score
     assert result.details["uncalibrated"] == plain_result.score
 
