@@ -111,14 +111,18 @@ def score_answers(
         for number, draw in enumerate(asked):
             for row in draw:
                 said, read = [], []
-                for _ in row.questions:
+                for question in row.questions:
                     prompt_texts, prompt_samples = next(waiting)
                     said.append(prompt_texts if samples > 1 else prompt_texts[0])
                     prompt_answers = [template.read_answer(text) for text in prompt_texts]
                     if join and template.label and not template.extract:  # more may follow
-                        prompt_answers = [template.first_word(text) for text in prompt_texts]
-                    read.append(vote(prompt_answers, prompt_samples, template))
-                prediction, answer = predicted(template, row.questions, read)
+                        prompt_answers = [
+                            template.first_word(text, question) for text in prompt_texts
+                        ]
+                    read.append(vote(prompt_answers, prompt_samples, template, question))
+                # As they were encoded: a conversation's answer is found only then.
+                questions = [prompt.question for prompt in row.prompts]
+                prediction, answer = predicted(template, questions, read)
                 record = record_of(encoder, row, answer, prediction, None)
                 said = said[0] if len(said) == 1 else said
                 records[number].append({"draw": number, **record, "generated": said})
@@ -130,13 +134,16 @@ def score_answers(
 
 
 def vote(
-    answers: Sequence[str | None], written: Sequence[Written], template: PromptTemplate
+    answers: Sequence[str | None],
+    written: Sequence[Written],
+    template: PromptTemplate,
+    question: Question | None = None,
 ) -> str | None:
     """The answer that most samples give (self-consistency, Wang et al. 2023, arXiv:2203.11171); of
     a tie the one with the likeliest sample. Samples without an answer do not vote, nor, where there
     are classes, those whose answer is no class's word.
     """
-    keys = [template.read_label(answer) for answer in answers]
+    keys = [template.read_label(answer, question) for answer in answers]
     if not template.label:
         keys = [
             None if answer is None else answer_key(template.metric, answer) for answer in answers
@@ -165,5 +172,5 @@ def predicted(
         gold = [[question.asked, text] for question in questions for text in question.references]
         return said, gold
     if template.label:
-        return template.read_label(read[0]), questions[0].label
+        return template.read_label(read[0], questions[0]), questions[0].label
     return read[0], list(questions[0].references)

@@ -38,16 +38,16 @@ def evaluate_task(
         samples, temperature, seed: where the task is scored by generating, `samples` answers are
             drawn and the majority counts (self-consistency, see `vote`); at temperature 0 the
             likeliest tokens are taken.
-        answers: False for rows without answers: the records then hold predictions only.
+        answers: False for rows without answers: the records then hold predictions only. Of a
+            conversation the next turn is written.
     Raises:
-        UserError: conversations that should be answered, or scored by anything but their loss; no
-            row fits.
+        UserError: conversations that should be scored by anything but their loss; no row fits.
     """
     template = encoder.template
-    if template.conversation and not (template.metric == "loss" and answers):
+    if template.conversation and answers and template.metric != "loss":
         raise UserError(
-            f"{template.path}: {template.conversation}: conversations are scored by their loss "
-            "(metric: loss) and cannot be answered; use a template with a prompt for that"
+            f"{template.path}: {template.conversation}: conversations are scored by their loss; "
+            "write metric: loss, or use a template with a prompt"
         )
     start = time.perf_counter()
     budget = {"batch_tokens": batch_tokens, "description": description}
@@ -60,7 +60,9 @@ def evaluate_task(
         ).draws
         for record in result.records:
             del record["predictions"]
-            record["log_likelihoods"] = record.pop("scores")["sum"]
+            # By how much yes leads is no log-likelihood of a class.
+            key = "scores" if template.asks_each_word else "log_likelihoods"
+            record[key] = record.pop("scores")["sum"]
     else:
         with whole_model(model) as whole:
             (result,) = score_answers(

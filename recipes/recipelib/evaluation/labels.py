@@ -37,7 +37,7 @@ from recipelib.evaluation.scores import (
 )
 from recipelib.inference import Journal, log_likelihoods, masked_log_likelihoods, score_examples
 from recipelib.models import bare_model
-from recipelib.prompts import Demonstration, Question, combine_words
+from recipelib.prompts import Demonstration, PromptTemplate, Question, combine_words
 from recipelib.runtime import Spool, UserError
 
 
@@ -55,6 +55,12 @@ class _Requests:
             self._places[key] = len(self.items)
             self.items.append(request)
         return self._places[key]
+
+
+def _value(template: PromptTemplate, said: Sequence[str], golds: Sequence[str]) -> float:
+    """The template's metric without its uncertainty."""
+    classes = list(template.verbalizer) or None
+    return score_rows(template.metric, said, golds, classes, uncertainty=False).score
 
 
 def _choose(scores: Mapping[str, float]) -> str:
@@ -126,7 +132,7 @@ def score_labels(
             golds = [record["answer"] for record in draw]
             for kind in draw[0]["scores"]:
                 said = [record["predictions"][kind] for record in draw]
-                by_score.setdefault(kind, []).append(score_rows(template.metric, said, golds).score)
+                by_score.setdefault(kind, []).append(_value(template, said, golds))
     return FewShotScore(scores, by_score, cut, time.perf_counter() - start)
 
 
@@ -214,41 +220,47 @@ def score_cloze(
         UserError: `calibrate` without inputs free of content.
     """
     encoder, template = asker.encoder, asker.encoder.template
-    start, classes = time.perf_counter(), list(template.verbalizer)
+    start = time.perf_counter()
     soft = getattr(bare_model(model), "soft_verbalizer", None) is not None
     question, *pairs = rows.asked[0].questions  # several: candidates asked with yes or no
-    free = [] if soft or pairs else template.content_free
+    free = [] if soft or pairs or template.options else template.content_free
     if calibrate and not free:
         raise UserError(
             f"--calibrate: needs content_free in {template.path.name}, such as ['', 'N/A'], and "
-            "label words that are answers"
+            "label words that are answers and the same for all rows"
         )
     model.eval()
     examples = rows.examples
     words = score_examples(model, examples, batch_tokens=batch_tokens, description=description)
-    labels = torch.tensor(examples[0]["word_labels"])
+    labels = torch.tensor(max((example["word_labels"] for example in examples), key=len))
     kinds = {"uncalibrated": combine_words(words, labels, combine)}
     if free:
         asked = [requests_without_content(asker, question, text) for text in free]
-        emptied = [example_of(requests, classes, None) for requests in asked]
+        emptied = [example_of(requests, list(template.verbalizer), None) for requests in asked]
         # The mean of the probabilities over the texts without content; its scale cancels.
         prior = score_examples(model, emptied, batch_tokens=batch_tokens)
         prior = prior.log_softmax(-1).logsumexp(0)
         kinds["calibrated"] = combine_words(words, labels, combine, prior)
     decisive = "calibrated" if calibrate else "uncalibrated"
-    scores = {
-        kind: [dict(zip(classes, values, strict=True)) for values in scored.tolist()]
+    classes = [template.words(row.questions[0]) for row in rows.asked]
+    scores = {  # a row may have fewer options than others, whose places stay unread
+        kind: [dict(zip(*row, strict=False)) for row in zip(classes, scored.tolist(), strict=True)]
         for kind, scored in kinds.items()
     }
     chosen = {kind: [_choose(values) for values in scored] for kind, scored in scores.items()}
     records = []
     for row, label, values in zip(rows.asked, chosen[decisive], scores[decisive], strict=True):
         record = record_of(encoder, row, row.questions[0].label, label, None)
-        records.append({**record, "log_likelihoods": values})
+        records.append({**record, "scores": values})
+    if not (soft or pairs):
+        by_label = [words[:, labels == label].logsumexp(-1) for label in labels.unique()]
+        likelihoods = torch.stack(by_label, -1).tolist()
+        for record, row, values in zip(records, classes, likelihoods, strict=True):
+            record["log_likelihoods"] = dict(zip(row, values, strict=False))
     result = score_records(template, records, rows.counts.rows, answers)
     if answers:
         golds = [record["answer"] for record in records]
         for kind in chosen.keys() - {decisive}:
-            result.details[kind] = score_rows(template.metric, chosen[kind], golds).score
+            result.details[kind] = _value(template, chosen[kind], golds)
     result.seconds = time.perf_counter() - start
     return result

@@ -12,7 +12,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 RESAMPLES = 200
 
 Values = dict[str, float]
+Classes = Sequence[str] | None
 
 
 @dataclass(frozen=True)
@@ -37,49 +38,77 @@ class Definition:
         takes: `label` (a string against a string), `text` (a string against one or several golds)
             or `entities` (a list of (type, text) pairs against another).
         row: a prediction and its reference -> named values; the first is the score of the row.
-        total: all predictions and references -> named values; the first is the score. None where
-            that is the mean of the rows.
-        resampler: all predictions and references -> a function from the rows' weights to the score,
-            for the bootstrap; given together with `total`.
+        total: all predictions, references and the classes (None: those that occur) -> named
+            values; the first is the score. None where that is the mean of the rows.
+        resampler: the same -> a function from the rows' weights to the score, for the bootstrap;
+            given together with `total`.
     """
 
     takes: str
     row: Callable[[Any, Any], Values]
-    total: Callable[[list, list], Values] | None = None
-    resampler: Callable[[list, list], Callable[[np.ndarray], float]] | None = None
+    total: Callable[[list, list, Classes], Values] | None = None
+    resampler: Callable[[list, list, Classes], Callable[[np.ndarray], float]] | None = None
 
 
 def _accuracy_row(prediction: str, reference: str) -> Values:
     return {"accuracy": float(prediction == reference)}
 
 
-def _macro_f1(predictions: list[str], references: list[str]) -> Values:
+def _classes(predictions: list[str], references: list[str], classes: Classes) -> list[str]:
+    """The classes, or those that occur; no answer is a miss, not a class."""
+    return list(classes or sorted({*references, *(label for label in predictions if label)}))
+
+
+def _macro_f1(predictions: list[str], references: list[str], classes: Classes) -> Values:
     from sklearn.metrics import f1_score
 
-    # No answer is a miss, not a class.
-    classes = sorted({*references, *(label for label in predictions if label)})
-    score = f1_score(references, predictions, labels=classes, average="macro", zero_division=0)
+    labels = _classes(predictions, references, classes)
+    score = f1_score(references, predictions, labels=labels, average="macro", zero_division=0)
     return {"macro_f1": float(score)}
 
 
-def _macro_f1_resampler(predictions: list[str], references: list[str]):
-    """The same F1 for weighted rows, a hundred times faster than scikit-learn on strings."""
-    labels = dict.fromkeys([*references, *(label for label in predictions if label)])
-    classes = len(labels)
-    number = {"": classes} | {label: place for place, label in enumerate(labels)}
-    predicted = np.array([number[label] for label in predictions])
-    gold = np.array([number[label] for label in references])
+def _matthews(predictions: list[str], references: list[str], classes: Classes) -> Values:
+    from sklearn.metrics import matthews_corrcoef
 
-    right = predicted == gold
+    return {"matthews": float(matthews_corrcoef(references, predictions))}
 
-    def score(weights: np.ndarray) -> float:
-        hits = np.bincount(gold, weights * right, classes)
-        both = np.append(gold, predicted)
-        sizes = np.bincount(both, np.tile(weights, 2), classes)[:classes]
-        present = sizes > 0  # a class that no drawn row mentions does not count
-        return float(np.mean(2 * hits[present] / sizes[present]))
 
-    return score
+def _resampler(score: Callable[[np.ndarray, int], float]):
+    """A `Definition.resampler`: the score comes from counts, [gold, predicted], in which the
+    classes stand first; a hundred times faster than scikit-learn on strings.
+    """
+
+    def resampler(predictions: list[str], references: list[str], classes: Classes):
+        classes = _classes(predictions, references, classes)
+        places = {
+            label: place
+            for place, label in enumerate(dict.fromkeys([*classes, *references, *predictions]))
+        }
+        cells = [
+            places[gold] * len(places) + places[said]
+            for gold, said in zip(references, predictions, strict=True)
+        ]
+
+        def of_weighted(weights: np.ndarray) -> float:
+            counts = np.bincount(cells, weights, len(places) ** 2)
+            return score(counts.reshape(len(places), -1), len(classes))
+
+        return of_weighted
+
+    return resampler
+
+
+def _macro_f1_of(counts: np.ndarray, classes: int) -> float:
+    """A class that no drawn row mentions counts 0, as in the score itself."""
+    sizes = (counts.sum(0) + counts.sum(1))[:classes]
+    return float(np.mean(2 * counts.diagonal()[:classes] / np.maximum(sizes, 1)))
+
+
+def _matthews_of(counts: np.ndarray, classes: int) -> float:
+    """Gorodkin's (2004), 0 where all rows are of one class or are said to be."""
+    said, gold, rows = counts.sum(0), counts.sum(1), counts.sum()
+    spread = (rows**2 - said @ said) * (rows**2 - gold @ gold)
+    return float((rows * counts.trace() - said @ gold) / math.sqrt(spread)) if spread else 0.0
 
 
 def _exact_match_row(prediction: str, references: list[str]) -> Values:
@@ -156,7 +185,7 @@ def _entity_f1_row(prediction: Sequence, reference: Sequence) -> Values:
     return {"entity_f1": _f1(*_entity_counts(prediction, reference))}
 
 
-def _entity_f1(predictions: list, references: list) -> Values:
+def _entity_f1(predictions: list, references: list, classes: Classes) -> Values:
     counts = [_entity_counts(*row) for row in zip(predictions, references, strict=True)]
     hits, predicted, gold = (sum(column) for column in zip(*counts, strict=True))
     return {
@@ -166,14 +195,15 @@ def _entity_f1(predictions: list, references: list) -> Values:
     }
 
 
-def _entity_f1_resampler(predictions: list, references: list):
+def _entity_f1_resampler(predictions: list, references: list, classes: Classes):
     counts = np.array([_entity_counts(*row) for row in zip(predictions, references, strict=True)])
     return lambda weights: _f1(*(weights @ counts))
 
 
 METRICS: dict[str, Definition] = {
     "accuracy": Definition("label", _accuracy_row),
-    "macro_f1": Definition("label", _accuracy_row, _macro_f1, _macro_f1_resampler),
+    "macro_f1": Definition("label", _accuracy_row, _macro_f1, _resampler(_macro_f1_of)),
+    "matthews": Definition("label", _accuracy_row, _matthews, _resampler(_matthews_of)),
     "exact_match": Definition("text", _exact_match_row),
     "squad": Definition("text", _squad_row),
     "numeric_match": Definition("text", _numeric_match_row),
@@ -181,11 +211,12 @@ METRICS: dict[str, Definition] = {
 }
 
 
-def load_metric(name: str) -> evaluate.Metric:
+def load_metric(name: str, classes: Classes = None) -> evaluate.Metric:
     """A metric that works like one of `evaluate.load`, without network and without files.
 
     Args:
-        name: a key of `METRICS`, which is what a template's `metric:` may say.
+        name: a key of `METRICS`, or "f1 CLASS": what a template's `metric:` may say.
+        classes: those over which `macro_f1` is the mean; by default those that occur.
 
     Returns:
         An `evaluate.Metric`; `compute(predictions=..., references=...)` gives a dictionary of
@@ -227,8 +258,8 @@ def load_metric(name: str) -> evaluate.Metric:
         def _compute(self, predictions, references):
             predictions, references = list(predictions), _golds(definition, references)
             if definition.total:
-                return definition.total(predictions, references)
-            return _means(_rows(name, predictions, references))
+                return definition.total(predictions, references, classes)
+            return _means(_rows(name, definition, predictions, references))
 
     RecipeMetric.__name__ = name  # what `evaluate.combine` puts before values of the same name
     return RecipeMetric(keep_in_memory=True)
@@ -251,20 +282,28 @@ class Scored(NamedTuple):
     details: Values
 
 
-def score_rows(name: str, predictions: Sequence, references: Sequence) -> Scored:
+def score_rows(
+    name: str,
+    predictions: Sequence,
+    references: Sequence,
+    classes: Classes = None,
+    *,
+    uncertainty: bool = True,
+) -> Scored:
     """Score predictions, with the uncertainty that comes from having only these rows.
 
     Args:
-        name: a key of `METRICS`.
+        name, classes: as in `load_metric`.
         predictions: [n] strings, or lists of (type, text) pairs for `entity_f1`.
         references: [n] strings, lists of strings (text metrics) or lists of pairs.
+        uncertainty: False where only the score is wanted: its standard error is then NaN.
 
     Returns:
         The score (for `squad` the F1), its standard error, the score of each of the n rows, and
         what else the metric's `compute` gives, all from one pass over the rows. The error is the
-        rows' standard deviation (ddof=1) / sqrt(n) where the score is their mean; for `macro_f1`
-        and `entity_f1` it is the deviation over 200 bootstrap samples of the rows (Efron 1979),
-        always the same samples. It is NaN for a single row.
+        rows' standard deviation (ddof=1) / sqrt(n) where the score is their mean; for the others
+        it is the deviation over 200 bootstrap samples of the rows (Efron 1979), always the same
+        samples. It is NaN for a single row.
 
     Raises:
         UserError, ValueError: as `load_metric`.
@@ -272,16 +311,19 @@ def score_rows(name: str, predictions: Sequence, references: Sequence) -> Scored
     definition = _definition(name)
     _refuse_missing(name, predictions, references)
     references = _golds(definition, references)
-    row_values = _rows(name, predictions, references)
-    values = definition.total(predictions, references) if definition.total else _means(row_values)
+    row_values = _rows(name, definition, predictions, references)
+    if definition.total:
+        values = definition.total(predictions, references, classes)
+    else:
+        values = _means(row_values)
     # The first value is the score itself.
     score, *_ = values.values()
     details = {key: float(value) for key, value in list(values.items())[1:]}
     rows = [next(iter(row.values())) for row in row_values]
-    if len(rows) == 1:
+    if len(rows) == 1 or not uncertainty:
         stderr = math.nan
     elif definition.resampler:
-        stderr = _bootstrap(definition.resampler(predictions, references), len(rows))
+        stderr = _bootstrap(definition.resampler(predictions, references, classes), len(rows))
     else:
         stderr = float(np.std(rows, ddof=1) / math.sqrt(len(rows)))
     return Scored(score, stderr, rows, details)
@@ -299,8 +341,16 @@ def _refuse_missing(name: str, predictions: Sequence, references: Sequence) -> N
 
 
 def _definition(name: str) -> Definition:
+    if name.startswith("f1 "):  # of one class: macro F1 over it alone
+        macro, alone = METRICS["macro_f1"], [name[3:]]
+        return replace(
+            macro,
+            total=lambda said, gold, _: {name: _macro_f1(said, gold, alone)["macro_f1"]},
+            resampler=lambda said, gold, _: macro.resampler(said, gold, alone),
+        )
     if name not in METRICS:
-        raise UserError(f"metric: there is no {name!r}; choose one of {', '.join(METRICS)}")
+        known = ", ".join([*METRICS, "f1 CLASS"])
+        raise UserError(f"metric: there is no {name!r}; choose one of {known}")
     return METRICS[name]
 
 
@@ -311,11 +361,13 @@ def _golds(definition: Definition, references: Sequence) -> list:
     return [[gold] if isinstance(gold, str) else gold for gold in references]
 
 
-def _rows(name: str, predictions: Sequence, references: Sequence) -> list[Values]:
+def _rows(
+    name: str, definition: Definition, predictions: Sequence, references: Sequence
+) -> list[Values]:
     rows = []
     for number, (prediction, reference) in enumerate(zip(predictions, references, strict=True), 1):
         try:
-            rows.append(METRICS[name].row(prediction, reference))
+            rows.append(definition.row(prediction, reference))
         except ValueError as error:
             raise UserError(
                 f"metric {name}, evaluated row {number}: {error}; mend it or take exact_match"

@@ -120,6 +120,7 @@ def model_card(
     license: str | None = None,
     library_name: str = "peft",
     pipeline_tag: str | None = None,
+    adapter: str | None = None,
 ) -> str:
     """A README.md for the trained result, with the front matter that the Hugging Face hub reads.
 
@@ -129,31 +130,29 @@ def model_card(
         base_model: a hub id, or a folder; only a hub id can stand in the front matter.
         method: as in `metrics.json`; also a tag on the hub.
         command: the command line that trained it.
-        metrics: as in `metrics.json`: `metric`, `score`, `stderr`, `base_score` and `eval_rows` are
-            used.
+        metrics: as in `metrics.json`: the scores, those of the majority class, and the rows.
         versions: as `versions()` gives them.
         load_snippet: Python that loads the result without these recipes.
         license: the base model's, where known.
         library_name: what loads it: `peft`, or `transformers` for a whole model.
         pipeline_tag: such as `text-generation` or `fill-mask`, where known.
+        adapter: a folder or hub id, of the one that was trained further.
 
     Returns:
         Markdown. No text given can end a code block, start a new table cell or leave the YAML.
     """
     from huggingface_hub import ModelCardData
 
-    metric = metrics.get("metric")
+    scored = metrics.get("tasks", {}).values() or [metrics]
     front = ModelCardData(
         base_model=base_model if _is_hub_id(base_model) else None,
         library_name=library_name,
         license=license,
         pipeline_tag=pipeline_tag,
         tags=[method],
-        metrics=[metric] if metric else None,
+        metrics=sorted({one["metric"] for one in scored if one.get("metric")}) or None,
     )
-    rows = _figure(metrics.get("eval_rows"))
-    before, after = _figure(metrics.get("base_score")), _figure(metrics.get("score"))
-    error = _figure(metrics.get("stderr"))
+    start = f", further from the adapter {_code(adapter)}" if adapter else ""
     used = "\n".join(f"- {_plain(name)} {_plain(version)}" for name, version in versions.items())
     return f"""---
 {front.to_yaml()}
@@ -163,16 +162,13 @@ def model_card(
 
 {_plain(template_description)}
 
-{_code(base_model)}, trained with the method {_code(method)}:
+{_code(base_model)}, trained with the method {_code(method)}{start}:
 
 {_fenced("bash", command)}
 
 ## Results
 
-| | {_plain(metric or "score")} | rows |
-|---|---|---|
-| before training | {before} | {rows} |
-| after training | {after}{f" ± {error}" if error else ""} | {rows} |
+{_scores(metrics)}
 
 ## Use
 
@@ -182,6 +178,34 @@ def model_card(
 
 {used}
 """
+
+
+def _scores(metrics: Mapping) -> str:
+    """A table with a line for each metric, of several tasks each."""
+    tasks = metrics.get("tasks") or {"": metrics}
+    header = ["metric", "majority class", "before training", "after training", "rows"]
+    lines = [["task", *header] if "tasks" in metrics else header]
+    lines.append(["---"] * len(lines[0]))
+    for task, figures in tasks.items():
+        named = [_plain(task) + " (held out)" * figures.get("heldout", False)]
+        by_metric = figures.get("metrics") or {figures.get("metric"): figures}
+        for metric, one in by_metric.items():
+            always, after = _figure(one.get("majority_score")), _figure(one.get("score"))
+            if "majority_class" in figures:
+                always += f" (always {_plain(figures['majority_class'])}"
+                if "accuracy" not in by_metric:
+                    always += f", accuracy {_figure(figures['majority_accuracy'])}"
+                always += ")"
+            if error := _figure(one.get("stderr")):
+                after += f" ± {error}"
+            lines.append(
+                [
+                    *(named if "tasks" in metrics else []),
+                    *(_plain(metric or "score"), always, _figure(one.get("base_score"))),
+                    *(after, _figure(figures.get("eval_rows"))),
+                ]
+            )
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _is_hub_id(name: str) -> bool:

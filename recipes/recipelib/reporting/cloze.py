@@ -9,6 +9,7 @@ from typing import Any
 
 from recipelib.evaluation import TaskScore
 from recipelib.models import count_parameters
+from recipelib.reporting.classes import plot_classes, show_classes
 from recipelib.runtime import (
     clear_figures,
     gib,
@@ -32,10 +33,7 @@ def save_score(result: TaskScore, task: ClozeTask, training, model) -> dict:
         "task": task.template.name,
         "method": "cloze (zero-shot)",
         "model": task.model_name,
-        "metric": result.metric,
-        "score": result.score,
-        "stderr": result.stderr,
-        **result.details,
+        **result.figures(),
         "eval_rows": result.rows,
         "eval_rows_left_out": result.left_out,
         "eval_seconds": result.seconds,
@@ -55,15 +53,19 @@ def save_score(result: TaskScore, task: ClozeTask, training, model) -> dict:
         clear_figures(training.output_dir)
         encoder.template.save(folder / "template.yaml")
         write_jsonl(folder / "predictions.jsonl", result.records)
+        written = ["metrics.json", "predictions.jsonl"]
+        written += plot_classes(result, task.template.name, folder, f"{task.model_name}, untouched")
         write_json(folder / "metrics.json", metrics)
+        show_classes(result, task.template.name)
         others = {key: f"{value:.3f}" for key, value in result.details.items()}
         print_table(
             "Done",
             {
-                "untouched model": result,
+                "untouched model": result.brief(),
+                **result.notes(),
                 **others,
                 "peak memory": f"{gib(peak_memory_bytes)} GiB",
-                "written to": f"{folder}/: metrics.json, predictions.jsonl",
+                "written to": f"{folder}/: {', '.join(written)}",
             },
         )
     return metrics
@@ -79,8 +81,18 @@ def save_draws(runs: Sequence[Mapping[str, Any]], output_dir: str) -> dict:
     scores = [run["score"] for run in runs]
     deviation = statistics.stdev(scores)
     same = {key: value for key, value in runs[0].items() if all(run[key] == value for run in runs)}
+    several = [run.get("metrics", {}) for run in runs]
+    more = {
+        name: {
+            **first,
+            "score": statistics.fmean(run[name]["score"] for run in several),
+            "stderr": statistics.stdev(run[name]["score"] for run in several) / len(runs) ** 0.5,
+        }
+        for name, first in several[0].items()
+    }
     metrics = {
         **same,
+        **({"metrics": more} if more else {}),
         "score": statistics.mean(scores),
         "stderr": deviation / len(scores) ** 0.5,
         "score_std": deviation,
@@ -89,6 +101,10 @@ def save_draws(runs: Sequence[Mapping[str, Any]], output_dir: str) -> dict:
         "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),
     }
     if is_main_process():
+        always = {}
+        if "majority_class" in same:
+            shown = f"{same['majority_class']!r}: accuracy {same['majority_accuracy']:.3f}"
+            always = {"majority class": shown}
         write_json(Path(output_dir) / "metrics.json", metrics)
         print_table(
             f"{len(runs)} draws",
@@ -96,6 +112,8 @@ def save_draws(runs: Sequence[Mapping[str, Any]], output_dir: str) -> dict:
                 "untouched model": f"{runs[0]['base_score']:.3f}",
                 **{f"draw {number}": f"{score:.3f}" for number, score in enumerate(scores)},
                 "mean": f"{metrics['score']:.3f} ± {deviation:.3f} (deviation of a draw)",
+                **{f"mean {name}": f"{one['score']:.3f}" for name, one in list(more.items())[1:]},
+                **always,
                 "written to": f"{output_dir}/: metrics.json, draw_0, draw_1, ...",
             },
         )

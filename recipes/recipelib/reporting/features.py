@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from recipelib.evaluation import TaskScore
 from recipelib.models import count_parameters
 from recipelib.probes import ProbeChoice, save_probe
 from recipelib.reporting.card import publish
-from recipelib.reporting.figures import plot_confusion, plot_layers
+from recipelib.reporting.classes import plot_classes, show_classes
+from recipelib.reporting.figures import plot_layers
 from recipelib.reporting.run import write_card
 from recipelib.runtime import (
     clear_results,
@@ -48,12 +51,7 @@ def save_features_run(
         "task": name,
         "method": f"features ({probe.kind})",
         "model": task.model_name,
-        "metric": tuned.metric,
-        "score": tuned.score,
-        "stderr": tuned.stderr,
-        **tuned.details,
-        "base_score": base.score,
-        "base_stderr": base.stderr,
+        **tuned.figures(base),
         "eval_rows": tuned.rows,
         "eval_rows_left_out": tuned.left_out,
         "train_rows": counts.rows,
@@ -96,35 +94,31 @@ def save_features_run(
     clear_results(str(folder), loaded_from)
     folder.mkdir(parents=True, exist_ok=True)
     save_probe(probe, folder, {**facts, "masked": task.masked})
-    task.template.save(folder / "template.yaml")
+    task.templates[0].save(folder / "template.yaml")
     task.tokenizer.save_pretrained(folder)
     write_jsonl(folder / "predictions.jsonl", tuned.records)
     subtitle = f"{task.model_name}, {counts.examples:,} training rows"
-    written = ["probe.json", "metrics.json", "predictions.jsonl", "confusion.png"]
-    plot_confusion(
-        [record["answer"] for record in tuned.records],
-        [record["prediction"] for record in tuned.records],
-        task.classes,
-        folder / "confusion.png",
-        title=f"{name}: {probe.kind} on layer {facts['layer']}",
-        subtitle=f"{task.model_name}, {tuned.rows:,} rows",
-    )
+    written = ["probe.json", "metrics.json", "predictions.jsonl"]
+    read_from = f"{task.model_name}, {probe.kind} on layer {facts['layer']}"
+    written += plot_classes(tuned, name, folder, read_from)
     if len(layers) > 1:
         plot_layers(
             layers,
             folder / "layers.png",
             title=f"{name}: what each layer knows",
             subtitle=subtitle,
-            guessing=1 / len(task.classes),
+            guessing=np.bincount(task.class_numbers).max() / len(task.class_numbers),
         )
         written.append("layers.png")
     write_card(folder, task, training, metrics, _snippet(training))
     write_json(folder / "metrics.json", metrics)
+    show_classes(tuned, name)
     print_table(
         "Done",
         {
-            "untouched model": base,
-            "small model": f"{tuned}: {probe.kind} on layer {facts['layer']}",
+            "untouched model": base.brief(),
+            "small model": f"{tuned.brief()}: {probe.kind} on layer {facts['layer']}",
+            **tuned.notes(),
             "features": f"{task.features_seconds:.0f} s",
             "small models": f"{choice.seconds:.0f} s, cross-validation included",
             "peak memory": f"{gib(peak)} GiB",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,16 @@ import numpy as np
 import torch
 
 from recipelib.encoding import Asked
-from recipelib.evaluation import FewShotScore, probabilities
+from recipelib.evaluation import (
+    RIGHT_OR_WRONG,
+    FewShotScore,
+    TaskScore,
+    identify_rows,
+    probabilities,
+)
 from recipelib.models import count_parameters
-from recipelib.reporting.figures import calibration_error, plot_confusion, plot_reliability
+from recipelib.reporting.classes import plot_classes, show_classes
+from recipelib.reporting.figures import calibration_error, plot_reliability
 from recipelib.runtime import (
     UserError,
     clear_figures,
@@ -28,7 +34,6 @@ from recipelib.runtime import (
 )
 from recipelib.task import FewShotTask
 
-_SHOWN_CLASSES = 12
 _Z = 1.96  # of a 95 % interval
 # Whose scores are log-probabilities of the labels; per token and per byte they are not.
 _SURE = {"uncalibrated": "sum", "calibrated": "calibrated"}
@@ -48,18 +53,19 @@ def save_few_shot(result: FewShotScore, task: FewShotTask, args, training, model
         UserError: no row fits.
     """
     folder, encoder, template = Path(training.output_dir), task.encoder, task.template
-    first, written = result.draws[0], ["predictions.jsonl"]
-    records = [record for draw in result.draws for record in draw.records]
-    if not first.rows:
+    score, written = result.together, ["predictions.jsonl"]
+    records = score.records
+    if not score.rows:
         raise UserError(
-            f"--max_length {encoder.max_length}: none of the {first.left_out} rows fits, even "
+            f"--max_length {encoder.max_length}: none of the {score.left_out} rows fits, even "
             "without demonstrations; raise it"
         )
+    identify_rows(records, task.evaluation.rows)
     if args.predict:
         target = folder / f"predictions_{Path(args.predict).stem}.jsonl"
         if is_main_process():
             write_jsonl(target, records)
-        say(f"{first.rows} rows answered, {first.left_out} left out as too long: {target}")
+        say(f"{score.rows} rows answered, {score.left_out} left out as too long: {target}")
         return None
     facts = {
         "model": task.model_name,
@@ -74,12 +80,10 @@ def save_few_shot(result: FewShotScore, task: FewShotTask, args, training, model
         "train_rows": len(task.train.rows) if task.train else 0,
         "peak_memory_bytes": task.memory.stop(),
     }
-    metrics = _metrics(result, encoder, training, model, facts)
+    metrics = _metrics(result, score, encoder, training, model, facts)
     curves = {
         name: confidences(records, kind) for name, kind in _SURE.items() if kind in result.by_score
     }
-    if template.label:
-        metrics["classes"] = class_figures(records, list(template.verbalizer))
     if curves:
         errors = {name: calibration_error(*curve)[0] for name, curve in curves.items()}
         metrics["calibration_error"] = errors
@@ -89,30 +93,21 @@ def save_few_shot(result: FewShotScore, task: FewShotTask, args, training, model
     write_jsonl(folder / "predictions.jsonl", records)
     clear_figures(training.output_dir)
     template.save(folder / "template.yaml")
-    heading = f"{_model(metrics)}, {_several(metrics['shots'], 'shot')}, {first.rows:,} rows"
+    heading = f"{_model(metrics)}, {_several(metrics['shots'], 'shot')}"
     if len(result.draws) > 1:
         heading += f", {len(result.draws)} draws together"
-    names = _class_names(template.verbalizer)
-    if template.label:
-        plot_confusion(
-            [names[record["answer"]] for record in records],
-            [names.get(record["prediction"]) for record in records],
-            list(names.values()),
-            folder / "confusion.png",
-            title=f"{template.name}: gold and predicted classes",
-            subtitle=heading,
-        )
-        written.append("confusion.png")
+    written += plot_classes(score, template.name, folder, heading)
     if curves:
         plot_reliability(
             curves,
             folder / "reliability.png",
             title=f"{template.name}: is it as right as it is sure?",
-            subtitle=heading,
+            subtitle=f"{heading}, {score.rows:,} rows",
         )
         written.append("reliability.png")
     write_json(folder / "metrics.json", metrics)
-    _show(metrics, names, f"{folder}/: {', '.join(['metrics.json', *written])}")
+    show_classes(score, template.name)
+    _show(metrics, score, f"{folder}/: {', '.join(['metrics.json', *written])}")
     return metrics
 
 
@@ -120,39 +115,15 @@ def interval(metric: str, score: float, stderr: float, rows: int) -> tuple[float
     """A 95 % interval of a score for the choice of rows: Wilson's (1927) where a row is right or
     wrong, otherwise 1.96 standard errors to both sides, within what the metric can be.
     """
-    if metric in ("accuracy", "exact_match", "numeric_match"):
+    if metric in RIGHT_OR_WRONG:
         shrink = 1 + _Z**2 / rows
         middle = (score + _Z**2 / (2 * rows)) / shrink
         half = _Z / shrink * math.sqrt(score * (1 - score) / rows + _Z**2 / (4 * rows**2))
     else:
         middle, half = score, _Z * stderr
-    low, high = np.clip([middle - half, middle + half], 0, math.inf if metric == "loss" else 1)
+    least, most = {"loss": (0, math.inf), "matthews": (-1, 1)}.get(metric, (0, 1))
+    low, high = np.clip([middle - half, middle + half], least, most)
     return float(low), float(high)
-
-
-def class_figures(records: Sequence[Mapping], labels: Sequence[str]) -> dict[str, dict]:
-    """Precision, recall and F1 of each class over the records of all draws, 0 where there is
-    nothing to divide by, and how many rows the class has.
-    """
-    from sklearn.metrics import precision_recall_fscore_support
-
-    golds = [record["answer"] for record in records]
-    predictions = [record["prediction"] or "" for record in records]  # none is no class
-    *figures, _ = precision_recall_fscore_support(
-        golds, predictions, labels=list(labels), zero_division=0
-    )
-    rows = Counter(
-        answer for _, answer in {(record["row"], record["answer"]) for record in records}
-    )
-    return {
-        label: {
-            "precision": float(precision),
-            "recall": float(recall),
-            "f1": float(f1),
-            "rows": rows[label],
-        }
-        for label, precision, recall, f1 in zip(labels, *figures, strict=True)
-    }
 
 
 def confidences(records: Sequence[Mapping], kind: str) -> tuple[list[float], list[bool]]:
@@ -165,30 +136,29 @@ def confidences(records: Sequence[Mapping], kind: str) -> tuple[list[float], lis
     return sure, right
 
 
-def _metrics(result: FewShotScore, encoder, training, model, facts: Mapping) -> dict[str, Any]:
-    """What metrics.json holds of every task; the same on all processes."""
-    first, scores = result.draws[0], [draw.score for draw in result.draws]
-    score, stderr = float(np.mean(scores)), float(np.mean([draw.stderr for draw in result.draws]))
+def _metrics(
+    result: FewShotScore, score: TaskScore, encoder, training, model, facts: Mapping
+) -> dict[str, Any]:
+    """What metrics.json holds of every task; the same on all processes.
+
+    Args:
+        score: the mean over draws.
+    """
+    scores = [draw.score for draw in result.draws]
     peak = torch.tensor([facts["peak_memory_bytes"]], device=training.device)
     if training.world_size > 1:
         torch.distributed.all_reduce(peak, torch.distributed.ReduceOp.MAX)
-    details = {
-        name: float(np.mean([draw.details[name] for draw in result.draws]))
-        for name in first.details
-    }
-    answered = first.rows * len(scores)
+    bounds = interval(score.metric, score.score, score.stderr, score.rows)
+    answered = score.rows * len(scores)
     return {
         "task": encoder.template.name,
         "method": "in-context learning",
         **facts,
-        "metric": first.metric,
-        "score": score,
-        "stderr": stderr,
-        "confidence_interval": list(interval(first.metric, score, stderr, first.rows)),
+        **score.figures(),
+        "confidence_interval": list(bounds),
         "draws": len(scores),
         "draw_scores": scores,
         "std_over_draws": _spread(scores),
-        **details,
         "scores": {
             kind: {
                 "mean": float(np.mean(values)),
@@ -197,9 +167,9 @@ def _metrics(result: FewShotScore, encoder, training, model, facts: Mapping) -> 
             }
             for kind, values in result.by_score.items()
         },
-        "base_score": None if facts["adapter"] else score,
-        "eval_rows": first.rows,
-        "eval_rows_left_out": first.left_out,
+        "base_score": None if facts["adapter"] else score.score,
+        "eval_rows": score.rows,
+        "eval_rows_left_out": score.left_out,
         **_cuts([row for draw in result.asked for row in draw]),
         "train_tokens": 0,
         "supervised_tokens": 0,
@@ -244,15 +214,7 @@ def _model(metrics: Mapping[str, Any]) -> str:
     return metrics["model"] + (f" with {metrics['adapter']}" if metrics["adapter"] else "")
 
 
-def _class_names(verbalizer: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """The classes as a reader knows them: numbers with their word."""
-    return {
-        label: f"{words[0].strip()} ({label})" if label.isdecimal() else label
-        for label, words in verbalizer.items()
-    }
-
-
-def _show(metrics: Mapping[str, Any], names: Mapping[str, str], written: str) -> None:
+def _show(metrics: Mapping[str, Any], score: TaskScore, written: str) -> None:
     draws, (low, high) = metrics["draws"], metrics["confidence_interval"]
 
     def over_draws(spread: float) -> str:
@@ -263,13 +225,10 @@ def _show(metrics: Mapping[str, Any], names: Mapping[str, str], written: str) ->
         + (" (counts)" if kind == metrics["score_by"] else "")
         for kind, figures in metrics["scores"].items()
     }
-    classes = {
-        f"  {names[label]}": f"precision {figures['precision']:.3f}, "
-        f"recall {figures['recall']:.3f}, {figures['rows']:,} rows"
-        for label, figures in list(metrics.get("classes", {}).items())[:_SHOWN_CLASSES]
+    more = {
+        name: f"{one['score']:.3f} ± {one['stderr']:.3f} over rows"
+        for name, one in list(metrics.get("metrics", {}).items())[1:]
     }
-    if len(names) > len(classes) > 0:
-        classes["  other classes"] = f"{len(names) - len(classes)}, in metrics.json"
     shown = f"{metrics['shots']} per prompt"
     if metrics["shots"]:
         shown += f", {metrics['sampler']}"
@@ -291,8 +250,9 @@ def _show(metrics: Mapping[str, Any], names: Mapping[str, str], written: str) ->
             metrics["metric"]: f"{metrics['score']:.3f} ± {metrics['stderr']:.3f} over rows"
             + over_draws(metrics["std_over_draws"]),
             "95 % interval": f"{low:.3f} to {high:.3f}, for the choice of rows",
+            **more,
+            **score.notes(),
             **by_score,
-            **classes,
             "rows": rows,
             "speed": f"{metrics['eval_seconds']:.1f} s, {metrics['rows_per_second']:.1f} rows/s",
             "peak memory": f"{gib(metrics['peak_memory_bytes'])} GiB",

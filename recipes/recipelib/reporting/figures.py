@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -18,7 +19,9 @@ _PLAIN = {"va": "center", "parse_math": False}  # a $ is a dollar
 _DASHED = {"color": "#999999", "linewidth": 1, "linestyle": (0, (4, 3))}
 _AXIS = {"fontsize": 10, "color": GRAY}
 _HEADING = {"loc": "left", "fontsize": 9.5, "color": GRAY}
-_NO_CLASS = "(no class)"
+_OTHER = object()  # any class that is not drawn
+_COLUMNS = {_OTHER: "(other classes)", None: "(no class)"}
+_MOST_CLASSES = 80  # in one figure; more cannot be read
 
 
 def plot_confusion(
@@ -31,7 +34,8 @@ def plot_confusion(
     subtitle: str = "",
 ) -> None:
     """Draw which class is taken for which as a PNG: a row for each gold class, shaded by its share,
-    blue where it is right and orange where it is wrong.
+    blue where it is right and orange where it is wrong. Of more than 80 classes those with the most
+    mistakes.
 
     Args:
         golds, predictions: [n] labels; a prediction that is none of them, such as None, has a
@@ -41,11 +45,19 @@ def plot_confusion(
     """
     from matplotlib.colors import to_rgb
 
-    place = {label: number for number, label in enumerate(labels)}
-    columns = [*labels, *([_NO_CLASS] if any(said not in place for said in predictions) else [])]
+    heading, known = "predictions, shaded by their share of the gold class", {*labels}
+    pairs = Counter(
+        (gold, said if said in known else None)
+        for gold, said in zip(golds, predictions, strict=True)
+    )
+    if len(labels) > _MOST_CLASSES:
+        heading = f"the {_MOST_CLASSES} of {len(labels)} classes with the most mistakes; {heading}"
+        labels = _most_mistaken(pairs, labels)
+        pairs = _within(pairs, labels)
+    columns = [*labels, *(key for key in _COLUMNS if any(said is key for _, said in pairs))]
     counts = np.zeros((len(labels), len(columns)), dtype=int)
-    for gold, said in zip(golds, predictions, strict=True):
-        counts[place[gold], place.get(said, len(labels))] += 1
+    for (gold, said), count in pairs.items():
+        counts[labels.index(gold), columns.index(said)] += count
     shares = (counts / np.maximum(counts.sum(1, keepdims=True), 1))[..., None]
     right = np.eye(*counts.shape, dtype=bool)[..., None]
     colors = np.where(right, to_rgb(BLUE), to_rgb(ORANGE)) * shares
@@ -54,7 +66,7 @@ def plot_confusion(
     tall = float(np.clip(5 / len(labels), 0.17, 0.75))  # a cell
     wide = float(np.clip(6 / len(columns), tall, 2))
     font = float(np.clip(36 * tall, 8, 11))
-    names = [_fitted(label, 3, font) for label in columns]
+    names = [_fitted(_COLUMNS.get(label, label), 3, font) for label in columns]
     longest = max(_inches(name, font) for name in names)
     turn = 0 if longest < wide - 0.1 else 40 if wide > 0.35 else 90
     left = _EDGE + 0.3 + longest + 0.1
@@ -70,7 +82,7 @@ def plot_confusion(
     axes.set_yticks(range(len(labels)), names[: len(labels)], fontsize=font, parse_math=False)
     axes.set_xlabel("predicted", fontsize=10, color=GRAY)
     axes.set_ylabel("gold", fontsize=10, color=GRAY)
-    axes.set_title("predictions, shaded by their share of the gold class", **_HEADING)
+    axes.set_title(heading, **_HEADING)
     if _inches(f"{counts.max():,}", font) < 0.95 * wide:
         dark = colors @ (0.299, 0.587, 0.114) < 0.6  # how bright they look
         for row, column in np.argwhere(counts):
@@ -84,6 +96,25 @@ def plot_confusion(
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
     _save(figure, path)
+
+
+def _most_mistaken(pairs: Counter, labels: Sequence[str]) -> list[str]:
+    """The classes that are most often taken for another, or another for them, in their order."""
+    mistakes: Counter[str] = Counter()
+    for (gold, said), count in pairs.items():
+        if gold != said:
+            mistakes.update({gold: count, said: count})
+    worst = sorted(labels, key=lambda label: -mistakes[label])[:_MOST_CLASSES]
+    return [label for label in labels if label in worst]
+
+
+def _within(pairs: Counter, labels: Sequence[str]) -> Counter:
+    """The pairs whose gold class is one of these; what is predicted besides becomes one column."""
+    within: Counter = Counter()
+    for (gold, said), count in pairs.items():
+        if gold in labels:
+            within[gold, said if said in (*labels, None) else _OTHER] += count
+    return within
 
 
 def calibration_error(
@@ -312,7 +343,7 @@ def plot_layers(
     Args:
         layers: by its number the mean and the deviation of each layer.
         path, title, subtitle: as in `plot_loss`.
-        guessing: the accuracy of a guess.
+        guessing: the accuracy of always answering with the most frequent class.
     """
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -339,7 +370,9 @@ def plot_layers(
         fontsize=10,
     )
     axes.axhline(guessing, **_DASHED)
-    axes.text(numbers[-1], guessing, "guessing", ha="right", va="bottom", fontsize=9, color=GRAY)
+    axes.text(
+        numbers[-1], guessing, "majority class", ha="right", va="bottom", fontsize=9, color=GRAY
+    )
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xlabel("layer (0: the embeddings)", **_AXIS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from recipelib.encoding import (
 from recipelib.evaluation import (
     TaskScore,
     evaluate_task,
+    identify_rows,
     score_chosen,
     score_classes,
     score_cloze,
@@ -48,8 +50,8 @@ _ASKED_BY = ("max_length", "rendering", "chat_template_kwargs")
 
 def answer_file(args, training) -> None:
     """Answer the rows of `args.predict` with what `training.output_dir` holds: an adapter or a soft
-    prompt, on the model that it was trained on unless another is named, or a whole model; and the
-    template that is kept there, of several the one that `args.template` names.
+    prompt, on the model that it was trained on unless another is named, or a whole model; as the
+    run asked, except for what the command line names. Of a conversation the next turn is written.
 
     The predictions go to `predictions_<file>.jsonl` in that folder.
 
@@ -58,25 +60,21 @@ def answer_file(args, training) -> None:
     """
     folder = Path(training.output_dir)
     run = read_metrics(folder)
-    template = PromptTemplate.load(
-        str(_kept_template(folder, run, args.template)), columns=parse_columns(args.columns)
-    )
-    if template.conversation:
-        raise UserError(
-            f"--predict: {folder} was trained on conversations, which have no answer to read; chat "
-            "with it through transformers' pipeline, as its README.md loads it"
-        )
+    template = _template(folder, run, args)
+    # Asked as it was trained, unless the command line says otherwise.
+    asked = {
+        "max_length": training.max_length if "max_length" in args.named else run["max_length"],
+        "rendering": args.rendering if "rendering" in args.named else run["rendering"],
+        "chat_template_kwargs": args.chat_template_kwargs or run["chat_template_kwargs"],
+    }
+    encoder = PromptEncoder(template, load_tokenizer(str(folder)), **asked)
+    own = template.path.is_relative_to(folder)
+    by = f"its {template.path.relative_to(folder)}" if own else template.path
+    said = " and ".join(f"--{name} {asked[name]}" for name in ("rendering", "max_length"))
+    say(f"{folder}: is asked by {by}, with {said}")
     store = Store.of(training)
     rows = load_questions(template, args, store)
     store.say_what_was_kept()
-    # Asked as it was trained.
-    encoder = PromptEncoder(
-        template,
-        load_tokenizer(str(folder)),
-        run["max_length"],
-        run["rendering"],
-        run["chat_template_kwargs"],
-    )
     if run.get("head") == "probe":
         _answer_by_probe(folder, encoder, rows, args, training)
         return
@@ -93,14 +91,21 @@ def answer_file(args, training) -> None:
         how = {"combine": run["combine"], "calibrate": run["calibrate"]}
         result = score_cloze(model, asker, encoded, answers=False, **how, **budget)
     else:
-        longest = args.max_new_tokens or run.get("max_new_tokens", 256)
+        longest = args.max_new_tokens if "max_new_tokens" in args.named else None
+        longest = longest or run.get("max_new_tokens") or args.max_new_tokens or 256
         result = evaluate_task(
             model, encoder, rows.rows, max_new_tokens=longest, answers=False, **budget
         )
-    _write(folder, args, result)
+        if not result.rows:
+            raise UserError(
+                f"--max_length {encoder.max_length}: none of the {result.left_out} rows fits with "
+                "room for its answer; shorten them, or lower --max_new_tokens"
+            )
+    _write(folder, args, result, rows.rows)
 
 
-def _write(folder: Path, args, result: TaskScore) -> None:
+def _write(folder: Path, args, result: TaskScore, rows: Sequence[Mapping]) -> None:
+    identify_rows(result.records, rows)
     target = folder / f"predictions_{Path(args.predict).stem}.jsonl"
     if is_main_process():
         write_jsonl(target, result.records)
@@ -126,7 +131,8 @@ def _answer_by_probe(folder: Path, encoder: PromptEncoder, rows, args, training)
         batch_tokens=args.eval_batch_tokens,
         description="answering",
     )
-    _write(folder, args, score_chosen(encoder, encoded, probe.scores(features), answers=False))
+    result = score_chosen(encoder, encoded, probe.scores(features), answers=False)
+    _write(folder, args, result, rows.rows)
 
 
 def _load(folder: Path, run: dict, args, training):
@@ -153,8 +159,10 @@ def _load(folder: Path, run: dict, args, training):
     return model.to(training.device)
 
 
-def _kept_template(folder: Path, run: dict, named: str | list[str]) -> Path:
-    """The template that a run has kept; of several the one that is named."""
+def _template(folder: Path, run: dict, args) -> PromptTemplate:
+    """The template that a run has kept, of several the one that is named; or another one, if that
+    is named.
+    """
     kept = kept_templates(folder)
     if not run.get("trainable_parameters") or not kept:
         draws = " (its folders draw_N do)" if (folder / "draw_0").exists() else ""
@@ -164,9 +172,20 @@ def _kept_template(folder: Path, run: dict, named: str | list[str]) -> Path:
             f"{folder / 'metrics.json'}: {missing[0]}: is missing, so nobody knows how rows were "
             "asked; train again"
         )
-    if folder / "template.yaml" in kept.values():
-        return folder / "template.yaml"
-    wanted = [named] if isinstance(named, str) else named
-    if len(wanted) != 1 or wanted[0] not in kept:
-        raise UserError(f"--template: the run has {', '.join(kept)}; name the one to answer with")
-    return kept[wanted[0]]
+    columns, names = parse_columns(args.columns), ", ".join(kept)
+    words = [args.template] if isinstance(args.template, str) else args.template
+    wanted = [word.partition("=")[0] for word in words]
+    if len(kept) == 1:
+        (path,) = kept.values()
+        own = PromptTemplate.load(str(path), columns=columns)
+        if "template" not in args.named or wanted in ([], [own.name], [str(path)]):
+            return own
+        kept, names = {}, own.name
+        if {"head", "verbalizer"} & run.keys():
+            raise UserError(
+                f"--template {' '.join(words)}: {folder} tells the classes of {own.name} only; "
+                "leave it out"
+            )
+    if len(wanted) != 1 or (kept and wanted[0] not in kept and "template" not in args.named):
+        raise UserError(f"--template: the run has {names}; name the one to answer with")
+    return PromptTemplate.load(str(kept.get(wanted[0], wanted[0])), columns=columns)

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from recipelib.encoding import IGNORED, CausalAsker, Counts, Demonstrate, MaskedAsker
+from recipelib.encoding import (
+    IGNORED,
+    CausalAsker,
+    Counts,
+    Demonstrate,
+    MaskedAsker,
+    encode_rows,
+)
 from recipelib.runtime import is_main_process, printable, say
-from recipelib.task import ClassTask, ClozeTask, Task
+from recipelib.task import ClassTask, ClozeTask, Mixture, Task
 
 
 def preview(task: Task, count: int) -> None:
     """Show a task's first training examples token by token as the model will see them, the
-    supervised ones marked: colored in a terminal, elsewhere in ⟦ ⟧. Of several tasks, or several
-    texts that are trained on a row, the first of each. Of a task that is asked through a cloze its
-    first rows, with the words that may fill it; of one whose classes are read from states the texts
-    and their classes.
+    supervised ones marked: colored in a terminal, elsewhere in ⟦ ⟧. Of several tasks, those that
+    are only scored included, or several texts that are trained on a row, the first of each. Of a
+    task that is asked through a cloze its first rows, with the words that may fill it; of one whose
+    classes are read from states the texts and their classes.
     """
     if not is_main_process():
         return
@@ -22,12 +29,17 @@ def preview(task: Task, count: int) -> None:
         (_preview_cloze if isinstance(task, ClozeTask) else _preview_classes)(task, count)
         return
     names = [template.name for template in task.templates]
+    held_out = [one for one in task.tasks if not one.train] if isinstance(task, Mixture) else []
     parts, start = task.encoded.parts or [len(task.encoded.examples)], 0
     for place, size in enumerate(parts):
-        named = f"{names[place]}, " if len(names) == len(parts) > 1 else ""
+        several = len(parts) + len(held_out) > 1 and len(names) == len(parts)
         examples = task.encoded.examples.select(range(start, start + min(count, size)))
-        _show_examples(examples, task.tokenizer, named)
+        _show_examples(examples, task.tokenizer, f"{names[place]}, " if several else "")
         start += size
+    for one in held_out:
+        rows = list(one.evaluation.rows[:count])
+        examples = encode_rows(one.encoder, rows, kind="evaluation").examples
+        _show_examples(examples, task.tokenizer, f"{one.template.name} (held out), ")
 
 
 def _show_examples(examples: Iterable[Mapping], tokenizer, named: str) -> None:
@@ -60,9 +72,17 @@ _SHOWN_CHARACTERS = 3000
 
 
 def preview_prompts(
-    asker: CausalAsker | MaskedAsker, rows: Sequence[Mapping], demonstrate: Demonstrate | None
+    asker: CausalAsker | MaskedAsker,
+    rows: Sequence[Mapping],
+    demonstrate: Demonstrate | None,
+    answers: bool = True,
 ) -> None:
-    """Show the prompts of the first rows whole, and what is compared behind them."""
+    """Show the prompts of the first rows whole, and what is compared behind them.
+
+    Args:
+        answers: False for rows to answer: of a conversation what stands before the next turn is
+            shown then, not the whole.
+    """
     from rich.console import Console
 
     if not is_main_process():
@@ -70,7 +90,7 @@ def preview_prompts(
     console = Console(highlight=False, soft_wrap=True)
     encoder = asker.encoder
     for number, row in enumerate(rows):
-        prompts, count = _prompts(asker, row, demonstrate, number)
+        prompts, count = _prompts(asker, row, demonstrate, number, answers)
         if not prompts:
             console.rule(f"row {number + 1}: does not fit into {encoder.max_length} tokens")
         for ids, candidates in prompts:
@@ -83,10 +103,13 @@ def preview_prompts(
 
 
 def say_first_prompt(
-    asker: CausalAsker | MaskedAsker, row: Mapping, demonstrate: Demonstrate | None
+    asker: CausalAsker | MaskedAsker,
+    row: Mapping,
+    demonstrate: Demonstrate | None,
+    answers: bool = True,
 ) -> None:
     """Print the first row's prompt; of a long one the ends. Nothing where it does not fit."""
-    prompts, _ = _prompts(asker, row, demonstrate, 0)
+    prompts, _ = _prompts(asker, row, demonstrate, 0, answers)
     for ids, _ in prompts[:1]:
         text = asker.encoder.text.tokenizer.decode(ids)
         left_out = len(text) - _SHOWN_CHARACTERS
@@ -97,13 +120,13 @@ def say_first_prompt(
 
 
 def _prompts(
-    asker, row: Mapping, demonstrate: Demonstrate | None, number: int
+    asker, row: Mapping, demonstrate: Demonstrate | None, number: int, answers: bool
 ) -> tuple[list[tuple[list[int], Mapping]], int]:
     """The ids of a row's prompts, each with its candidates, and how many demonstrations they have;
     of a conversation, which is scored as it is, the whole. No prompts where they do not fit.
     """
     encoder = asker.encoder
-    if encoder.template.conversation:
+    if encoder.template.conversation and answers:
         (question,) = encoder.template.questions(row)
         return [(ids, {}) for ids, _ in encoder.conversation(question, Counts())], 0
     shown = demonstrate and (lambda _, asked: demonstrate(number, asked))

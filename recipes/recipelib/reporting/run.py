@@ -12,6 +12,7 @@ from typing import Any
 from recipelib.evaluation import TaskScore
 from recipelib.models import describe_quantization
 from recipelib.reporting.card import load_snippet, model_card, publish
+from recipelib.reporting.classes import plot_classes, show_classes, show_tasks
 from recipelib.reporting.figures import plot_loss
 from recipelib.runtime import (
     gib,
@@ -62,13 +63,8 @@ def save_run(
         "task": name,
         "method": method,
         "model": task.model_name,
-        "metric": tuned.metric,
-        "score": tuned.score,
-        "stderr": tuned.stderr,
-        **tuned.details,
+        **tuned.figures(base),
         "unreadable": tuned.unreadable,
-        "base_score": base.score,
-        "base_stderr": base.stderr,
         "eval_rows": tuned.rows,
         "eval_rows_left_out": tuned.left_out,
         "train_rows": counts.rows,
@@ -92,6 +88,7 @@ def save_run(
         "rendering": "chat" if encoder.chat else "text",
         "chat_template_kwargs": encoder.text.chat_template_kwargs,
         "max_length": encoder.max_length,
+        "max_new_tokens": task.budget.get("max_new_tokens"),
         "world_size": took.world_size,
         "distributed_type": took.distributed_type,
         "seed": training.seed,
@@ -113,6 +110,9 @@ def save_run(
             template.save(place)
         task.tokenizer.save_pretrained(folder)
         write_jsonl(folder / "predictions.jsonl", tuned.records)
+        subtitle = f"{task.model_name}, {method}"
+        written = ["metrics.json", "predictions.jsonl", "loss.png"]
+        written += plot_classes(tuned, name, folder, subtitle)
         plot_loss(
             history,
             folder / "loss.png",
@@ -124,15 +124,19 @@ def save_run(
         )
         write_json(folder / "metrics.json", metrics)
         estimated = gib(took.estimated_memory_bytes)
+        if len(tuned.tasks) > 1:
+            show_tasks(base, tuned, [template.name for template in task.templates])
+        show_classes(tuned, name)
         print_table(
             "Done",
             {
-                "base model": base,
-                "tuned": tuned,
+                "before training" if metrics.get("adapter") else "base model": base.brief(),
+                "tuned": tuned.brief(),
+                **tuned.notes(),
                 "training": f"{took.seconds:.0f} s, {metrics['tokens_per_second']:.0f} tokens/s, "
                 f"{metrics['padding_fraction']:.0%} padding",
                 "peak memory": f"{gib(took.peak_memory_bytes)} GiB (estimated {estimated})",
-                "written to": f"{folder}/: weights, metrics.json, predictions.jsonl, loss.png",
+                "written to": f"{folder}/: weights, {', '.join(written)}",
             },
         )
     if training.publish:
@@ -160,6 +164,7 @@ def write_card(folder: Path, task: Task, training, metrics: Mapping, snippet: st
         versions=metrics["versions"],
         load_snippet=snippet,
         library_name="peft" if (folder / "adapter_config.json").exists() else "transformers",
+        adapter=metrics.get("adapter"),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -176,7 +181,9 @@ def say_wrong(result: TaskScore, count: int = 3) -> None:
         record for record in result.records if record["score"] is not None and record["score"] < 1
     ]
     shown = {
-        f"row {record['row']}": f"{record['prompt']}\n\n"
+        f"line {record['line']}"
+        if "line" in record
+        else f"row {record['row']}": f"{record['prompt']}\n\n"
         f"written: {record.get('generated', record['prediction'])}\n"
         f"read: {record['prediction']}; right: {record['answer']}"
         for record in wrong[:count]

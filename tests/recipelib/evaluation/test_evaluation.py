@@ -101,7 +101,8 @@ def test_a_label_is_the_one_whose_words_are_likeliest_together():
     assert result.score == pytest.approx(np.mean(right))
     assert result.stderr == pytest.approx(np.std(right, ddof=1) / math.sqrt(5))
     assert result.seconds > 0
-    assert str(result) == f"accuracy {result.score:.3f} ± {result.stderr:.3f} (5 rows)"
+    said = f"accuracy {result.score:.3f} ± {result.stderr:.3f}"
+    assert str(result) == f"{said} (5 rows; majority class 'neg': 0.400)"
 
 
 def test_an_answer_that_begins_another_is_scored_with_its_end():
@@ -127,7 +128,7 @@ def test_a_pair_is_asked_once_per_label_and_the_likeliest_yes_wins():
             )
             yes, no = (log_likelihood(prompt, encode(word)) for word in (" yes", " no"))
             scores[label] = yes - no
-        assert record["log_likelihoods"] == pytest.approx(scores, abs=2e-5)
+        assert record["scores"] == pytest.approx(scores, abs=2e-5)
         assert record["prediction"] == max(scores, key=scores.__getitem__)
         assert record["answer"] == row["label"]
         assert len(record["prompt"]) == len(scores)
@@ -350,10 +351,20 @@ def test_rows_without_answers_get_the_same_predictions_and_no_score(name):
     assert not any(record["answer"] for record in result.records)
 
 
-def test_conversations_that_are_to_be_answered_are_refused_in_one_line():
+def test_of_conversations_the_next_turn_is_written_and_no_answer_compared():
     encoder = encoder_for("conversations")
-    with pytest.raises(UserError, match=r"conversations.yaml: messages: .* template with a prompt"):
-        evaluate_task(MODEL, encoder, CASES["conversations"].rows, answers=False)
+    rows = CASES["conversations"].rows[:1]
+    asked = [{**row, "messages": row["messages"][:-1]} for row in rows]
+    known, unknown = (
+        evaluate_task(MODEL, encoder, some, answers=False, max_new_tokens=4).records
+        for some in (rows, asked)
+    )
+    for one, other, row in zip(known, unknown, rows, strict=True):
+        assert (one["prompt"], one["generated"]) == (other["prompt"], other["generated"])
+        assert (one["answer"], other["answer"]) == ([row["messages"][-1]["content"]], [])
+    fields = {**encoder.template.fields, "metric": "exact_match"}
+    with pytest.raises(UserError, match="messages: conversations are scored by their loss; write"):
+        evaluate_task(MODEL, encoder.with_template(PromptTemplate(fields)), rows)
 
 
 # Several processes -------------------------------------------------------------------------------
@@ -378,7 +389,9 @@ def test_two_processes_give_each_row_once_in_order_with_the_same_scores(tmp_path
             for one, other in zip(found["records"], expected["records"], strict=True):
                 for key, value in other.items():
                     close = pytest.approx(value, abs=1e-5)
-                    assert one[key] == (close if key in ("score", "log_likelihoods") else value)
+                    assert one[key] == (
+                        close if key in ("score", "scores", "log_likelihoods") else value
+                    )
     for case, expected in alone.items():
         passes = [process[case]["passes"] for process in together]
         assert max(passes) <= expected["passes"], case

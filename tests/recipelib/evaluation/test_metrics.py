@@ -4,13 +4,14 @@ import ast
 import itertools
 import math
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from recipelib.evaluation import metrics
 from recipelib.evaluation.metrics import METRICS, load_metric, score_rows
@@ -159,23 +160,40 @@ def test_one_row_has_no_standard_error():
         assert math.isnan(scored.stderr)
 
 
-def test_stderr_of_macro_f1_is_that_of_a_bootstrap_with_scikit_learn():
+@pytest.mark.parametrize(
+    ("name", "score"),
+    [
+        ("macro_f1", partial(f1_score, labels=[*"abcd"], average="macro", zero_division=0)),
+        ("f1 c", partial(f1_score, labels=["c"], average="macro", zero_division=0)),
+        ("matthews", matthews_corrcoef),
+    ],
+)
+def test_stderr_of_what_is_no_mean_is_that_of_a_bootstrap_with_scikit_learn(
+    name, score, monkeypatch
+):
+    monkeypatch.setattr(metrics, "RESAMPLES", 40)
     draw = np.random.default_rng(7)
-    references = draw.choice(["a", "b", "c"], 80, p=[0.6, 0.3, 0.1])
-    predictions = np.where(draw.random(80) < 0.7, references, draw.choice(["a", "b", "c"], 80))
-    stderr = score_rows("macro_f1", predictions.tolist(), references.tolist()).stderr
+    references = draw.choice(["a", "b", "c"], 80, p=[0.6, 0.35, 0.05])
+    predictions = np.where(draw.random(80) < 0.7, references, draw.choice(["a", "b", "c", ""], 80))
+    scored = score_rows(name, predictions.tolist(), references.tolist(), [*"abcd"])
+    assert scored.score == pytest.approx(score(references, predictions))
 
     same_draws = np.random.default_rng(0)
     scores = []
-    for _ in range(200):
+    for _ in range(40):
         rows = same_draws.integers(80, size=80)
-        scores.append(
-            f1_score(references[rows], predictions[rows], average="macro", zero_division=0)
-        )
-    assert stderr == pytest.approx(np.std(scores, ddof=1))
+        scores.append(score(references[rows], predictions[rows]))
+    assert scored.stderr == pytest.approx(np.std(scores, ddof=1))
+    assert scored.stderr > 0
 
 
-def test_stderr_of_entity_f1_is_that_of_a_naive_bootstrap():
+def test_matthews_is_0_where_all_rows_are_said_to_be_of_one_class():
+    assert score_rows("matthews", ["a"] * 4, ["a", "b", "a", "b"]).score == 0
+    assert score_rows("matthews", ["a"] * 4, ["a", "b", "a", "b"]).stderr == 0
+
+
+def test_stderr_of_entity_f1_is_that_of_a_naive_bootstrap(monkeypatch):
+    monkeypatch.setattr(metrics, "RESAMPLES", 40)
     draw = np.random.default_rng(3)
     gold = [[("person", str(i)) for i in range(draw.integers(4))] for _ in range(40)]
     said = [[(kind, name) for kind, name in row if draw.random() < 0.7] for row in gold]
@@ -183,7 +201,7 @@ def test_stderr_of_entity_f1_is_that_of_a_naive_bootstrap():
 
     same_draws = np.random.default_rng(0)
     scores = []
-    for _ in range(200):
+    for _ in range(40):
         rows = same_draws.integers(40, size=40)
         scores.append(compute("entity_f1", [said[i] for i in rows], [gold[i] for i in rows]))
     assert stderr == pytest.approx(np.std([score["entity_f1"] for score in scores], ddof=1))

@@ -13,12 +13,14 @@ from tokenizers_for_tests import tokenizer_for
 from recipelib.data.rows import Rows
 from recipelib.encoding.asking import Asked, CausalAsker
 from recipelib.encoding.prompt_encoder import EncodedPrompt, PromptEncoder
+from recipelib.evaluation.class_scores import class_figures
 from recipelib.evaluation.metrics import score_rows
 from recipelib.evaluation.scores import FewShotScore, TaskScore, score_records
 from recipelib.models.quantization import count_parameters
 from recipelib.prompts.template import PromptTemplate
+from recipelib.reporting import classes as class_report
 from recipelib.reporting import few_shot as report
-from recipelib.reporting.few_shot import class_figures, confidences, interval, save_few_shot
+from recipelib.reporting.few_shot import confidences, interval, save_few_shot
 from recipelib.runtime.errors import UserError
 from recipelib.task.few_shot import FewShotTask
 
@@ -142,7 +144,7 @@ def save(tmp_path, monkeypatch):
         task = FewShotTask(
             encoder=encoder,
             train=Rows([{}] * 40, "train.jsonl"),
-            evaluation=Rows([], "rows.jsonl"),
+            evaluation=Rows([{}] * 100, "rows.jsonl"),
             model_name="owner/base",
             budget={},
             memory=SimpleNamespace(stop=lambda: FACTS["peak_memory_bytes"]),
@@ -328,13 +330,13 @@ def test_a_loss_has_no_figures_and_counts_rows_not_answers(save, capsys):
 
 def test_labels_that_are_written_may_be_unreadable(save, monkeypatch):
     drawn = {}
-    real = report.plot_confusion
+    real = class_report.plot_confusion
 
     def plot(golds, predictions, labels, path, **options):
         drawn.update(golds=golds, predictions=predictions, labels=labels)
         real(golds, predictions, labels, path, **options)
 
-    monkeypatch.setattr(report, "plot_confusion", plot)
+    monkeypatch.setattr(class_report, "plot_confusion", plot)
     template = template_of("esnli")
     answers = ["entailment", "neutral", "contradiction"]
     draws = [["entailment", None, None], [None, "neutral", "entailment"]]
@@ -355,7 +357,7 @@ def test_labels_that_are_written_may_be_unreadable(save, monkeypatch):
 
 def test_classes_that_are_numbers_are_shown_with_their_words(save, monkeypatch, capsys):
     drawn = []
-    monkeypatch.setattr(report, "plot_confusion", lambda *data, **_: drawn.extend(data))
+    monkeypatch.setattr(class_report, "plot_confusion", lambda *data, **_: drawn.extend(data))
     template = template_of("sst2")
     result = few_shot(template, ["0", "1"], [["1", "1"]])
     assert list(save(template, result)["classes"]) == ["0", "1"]
@@ -392,7 +394,7 @@ def test_metrics_come_last_so_that_a_failure_before_leaves_none(save, monkeypatc
         raise OSError("disk full")
 
     template = template_of("movie_reviews")
-    for name in ("plot_confusion", "plot_reliability", "write_jsonl"):
+    for name in ("plot_classes", "plot_reliability", "write_jsonl"):
         with monkeypatch.context() as context:
             context.setattr(report, name, broken)
             with pytest.raises(OSError, match="disk full"):
@@ -426,8 +428,9 @@ def test_the_summary_shows_what_the_evaluation_came_to(save, capsys):
         "accuracy │ 0.625 ± 0.269 over rows, ± 0.177 over 2 draws",
         "by sum │ 0.625, ± 0.177 over 2 draws │",
         "by calibrated │ 0.625, ± 0.530 over 2 draws (counts)",
-        "negative │ precision 0.571, recall 1.000, 2 rows",
-        "positive │ precision 1.000, recall 0.250, 2 rows",
+        "majority class │ 'negative': 0.500",
+        "│ negative │ 2 │ 0.571 │ 1.000 │ 0.727 │",
+        "│ positive │ 2 │ 1.000 │ 0.250 │ 0.400 │",
         "4; 1 prompts shortened, 1 rows left out: too long",
         "4.0 s, 2.0 rows/s",
         "1.50 GiB",
@@ -446,15 +449,27 @@ def test_the_summary_of_one_draw_without_demonstrations_says_no_more_than_there_
         assert absent not in out
 
 
-def test_many_classes_are_not_all_shown(save, capsys, monkeypatch):
-    monkeypatch.setattr(report, "plot_confusion", lambda *data, **_: None)  # slow
+def test_of_many_classes_the_worst_and_the_best_are_shown_and_no_name_is_broken(
+    save, capsys, monkeypatch
+):
+    monkeypatch.setattr(class_report, "plot_confusion", lambda *data, **_: None)  # slow
     template = template_of("banking77")
     classes = list(template.verbalizer)
-    save(template, few_shot(template, classes, [classes]))
-    out = capsys.readouterr().out
-    assert classes[11] in out
-    assert classes[12] not in out
-    assert "65, in metrics.json" in out
+    worst, best = classes[10:16], classes[20:26]
+    golds = classes[8:60]
+    said = [{**dict.fromkeys(worst, None)}.get(one, one) for one in golds]
+    for gold in set(golds) - {*worst, *best}:  # one of two rows is right
+        golds, said = [*golds, gold], [*said, None]
+    folder = "a/rather/long/folder/" * 5
+    save.training.output_dir += folder
+    result = few_shot(template, golds, [said])
+    save(template, result)
+    table = capsys.readouterr().out.partition("Done")[0]
+    assert [one for one in classes if one in table.split()] == sorted(worst + best)
+    assert "the 6 worst and the 6 best of 77 by F1" in table
+    assert "... 40 more" in table
+    assert "25 other classes" in table
+    assert "no rows" in table
 
 
 # Intervals, figures of classes and confidences
@@ -482,6 +497,7 @@ def test_the_interval_of_what_is_right_or_wrong_is_wilsons(metric, right, rows, 
         ("squad", 0.5, 0.1, (0.304, 0.696)),
         ("entity_f1", 0.95, 0.1, (0.754, 1.0)),
         ("macro_f1", 0.1, 0.1, (0.0, 0.296)),
+        ("matthews", -0.9, 0.1, (-1.0, -0.704)),
         ("loss", 2.0, 0.5, (1.02, 2.98)),
         ("loss", 0.1, 0.5, (0.0, 1.08)),
         ("squad", 1.0, math.nan, (math.nan, math.nan)),  # a single row
@@ -503,8 +519,9 @@ def test_the_figures_of_a_class_count_the_records_of_all_draws_and_its_rows_once
     assert figures["a"] == {"precision": 0.75, "recall": 0.75, "f1": 0.75, "rows": 2}
     assert figures["b"] == {"precision": 0.5, "recall": 0.25, "f1": pytest.approx(1 / 3), "rows": 2}
     # Nobody is of the class c, though it was said once; of d there is nothing.
-    nothing = {"precision": 0.0, "recall": 0.0, "f1": 0.0, "rows": 0}
-    assert figures["c"] == figures["d"] == nothing
+    nothing = {"precision": None, "recall": None, "f1": None, "rows": 0}
+    assert figures["c"] == {**nothing, "precision": 0.0}
+    assert figures["d"] == nothing
 
 
 def test_a_confidence_is_the_probability_of_what_that_way_of_scoring_predicts():

@@ -126,6 +126,20 @@ def test_the_numbers_in_the_matrix_are_the_counts(classes, unreadable, draw):
         assert name == label or (name.endswith("…") and label.startswith(name[:-1]))
 
 
+def test_of_very_many_classes_those_with_the_most_mistakes_are_drawn(draw, monkeypatch):
+    monkeypatch.setattr(figures, "_MOST_CLASSES", 3)
+    golds = [*"aabbccddee"]
+    said = [*"abbcccdd", None, "a"]  # a is mistaken for b, b for c, e for a and for none
+    figure = draw(plot_confusion, golds, said, [*"abcde"])
+    (axes,) = figure.axes
+    assert [one.get_text() for one in axes.get_yticklabels()] == ["a", "b", "e"]
+    columns = ["a", "b", "e", "(other classes)", "(no class)"]
+    assert [one.get_text() for one in axes.get_xticklabels()] == columns
+    places = {(0, 0): 1, (0, 1): 1, (1, 1): 1, (1, 3): 1, (2, 0): 1, (2, 4): 1}
+    assert numbers_of(figure) == {place: str(count) for place, count in places.items()}
+    assert "the 3 of 5 classes with the most mistakes" in axes.get_title(loc="left")
+
+
 def test_a_cell_is_shaded_by_its_share_blue_where_right_and_orange_where_wrong(draw):
     golds = ["a"] * 4 + ["b"] * 2
     figure = draw(plot_confusion, golds, ["a", "a", "a", "b", "a", "a"], ["a", "b", "c"])

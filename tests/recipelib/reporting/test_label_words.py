@@ -2,7 +2,7 @@
 
 import json
 
-from recipelib.data.sources import locate
+from recipelib.data.places import locate
 from recipelib.evaluation.label_search import LabelWords
 from recipelib.prompts.template import PromptTemplate
 from recipelib.reporting.label_words import save_label_words

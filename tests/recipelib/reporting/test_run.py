@@ -13,7 +13,7 @@ from tokenizers_for_tests import tokenizer_for
 from recipelib.data.rows import Rows
 from recipelib.encoding.examples import encode_rows
 from recipelib.encoding.prompt_encoder import PromptEncoder
-from recipelib.evaluation.scores import TaskScore
+from recipelib.evaluation.scores import TaskScore, score_records
 from recipelib.models.quantization import count_parameters
 from recipelib.prompts.template import PromptTemplate
 from recipelib.reporting import run
@@ -159,6 +159,54 @@ def test_everything_stands_beside_the_weights(save, capsys):
     ]
     assert records == RECORDS
     assert "accuracy 0.750 ± 0.050 (2 rows)" in capsys.readouterr().out
+
+
+def test_classes_are_shown_drawn_and_counted_beside_the_majority_class(
+    save, task, trainer, capsys, monkeypatch
+):
+    template = PromptTemplate({**task.template.fields, "metric": ["macro_f1", "accuracy"]})
+    before, after = (
+        score_records(
+            template,
+            [
+                {"row": n, "line": n + 7, "prompt": "p", "answer": gold, "prediction": one}
+                for n, (gold, one) in enumerate(zip(["negative"] * 4, said, strict=True))
+            ],
+            4,
+            True,
+        )
+        for said in (["positive"] * 4, ["negative"] * 3 + [None])
+    )
+    metrics = save_run(trainer, task, before, after, method="lora")
+    assert metrics["classes"] == after.class_figures()
+    assert metrics["metrics"]["accuracy"]["base_score"] == 0
+    assert (metrics["majority_class"], metrics["majority_accuracy"]) == ("negative", 1)
+    assert metrics["majority_score"] == 0.5
+    assert (save.folder / "confusion.png").exists()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "│ negative │ 4 │ 1.000 │ 0.750 │ 0.857 │" in shown
+    assert "│ positive │ no rows │ - │ - │ - │" in shown
+    assert "majority class │ 'negative': accuracy 1.000, macro_f1 0.500 │" in shown
+    assert "loss.png, confusion.png" in shown
+    card = (save.folder / "README.md").read_text()
+    assert "| macro\\_f1 | 0.500 (always negative) | 0.000 | 0.429 ± " in card
+    assert "| accuracy | 1.000 (always negative) | 0.000 | 0.750 ± 0.250 | 4 |" in card
+    say_wrong(after)
+    assert "line 10" in capsys.readouterr().out
+
+    several = TaskScore(None, math.nan, math.nan, tasks={"a": after, "b": TUNED})
+    first = TaskScore(None, math.nan, math.nan, tasks={"a": before, "b": BASE})
+    more = {"tasks": {"a": {**after.figures(before), "heldout": True}, "b": TUNED.figures(BASE)}}
+    monkeypatch.setattr(run, "plot_classes", lambda *_: ["confusion/"])
+    metrics = save_run(trainer, task, first, several, method="instruction full", more=more)
+    assert (metrics["metric"], metrics["tasks"]["b"]["base_score"]) == (None, 0.5)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "a (held out), accuracy │ 0.000 │ 0.750 ± 0.250 │ 1.000 (negative) │ 4 │" in shown
+    assert "b (held out), accuracy │ 0.500 │ 0.750 ± 0.050 │ │ 2 │" in shown
+    assert "a: classes" in shown
+    card = (save.folder / "README.md").read_text()
+    assert "| a (held out) | accuracy | 1.000 (always negative) | 0.000 | 0.750" in card
+    assert "| b | accuracy |  | 0.500 | 0.750 ± 0.050 |  |" in card
 
 
 def test_of_several_tasks_each_template_is_kept_under_its_name(trainer, task, monkeypatch):
