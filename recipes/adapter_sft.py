@@ -12,11 +12,13 @@ merged into the model, an adapter is not linear and computes its part at every t
     accelerate launch --config_file accelerate_configs/fsdp2.yaml recipes/adapter_sft.py
     accelerate launch recipes/adapter_sft.py --placement ffn --top_layers 10
     accelerate launch recipes/adapter_sft.py --template sst2 --drop_adapters_below 5
+    accelerate launch recipes/adapter_sft.py --adapter runs/adapter_sft --output_dir runs/more
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
-from recipelib.cli import RecipeArguments, option, run_recipe
+from recipelib.cli import RecipeArguments, adapter_option, option, run_recipe
 from recipelib.runtime import UserError
 
 DEFAULTS = {
@@ -36,6 +38,7 @@ DEFAULTS = {
 class AdapterArguments(RecipeArguments):
     """Arguments of this method."""
 
+    adapter: str | None = adapter_option()
     bottleneck_size: int = option(64, "Width m: 8 to 256; with more data it can be wider.", least=1)
     placement: str = option(
         "both",
@@ -99,6 +102,7 @@ def main(args: AdapterArguments, training) -> dict | None:
     from recipelib.task import load_task
     from recipelib.training import RecipeTrainer
 
+    start = adapters.open_adapter(args, training, "BOTTLENECK")  # of --adapter
     # h + scaling * up(act(down(h))), after each sublayer; at first nearly h
     with adapters.errors_name_options():
         config = adapters.BottleneckConfig(
@@ -119,22 +123,21 @@ def main(args: AdapterArguments, training) -> dict | None:
         return preview(task, args.preview)
     # PEFT adds adapters in float32, but trains norms in the model's dtype.
     model = load_model(args, training, float32=args.train_norms, **quantized)
-    model = adapters.add_bottlenecks(
-        model, config, args.adapterhub, args.top_layers, args.drop_adapters_below, args.revision
-    )
+    hub, top, below = args.adapterhub, args.top_layers, args.drop_adapters_below
+    model = adapters.add_bottlenecks(model, start or config, hub, top, below, args.revision)
     trainer = RecipeTrainer(model, training, task)
-    with adapters.without_adapters(model):
-        base = task.score(trainer.model, "base model")
+    with nullcontext() if start else adapters.without_adapters(model):
+        base = task.score(trainer.model, "adapter before" if start else "base model")
     trainer.train()
-    tuned, more = task.score(trainer.model, "tuned model"), {}
+    tuned, more = task.score(trainer.model, "tuned model"), start.facts if start else {}
     trainer.save_model()
     adapters.save_own_code(training.output_dir)
-    if below := args.drop_adapters_below:
+    if below:
         with adapters.without_adapters(model, below) as count:
             rest = task.score(trainer.model, f"without {count} adapters below layer {below}")
         adapters.save_without_adapters_below(training.output_dir, below)
         figures = {"score": rest.score, "eval_seconds": rest.seconds}
-        more = {"dropped_adapters": {"below": below, "adapters": count, **figures}}
+        more |= {"dropped_adapters": {"below": below, "adapters": count, **figures}}
     return save_run(trainer, task, base, tuned, method="adapter", more=more)
 
 

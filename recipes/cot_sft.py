@@ -1,6 +1,5 @@
-"""Chain-of-thought tuning: the model learns to reason before it answers (Wei et al. 2022,
-arXiv:2201.11903, for prompts; Ho et al. 2022, arXiv:2212.10071, and Hsieh et al. 2023,
-arXiv:2305.02301, for tuning).
+"""Chain-of-thought tuning: reasoning before the answer (Wei et al. 2022, arXiv:2201.11903; trained,
+Ho et al. 2022, arXiv:2212.10071, and Hsieh et al. 2023, arXiv:2305.02301).
 
 The training text is rationale and answer, so that each step of a solution is conditioned on the
 steps before it. What the reasoning is worth shows on the same rows: `--target answer_only` trains
@@ -18,7 +17,7 @@ a glance, the rationale only costs time: each answer is many times longer.
 
 from dataclasses import dataclass
 
-from recipelib.cli import RecipeArguments, option, run_recipe
+from recipelib.cli import RecipeArguments, loss_option, option, run_recipe
 from recipelib.runtime import UserError
 
 DEFAULTS = {
@@ -62,6 +61,7 @@ class CotArguments(RecipeArguments):
         1, "Also score by self-consistency over so many samples (Wang et al. 2023).", least=1
     )
     temperature: float = option(0.7, "their temperature, above 0.", needs="--samples 2 or more")
+    loss: str = loss_option()
     full: bool = option(False, "Train all parameters instead of LoRA; lower --learning_rate.")
     r: int = option(16, "LoRA's rank.", least=1, needs="--full false")
     alpha: int = option(32, "LoRA is scaled by alpha / r.", least=1, needs="--full false")
@@ -87,7 +87,7 @@ def main(args: CotArguments, training) -> dict | None:
     from recipelib.training import RecipeTrainer
 
     # What is trained, and what is asked: the reasoning before the answer, behind it, or left out.
-    trained, (template, *others) = targets(load_template(args), args)
+    trained, (template, *others) = targets(load_template(args, training), args)
     task = load_task(args, training, template, trained=trained)
     if args.preview:
         return preview(task, args.preview)
@@ -102,12 +102,12 @@ def main(args: CotArguments, training) -> dict | None:
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(model, lora, revision=args.revision)
-    trainer = RecipeTrainer(model, training, task)
+    trainer = RecipeTrainer(model, training, task, loss=args.loss)
     base = task.score(trainer.model, "base model")
     trainer.train()
     tuned = task.score(trainer.model, "tuned model")
     trainer.save_model()
-    more = {"target": args.target, "max_new_tokens": task.budget["max_new_tokens"]}
+    more = {"target": args.target, "loss": args.loss}
     for bare in others:  # of a mixed model also the bare answer
         result = task.score(trainer.model, "answer only", template=bare)
         more["answer_only"] = {"score": result.score, "stderr": result.stderr}

@@ -29,10 +29,10 @@ class IclArguments(RecipeArguments):
 
     trains = False
     template: str | None = option(
-        None, "The task: a name or your own .yaml file; else what --adapter's run had, or reviews."
+        None, "The task: a name or your own .yaml file; else the one that a run had, or reviews."
     )
     rendering: str | None = option(
-        None, "text or chat; else what --adapter's run had, or text.", choices=["text", "chat"]
+        None, "text or chat; else as the model's run had it, or text.", choices=["text", "chat"]
     )
     shots: int | None = option(
         None, "Demonstrations per prompt: 0, 1, 4, 16; the template's k.", least=0
@@ -107,8 +107,8 @@ def main(args: IclArguments, training) -> dict | None:
         for draw in range(args.draws if task.shots else 0)
     ] or [None]
     if args.preview:
-        return preview_prompts(task.asker, asked.rows[: args.preview], draws[0])
-    say_first_prompt(task.asker, asked.rows[0], draws[0])
+        return preview_prompts(task.asker, asked.rows[: args.preview], draws[0], not args.predict)
+    say_first_prompt(task.asker, asked.rows[0], draws[0], not args.predict)
 
     journal = Journal.of_run(training, args, task.adapter)  # keeps what is scored, for --resume
     with task.memory.sampling():

@@ -20,7 +20,7 @@ a fraction of that.
 
 from dataclasses import dataclass
 
-from recipelib.cli import RecipeArguments, option, run_recipe
+from recipelib.cli import RecipeArguments, loss_option, option, run_recipe
 
 DEFAULTS = {
     "output_dir": "runs/instruction_sft",
@@ -64,6 +64,7 @@ class InstructionArguments(RecipeArguments):
         "chat", "chat: through the tokenizer's chat template, or a plain one; or text.",
         choices=["text", "chat"],
     )  # fmt: skip
+    loss: str = loss_option()
     lora: bool = option(False, "Train a LoRA adapter instead; raise --learning_rate.")
     r: int = option(16, "rank of the update.", least=1, needs="--lora true")
     alpha: int = option(32, "it is scaled by alpha / r.", least=1, needs="--lora true")
@@ -116,13 +117,14 @@ def main(args: InstructionArguments, training) -> dict | None:
         callbacks.append(stop_early(training, args.early_stopping_patience))
     if args.sample_steps:
         callbacks += [SampleWriter.of(task, args.sample_steps) for task in tasks]
-    trainer = RecipeTrainer(model, training, mixture, callbacks=callbacks)
+    trainer = RecipeTrainer(model, training, mixture, callbacks=callbacks, loss=args.loss)
 
     base = mixture.score(trainer.model, "before")
     trainer.train()
     tuned = mixture.score(trainer.model, "after")
     trainer.save_model()
     more = {"mixing": args.mixing, "mixture": mixture.shares, "tasks": mixture.compare(base, tuned)}
+    more["loss"] = args.loss
     method = "instruction lora" if args.lora else "instruction full"
     return save_run(trainer, mixture, base, tuned, method=method, more=more)
 

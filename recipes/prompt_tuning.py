@@ -13,11 +13,12 @@ kilobytes. With many rows LoRA learns more; with few, `cloze_sft.py` trains the 
     accelerate launch --config_file accelerate_configs/fsdp2.yaml recipes/prompt_tuning.py
     accelerate launch recipes/prompt_tuning.py --tune prefix
     accelerate launch recipes/prompt_tuning.py --per_class 16 --draws 5
+    accelerate launch recipes/prompt_tuning.py --adapter runs/prompt_tuning --output_dir runs/more
 """
 
 from dataclasses import dataclass
 
-from recipelib.cli import ClozeArguments, option, run_recipe
+from recipelib.cli import ClozeArguments, adapter_option, option, run_recipe
 
 DEFAULTS = {
     "output_dir": "runs/prompt_tuning",
@@ -38,6 +39,7 @@ LABEL_RATE = 1e-3  # of --soft_verbalizer, at that rate; it rises and falls with
 class PromptArguments(ClozeArguments):
     """Arguments of this method."""
 
+    adapter: str | None = adapter_option()
     tune: str = option(
         "soft_prompt",
         "soft_prompt; p_tuning: through a small network; prefix: keys and values in every layer.",
@@ -66,36 +68,43 @@ def main(args: PromptArguments, training) -> dict | None:
         What metrics.json holds; None after --preview.
     """
     # Imported here, so that --help answers at once.
-    from recipelib.adapters import check_prompt
+    from recipelib.adapters import check_prompt, open_adapter
     from recipelib.models import load_model, place_model
     from recipelib.reporting import preview, save_draws
     from recipelib.task import load_cloze_task
 
+    start = open_adapter(args, training, "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
     check_prompt(f"--tune {args.tune}", args, training, prefix=args.tune == "prefix")
     decide = ("tune", "virtual_tokens", "prompt_encoder", "soft_verbalizer")
     task = load_cloze_task(
         args, training, virtual_tokens=args.virtual_tokens, trained_as=decide
     )  # template, tokenizer, checked rows, label words
+    if start:
+        start.check_labels([*task.words])
     if args.preview:
         return preview(task, args.preview)
     if training.learning_rate is None:
         training.learning_rate = RATES[args.tune]
     model = load_model(args, training, masked=task.masked)
-    base = task.score_untouched(place_model(model, training))
+    if start:
+        base = task.score(place_model(start.on(model), training), "prompt before")
+    else:
+        base = task.score_untouched(place_model(model, training))
     del model
-    runs = [train(draw, args, run, base) for draw, run in task.draws(args, training)]
+    runs = [train(draw, args, run, base, start) for draw, run in task.draws(args, training)]
     return runs[0] if len(runs) == 1 else save_draws(runs, training.output_dir)
 
 
-def train(task, args: PromptArguments, training, base) -> dict:
+def train(task, args: PromptArguments, training, base, start) -> dict:
     """Train a prompt on the rows of one draw; of few-shot draws the best pass is kept."""
     from recipelib.adapters import SoftVerbalizer, compute_prompt_once
     from recipelib.models import load_model
     from recipelib.reporting import save_run
     from recipelib.training import ClozeTrainer, keep_best
 
-    model = with_prompt(load_model(args, training, masked=task.masked), args, task)
-    if args.soft_verbalizer:
+    model = load_model(args, training, masked=task.masked)
+    model = start.on(model) if start else with_prompt(model, args, task)
+    if args.soft_verbalizer and not start:
         SoftVerbalizer.at_words(model, task.words).into(model)
     compute_prompt_once(model)
     rates = {"soft_verbalizer": LABEL_RATE * training.learning_rate / RATES[args.tune]}
@@ -105,18 +114,14 @@ def train(task, args: PromptArguments, training, base) -> dict:
     tuned = task.score(trainer.model, "tuned model")
     trainer.save_model()
     more = {"tune": args.tune, "virtual_tokens": args.virtual_tokens, "validation_scores": best}
+    more |= start.facts if start else {}
     method = f"prompt_tuning ({args.tune})"
     return save_run(trainer, task, base, tuned, method=method, more={**task.facts, **more})
 
 
 def with_prompt(model, args: PromptArguments, task):
     """PEFT's soft prompt, its network or a prefix in front of the model, which is frozen."""
-    from peft import (
-        PrefixTuningConfig,
-        PromptEncoderConfig,
-        PromptTuningConfig,
-        get_peft_model,
-    )
+    from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 
     from recipelib.adapters import (
         keys_and_values,

@@ -36,6 +36,8 @@ class SearchArguments(RecipeArguments):
         for name in ("max_new_tokens", "predict"):
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise UserError(f"--{name}: a search answers no rows; leave it out")
+        if self.eval_split == "all":
+            raise UserError("--eval_split all: words are scored on rows beside those of the search")
 
 
 def main(args: SearchArguments, training) -> None:
@@ -43,17 +45,17 @@ def main(args: SearchArguments, training) -> None:
     into a template.
     """
     # Imported here, so that --help answers at once.
-    from recipelib.data import classes_from_rows
     from recipelib.evaluation import search_label_words
     from recipelib.models import load_model, place_model
     from recipelib.reporting import preview, save_label_words
-    from recipelib.runtime import Store, refuse_trained_run
+    from recipelib.runtime import refuse_trained_run
     from recipelib.task import load_cloze_task
 
     refuse_trained_run(training.output_dir)
-    # The template, which may have no verbalizer yet.
-    template = classes_from_rows(args, training.seed, Store.of(training))
-    task = load_cloze_task(args, training, template, trains=False)
+    # A template without a verbalizer has the rows' classes.
+    task = load_cloze_task(args, training, trains=False)
+    if task.template.options:
+        raise UserError(f"{task.template.path}: options: bring their own words; none is searched")
     if args.preview:
         return preview(task, args.preview)
     model = place_model(load_model(args, training, masked=task.masked), training)

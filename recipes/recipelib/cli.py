@@ -47,6 +47,25 @@ def option(
     return field(default=default, metadata=metadata)
 
 
+def adapter_option() -> Any:
+    """The option of the recipes that train an adapter, or a trained one further."""
+    return option(
+        None,
+        "Folder or hub id of a trained adapter of this method: train it further, with its own "
+        "settings, on its own model unless another is named.",
+    )
+
+
+def loss_option() -> Any:
+    """The option of the recipes that train a model to write."""
+    return option(
+        "nll",
+        "nll: the usual one; dft: each token weighted by its probability, so that unlikely ones "
+        "pull less (Wu et al. 2025).",
+        choices=["nll", "dft"],
+    )
+
+
 @dataclass
 class RecipeArguments:
     """Arguments of every recipe: the model, the template, the rows and what to do with them."""
@@ -54,6 +73,7 @@ class RecipeArguments:
     # How the recipe writes checkpoints, if not as the launch's config says (`checkpoint_kind`).
     checkpoints: ClassVar[str | None] = None
     trains: ClassVar[bool] = True  # whether the trainer's options for training count
+    named: ClassVar[frozenset[str]] = frozenset()  # the options that were not left at their default
 
     model_name_or_path: str | None = option(
         None, "Hub id, folder or .gguf file; without it the bundled SmolLM2-135M-Instruct."
@@ -74,7 +94,15 @@ class RecipeArguments:
         [], "Template variables and your columns, where they differ: text=review label=stars."
     )
     train_split: str | None = option(None, "Training split; the template names a default.")
-    eval_split: str | None = option(None, "Evaluation split; the template names a default.")
+    eval_split: str | None = option(
+        None, "Evaluation split; the template names a default. all: of a file that is only scored."
+    )
+    field: str | None = option(
+        None, "Where a JSON file's object has its rows: data, or data.examples."
+    )
+    encoding: str | None = option(
+        None, "Of text files that are not UTF-8: latin-1, cp1252, utf-16, ..."
+    )
     max_train_samples: int | None = option(
         None, "Train on a random draw of this many rows; -1: on all.", least=1
     )
@@ -126,6 +154,8 @@ class RecipeArguments:
             needs = argument.metadata.get("needs")
             if needs and value != argument.default and not self._has(needs):
                 raise UserError(f"--{name}: changes nothing without {needs}; leave it out")
+        if self.trains and self.predict and getattr(self, "adapter", None):
+            raise UserError("--adapter: --predict answers with what --output_dir holds; pass it so")
         if not isinstance(self.chat_template_kwargs, str):
             return
         cure = "write it as '{\"key\": value}'"
@@ -364,8 +394,10 @@ def parse_arguments(
         name = rest[0].split("=")[0].lstrip("-").replace("-", "_")
         cure = _closest(name, [action.dest for action in parser._actions], "--")
         raise UserError(f"command line: unknown argument {rest[0]}; {cure}")
+    parsed.named = frozenset(name for source in sources for name in source)
     stops_early = bool(getattr(parsed, "early_stopping_patience", None))
-    refuse_unused(training, sources, trains=parsed.trains, stops_early=stops_early)
+    loss = getattr(parsed, "loss", "nll")
+    refuse_unused(training, sources, trains=parsed.trains, stops_early=stops_early, loss=loss)
     return parsed, training
 
 

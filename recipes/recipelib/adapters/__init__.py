@@ -1,4 +1,4 @@
-"""PEFT's tuners and their files: bottleneck adapters, soft prompts, PiSSA's conversion, merging."""
+"""PEFT's tuners and their files: bottleneck adapters, soft prompts, PiSSA, merging, going on."""
 
 from recipelib.adapters.adapter_layers import (
     add_bottlenecks,
@@ -9,6 +9,7 @@ from recipelib.adapters.adapter_layers import (
 )
 from recipelib.adapters.adapterhub import load_adapterhub
 from recipelib.adapters.bottleneck import BottleneckConfig
+from recipelib.adapters.further import TrainedAdapter, open_adapter
 from recipelib.adapters.merging import merge_adapter
 from recipelib.adapters.pissa import save_as_lora, save_start
 from recipelib.adapters.saved import (
@@ -19,6 +20,7 @@ from recipelib.adapters.saved import (
     load_tuned,
     resolve_adapter,
     saved_embeddings,
+    tokenizer_of_adapter,
     with_adapter,
 )
 from recipelib.adapters.soft_prompts import (
@@ -38,6 +40,7 @@ __all__ = [
     "SOFT_VERBALIZER",
     "BottleneckConfig",
     "SoftVerbalizer",
+    "TrainedAdapter",
     "adapt_layers",
     "add_bottlenecks",
     "base_of",
@@ -49,6 +52,7 @@ __all__ = [
     "load_soft_verbalizer",
     "load_tuned",
     "merge_adapter",
+    "open_adapter",
     "prompt_shape",
     "resolve_adapter",
     "save_as_lora",
@@ -59,6 +63,7 @@ __all__ = [
     "start_ids",
     "start_prefix",
     "start_prompt",
+    "tokenizer_of_adapter",
     "with_adapter",
     "without_adapters",
 ]

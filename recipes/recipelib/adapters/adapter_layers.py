@@ -21,6 +21,7 @@ from recipelib.adapters.bottleneck import (
     BottleneckLayer,
     layer_number,
 )
+from recipelib.adapters.further import TrainedAdapter
 from recipelib.models import decoder_layers, require_modules, without_lora
 from recipelib.runtime import UserError, is_main_process, say
 
@@ -43,7 +44,7 @@ def errors_name_options() -> Iterator[None]:
 
 def add_bottlenecks(
     model,
-    config: BottleneckConfig,
+    config: BottleneckConfig | TrainedAdapter,
     adapterhub: str | None = None,
     top_layers: int | None = None,
     drop_below: int | None = None,
@@ -52,6 +53,7 @@ def add_bottlenecks(
     """`get_peft_model` for bottleneck adapters; what cannot work is refused in one line.
 
     Args:
+        config: of new adapters, or trained ones to train further.
         adapterhub: the folder of an AdapterHub adapter to start from, instead of `config`.
         top_layers: how many layers at the top get adapters; all by default. Below them there is no
             backward pass.
@@ -69,15 +71,20 @@ def add_bottlenecks(
         raise UserError(
             f"--drop_adapters_below {drop_below}: the lowest adapters are those of layer {lowest}"
         )
-    if isinstance(config.target_modules, set):
+    trained = isinstance(config, TrainedAdapter)
+    if trained:
+        pass  # checked when it was opened
+    elif isinstance(config.target_modules, set):
         require_modules(model, sorted(config.target_modules))
     elif not adapterhub and model.config.model_type not in SUBLAYERS:
         config.target_modules = _usual_ends(model, config.placement)
         config.exclude_modules = without_lora(model) or None
-    if top_layers:
+    if top_layers and not trained:
         config.layers_to_transform = list(range(lowest, layers))
     with errors_name_options():
-        if adapterhub:
+        if trained:
+            model = config.on(model)
+        elif adapterhub:
             model = load_adapterhub(model, adapterhub, task_type="CAUSAL_LM", revision=revision)
         else:
             model = get_peft_model(model, config, revision=revision)

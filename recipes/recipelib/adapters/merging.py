@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from transformers import GenerationConfig
 from recipelib.adapters.bottleneck import NO_MERGING
 from recipelib.adapters.saved import load_tuned, resolve_adapter
 from recipelib.models import bare_model, load_tokenizer
-from recipelib.runtime import UserError, clear_model, read_metrics
+from recipelib.runtime import UserError, clear_model, kept_templates, read_metrics, write_json
 
 
 def merge_adapter(adapter: str, output: str, base: str | None = None, dtype: str = "auto") -> Path:
-    """Write the base model with a LoRA adapter added in, its tokenizer, and where it ends answers.
+    """Write the base model with a LoRA adapter added in, its tokenizer, where it ends answers, and
+    how it is asked.
 
     Args:
         adapter: the folder of a run, or a hub id.
@@ -40,9 +42,11 @@ def merge_adapter(adapter: str, output: str, base: str | None = None, dtype: str
         raise UserError(f"--output {output}: is a file; name a folder")
     if Path(output).resolve() in (folder.resolve(), Path(name).resolve()):
         raise UserError(f"--output {output}: holds what is merged; name another folder")
-    if any(Path(output, file).exists() for file in ("adapter_config.json", "metrics.json")):
+    run = Path(output, "metrics.json").exists() and "merged_from" not in read_metrics(output)
+    if run or Path(output, "adapter_config.json").exists():
         raise UserError(f"--output {output}: holds a run or an adapter; name another folder")
-    adapted = load_tuned(folder, read_metrics(folder), base, dtype=dtype)
+    run = read_metrics(folder)
+    adapted = load_tuned(folder, run, base, dtype=dtype)
     ties = _untie(bare_model(adapted))
     try:
         with warnings.catch_warnings():  # of layers that share weights: here they do not
@@ -59,7 +63,22 @@ def merge_adapter(adapter: str, output: str, base: str | None = None, dtype: str
     clear_model(output)
     merged.save_pretrained(output)
     tokenizer.save_pretrained(output)
+    _hand_on(folder, run, Path(output))
     return Path(output)
+
+
+def _hand_on(folder: Path, run: dict, output: Path) -> None:
+    """Keep with the merged model what a run says of how it is asked: its templates and figures."""
+    for left in ("template.yaml", "metrics.json"):
+        (output / left).unlink(missing_ok=True)
+    shutil.rmtree(output / "templates", ignore_errors=True)
+    if not run.get("trainable_parameters"):
+        return
+    for path in kept_templates(folder).values():
+        place = output / path.relative_to(folder)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, place)
+    write_json(output / "metrics.json", {**run, "quantization": None, "merged_from": str(folder)})
 
 
 def _untie(model) -> list[tuple[Any, bool]]:

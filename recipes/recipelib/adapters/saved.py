@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import re
-import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 import recipelib.adapters.bottleneck  # noqa: F401  PEFT knows its adapters from here on
 from recipelib.adapters.soft_prompts import PROMPTS
 from recipelib.adapters.soft_verbalizer import SoftVerbalizer
 from recipelib.models import (
+    bare_model,
     classification_head,
     hub_errors_in_one_line,
     is_masked_model,
@@ -68,19 +69,20 @@ def base_of(adapter: Path) -> tuple[str, str | None]:
     return config.base_model_name_or_path, config.revision
 
 
-def with_adapter(model, adapter: Path | None):
+def with_adapter(model, adapter: Path | None, *, trained_as: PeftConfig | None = None):
     """The model with an adapter on it, if there is one; with the embeddings of tokens that were
-    added before it was trained.
+    added before it was trained, and with answers that end where they did in training.
 
+    Args:
+        trained_as: the adapter's configuration, to train it further; None to use it as it is.
     Raises:
         UserError: the adapter was trained on another model.
     """
     if adapter is None:
         return model
-    config, width = (
-        PeftConfig.from_pretrained(adapter),
-        model.get_input_embeddings().weight.shape[1],
-    )
+    config = trained_as or PeftConfig.from_pretrained(adapter)
+    trained_on = config.base_model_name_or_path
+    width = model.get_input_embeddings().weight.shape[1]
     try:
         # PEFT would see none of this before a text is read, or not at all.
         if config.peft_type in PROMPTS and config.token_dim != width:
@@ -91,36 +93,67 @@ def with_adapter(model, adapter: Path | None):
         masked = config.task_type == "FEATURE_EXTRACTION"  # see `prompt_shape`
         if config.is_prompt_learning and masked != is_masked_model(model):
             raise ValueError(f"it is for a {'masked' if masked else 'causal'} language model")
-        if beyond := _layer_beyond(adapter, model):
+        if beyond := _beyond(adapter, model, config):
             raise ValueError(f"it adapts {beyond}, which the model does not have")
         size = saved_embeddings(adapter)
         if size and size != model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(size, mean_resizing=False)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")
-            return PeftModel.from_pretrained(model, adapter)
+            warnings.filterwarnings("ignore", ".*from a non-meta parameter")
+            if trained_as:
+                return _to_train(model, adapter, config)
+            tuned = PeftModel.from_pretrained(model, adapter)
     except (ValueError, RuntimeError, UserWarning) as error:
         _, heading, sizes = str(error).partition("size mismatch for ")
         raise UserError(
             f"{adapter}: does not fit the model ({first_line(heading + sizes or error)}); pass the "
-            f"one that it was trained on: {config.base_model_name_or_path}"
+            f"one that it was trained on: {trained_on}"
         ) from None
+    if (adapter / GENERATION_CONFIG_NAME).is_file() and bare_model(tuned).can_generate():
+        bare_model(tuned).generation_config = GenerationConfig.from_pretrained(adapter)
+    return tuned
 
 
-def _layer_beyond(adapter: Path, model) -> str | None:
-    """A layer of which an adapter has weights, and which lies behind the model's last one."""
-    depths = {
-        name: len(module)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList)
-    }
+def _to_train(model, adapter: Path, config: PeftConfig) -> PeftModel:
+    """The model with an adapter on it that is trained further."""
+    load = {"is_trainable": True, "torch_device": "cpu"}
+    config.base_model_name_or_path = model.name_or_path
+    if not config.is_prompt_learning:
+        return PeftModel.from_pretrained(model, adapter, config=config, **load)
+    # PEFT's `from_pretrained` refuses to train a prompt that it has loaded.
+    tuned = get_peft_model(model, config)
+    tuned.load_adapter(adapter, "default", **load)
+    return tuned
+
+
+# How the parts of a tensor's name begin that stand behind those of its layer.
+_OWN = {
+    method: (prefix, "base_layer", "token_adapter", "weight", "bias")
+    for method, prefix in (("LORA", "lora_"), ("BOTTLENECK", "bottleneck_"))
+}
+
+
+def _beyond(adapter: Path, model, config: PeftConfig) -> str | None:
+    """A layer of which an adapter has weights, and which the model does not have: behind its last
+    one, or of another name within one. PEFT would pass over both.
+    """
+    modules, own = dict(model.named_modules()), _OWN.get(str(config.peft_type.value), ("",))
     with safe_open(adapter / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
         names = [name.removeprefix("base_model.model.").split(".") for name in file.keys()]  # noqa: SIM118
     for parts in names:
+        numbered = False
         for place, part in enumerate(parts):
-            layers = ".".join(parts[:place])
-            if part.isdecimal() and int(part) >= depths.get(layers, sys.maxsize):
-                return f"{layers}.{part}"
+            above, name = ".".join(parts[:place]), ".".join(parts[: place + 1])
+            in_list = isinstance(modules[above], torch.nn.ModuleList)
+            numbered = numbered or in_list
+            if name in modules:
+                continue
+            # PEFT itself joins experts that were saved one by one.
+            joined = part.startswith(own) or parts[place - 1] == "experts"
+            if in_list or (numbered and not joined):
+                return name
+            break
     return None
 
 
@@ -129,6 +162,19 @@ _OF_TOKENS = {
     *("embed_tokens", "embed_in", "word_embeddings", "embeddings", "wte"),
     *("lm_head", "embed_out"),
 }
+
+
+def tokenizer_of_adapter(adapter: Path | str | None) -> dict[str, Any]:
+    """What an encoder has to know of an adapter: the folder of its tokenizer, if it brings one, and
+    for how many tokens it has embeddings.
+    """
+    if not adapter:
+        return {}
+    own = Path(adapter, "tokenizer_config.json").is_file()
+    return {
+        "tokenizer_of": str(adapter) if own else None,
+        "vocabulary": saved_embeddings(adapter),
+    }
 
 
 def saved_embeddings(adapter: Path | str) -> int | None:

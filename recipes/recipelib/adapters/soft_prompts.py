@@ -47,7 +47,7 @@ def start_ids(
     text, template = asker.encoder.text, asker.encoder.template
     start: list[int] = []
     if init == "template":
-        emptied = question.change(**dict.fromkeys(template.prompt_variables, ""))
+        emptied = question.change(**dict.fromkeys(template.content_variables, ""))
         try:
             ids = asker.prompt(emptied, ()).ids
         except RowError as error:

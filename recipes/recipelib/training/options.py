@@ -24,7 +24,8 @@ _SHARDED = "the launch decides; accelerate launch --config_file accelerate_confi
 # What the recipes do themselves, in `encoding`, in the loss, at the end of a run: and why.
 _NEVER = {
     **dict.fromkeys(("assistant_only_loss", "chat_template_path"), _TEMPLATE),
-    **dict.fromkeys(("completion_only_loss", "eos_token", "loss_type", "label_names"), _TEMPLATE),
+    **dict.fromkeys(("completion_only_loss", "eos_token", "label_names"), _TEMPLATE),
+    "loss_type": "instruction_sft.py and cot_sft.py have --loss for it",
     "dataset_text_field": f"{_ROWS}; --columns VARIABLE=COLUMN says what yours are called",
     "truncation_mode": f"{_ROWS}, whose key shorten says what is cut",
     "shuffle_dataset": "rows are shuffled in every pass; see --train_sampling_strategy",
@@ -88,7 +89,12 @@ def refuse_what_is_ours(training) -> None:
 
 
 def refuse_unused(
-    training, given: Sequence[Iterable[str]], *, trains: bool = True, stops_early: bool = False
+    training,
+    given: Sequence[Iterable[str]],
+    *,
+    trains: bool = True,
+    stops_early: bool = False,
+    loss: str = "nll",
 ) -> None:
     """Refuse options that change nothing beside the others.
 
@@ -98,6 +104,7 @@ def refuse_unused(
             line, in a file.
         trains: whether the trainer will train anything.
         stops_early: whether the recipe will let the trainer evaluate, though it was not told so.
+        loss: the recipe's, "nll" or "dft".
     Raises:
         UserError: an option that changes nothing.
     """
@@ -105,7 +112,8 @@ def refuse_unused(
     names = [name for source in given for name in source if name in own]
     if idle := [name for name in names if not trains and name not in _WITHOUT_TRAINING]:
         raise UserError(f"--{idle[0]}: is for training, and nothing is trained; leave it out")
-    for needs, met, needing in _needed(training, stops_early):
+    usual = ("--loss nll", loss == "nll", ["label_smoothing_factor"])
+    for needs, met, needing in [usual, *_needed(training, stops_early)]:
         decides = needs.split()[0].removeprefix("--")
         for name in needing if not met else ():
             # A file may hold what the command line makes idle.

@@ -58,6 +58,7 @@ def show_plan(
             "examples": f"encoded while training; the first {len(lengths)} have "
             f"{lengths.mean():.0f} tokens on average, {padding:.0%} padding"
         }
+    dft = training.loss_type == "dft"
     print_table(
         "Before training",
         {
@@ -69,6 +70,7 @@ def show_plan(
             "batch": batch or _batch(training),
             "learning rate": f"{training.learning_rate:g}{''.join(own)}, "
             f"{training.lr_scheduler_type.value}",
+            **({"loss": "dft, by each token's probability"} if dft else {}),
             "memory per process": estimated,
             "output": training.output_dir,
         },

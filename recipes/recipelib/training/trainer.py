@@ -159,6 +159,7 @@ class RecipeTrainer(SFTTrainer):
         rates: learning rates for the parameters with these words in their names.
         cache: of what the model's frozen layers compute of the training examples; they are then
             run once, when training begins, and not in the steps.
+        loss: "nll", or "dft": dynamic fine-tuning, see `compute_loss`.
         options: further ones of `SFTTrainer`.
     Raises:
         UserError: a checkpoint of another run; FSDP is asked for but off; a model whose rows cannot
@@ -173,8 +174,10 @@ class RecipeTrainer(SFTTrainer):
         *,
         rates: Mapping[str, float] | None = None,
         cache: StateCache | None = None,
+        loss: str = "nll",
         **options,
     ):
+        training.loss_type = loss  # TRL's name for it
         check_adapter(task.checkpoint, model)
         held_out = task.held_out() if training.eval_strategy != "no" else None
         config = bare_model(model).config
@@ -478,7 +481,9 @@ class RecipeTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy, summed over the supervised tokens and divided by the number of those in
-        the whole step, of all processes and accumulation steps.
+        the whole step, of all processes and accumulation steps. In training with "dft" each token
+        is weighted by its own probability, kept out of the gradient (Wu et al. 2025, On the
+        Generalization of SFT, arXiv:2508.05629); evaluation has the usual loss.
         """
         targets = inputs["labels"][:, 1:]
         supervised = targets != IGNORED
@@ -486,12 +491,15 @@ class RecipeTrainer(SFTTrainer):
         batch = {name: tensor for name, tensor in inputs.items() if name != "labels"}
         with logits_at(self.model, supervised.nonzero(), inputs["labels"].shape[1]):
             outputs = model(**batch, use_cache=False)
+        dft = self.args.loss_type == "dft" and model.training
         loss = F.cross_entropy(
             outputs.logits[0].float(),
             targets[supervised],
-            reduction="sum",
+            reduction="none" if dft else "sum",
             label_smoothing=self.args.label_smoothing_factor,
         )
+        if dft:
+            loss = (loss * torch.exp(-loss.detach())).sum()
         if num_items_in_batch is None:
             loss = loss / supervised.sum()
         else:
