@@ -6,7 +6,8 @@ requests, one JSON line each, on standard input and output.
     python benchmarks/few_shot_arm.py generate MODEL_FOLDER 8        # transformers' own
 
 A request names a file with `prompts` and, for each of them, `choices`, or `max_new_tokens` and
-`stop` where answers are to be written. The number is the batch size of lm-eval and of `generate`;
+`stop` where answers are to be written; a `template` and `rows` say the same as prompts and choices,
+and ours takes them instead. The number is the batch size of lm-eval and of `generate`;
 ours packs rows as they come.
 """
 
@@ -22,9 +23,11 @@ def ours(folder: str, batch_size: int):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
     import torch
 
-    from recipelib.encoding import TextEncoder
+    from recipelib.encoding import CausalAsker, PromptEncoder, TextEncoder
+    from recipelib.evaluation import score_labels
     from recipelib.inference import generate, log_likelihoods
     from recipelib.models import load_pretrained, load_tokenizer
+    from recipelib.prompts import PromptTemplate
 
     tokenizer = load_tokenizer(folder)
     model = load_pretrained(folder, dtype=torch.float32).eval()
@@ -38,6 +41,11 @@ def ours(folder: str, batch_size: int):
 
     def answer(case: dict) -> dict:
         computed.clear()
+        if "template" in case:  # as a recipe scores rows with options of their own
+            asker = CausalAsker(PromptEncoder(PromptTemplate(case["template"]), tokenizer, 2048))
+            (scored,) = score_labels(model, asker, case["rows"], [None], all_scores=False).draws
+            found = [[*record["scores"]["sum"].values()] for record in scored.records]
+            return {"results": found, "tokens": sum(computed)}
         prompts = [encoder.text_prompt(text) for text in case["prompts"]]
         if "choices" not in case:
             written = generate(

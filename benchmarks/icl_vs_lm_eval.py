@@ -5,10 +5,12 @@
 
 Both score the same prompts, float32 on the CPU, one after the other, in processes that have loaded
 the model and warmed up before: SST-2 with 16 demonstrations and without, TREC with 12
-demonstrations, where the six classes have names of several tokens. lm-eval 0.4.13 runs at its
+demonstrations, where the six classes have names of several tokens; and GSM8K's questions with three
+to five options that differ from row to row, the last sentences of solutions, which ours reads
+through a template. lm-eval 0.4.13 runs at its
 defaults but for the batch size, 8, in an environment of its own, which the script makes in the
 user's cache folder at its first run (`requirements-lm-eval.txt`; another: --lm_eval_python). A
-fourth case writes answers: 20 rows of GSM8K behind 8 worked examples, beside transformers'
+last case writes answers: 20 rows of GSM8K behind 8 worked examples, beside transformers'
 `generate` on whole prompts, also at batch size 8.
 
 DATA holds `sst2`, `trec` and `gsm8k` as `prepare_data.py` writes them. Without it the bundled movie
@@ -48,6 +50,7 @@ from word_problems import generate_problems, read_gsm8k
 
 from recipelib.models.bundled import bundled_folder
 from recipelib.models.sources import describe_model, resolve_model
+from recipelib.prompts import PromptTemplate
 from recipelib.runtime import UserError, versions
 
 HERE = Path(__file__).resolve().parent
@@ -63,7 +66,14 @@ LABELS = {
     "LOC": " a place on the map",
     "NUM": " a number or date",
 }
-GOALS = {"few": 20.0, "classes": 40.0, "zero": 1.0, "written": 1.8}
+GOALS = {"few": 20.0, "classes": 40.0, "zero": 1.0, "options": 1.0, "written": 1.8}
+OPTIONS = {
+    "name": "options",
+    "form": "generative",
+    "prompt": "{{ asked }}",
+    "options": "sentences",
+    "label": "right",
+}
 
 
 class Arm:
@@ -190,12 +200,16 @@ def make_cases(data: Path | None, rows: int, written: int, names: list[str]) -> 
         title = "TREC, 12 shots, 6 classes of several tokens"
         asked = "Question: {question}\nIt asks for:"
         cases["classes"] = labels_case(title, data_files("trec", data), rows, LABELS, asked, 12)
+    file = data and data / "gsm8k" / "train.jsonl"
+
+    def problems_of(count: int) -> list[dict]:
+        return generate_problems(count) if file is None else read_gsm8k(file, count)
+
+    if "options" in names:
+        title = f"{'GSM8K' if data else 'word problems'}, 3 to 5 options per row"
+        cases["options"] = options_case(title, problems_of(rows), file)
     if "written" in names:
-        if data is None:
-            problems = generate_problems(written + 8)
-        else:
-            file = data / "gsm8k" / "train.jsonl"
-            problems = read_gsm8k(file, written + 8)
+        problems = problems_of(written + 8)
         shown = "".join(f"{one['prompt']}{one['completion']}\n\n" for one in problems[:8])
         cases["written"] = {
             "title": f"{'GSM8K' if data else 'word problems'}, 8 shots, {written} answers written",
@@ -251,6 +265,29 @@ def labels_case(
         "choices": [list(words.values())] * len(test),
         "golds": [list(words).index(row["label"]) for row in test],
         "sha256": sha256_of(*files),
+    }
+
+
+def options_case(title: str, problems: list[dict], file: Path | None) -> dict:
+    """Questions, each with the last sentence of its solution and those of others to choose from."""
+    draw = random.Random(0)
+    lasts = [problem["completion"].split("\n")[-2].strip() for problem in problems]
+    rows = []
+    for at, problem in enumerate(problems):
+        others = sorted(set(lasts) - {lasts[at]})
+        sentences = [lasts[at], *draw.sample(others, min(len(others), draw.randint(2, 4)))]
+        draw.shuffle(sentences)
+        rows.append({"asked": problem["prompt"], "sentences": sentences, "right": lasts[at]})
+    template = PromptTemplate(OPTIONS)
+    asked = [question for row in rows for question in template.questions(row)]
+    return {
+        "title": title,
+        "template": OPTIONS,
+        "rows": rows,
+        "prompts": [template.prompt(question) for question in asked],
+        "choices": [[text for (text,) in one.candidates.values()] for one in asked],
+        "golds": [list(one.candidates).index(one.label) for one in asked],
+        "sha256": file and sha256_of(file),
     }
 
 

@@ -22,7 +22,7 @@ PROMPT = {**QUICK, "virtual_tokens": 5}
 
 def flat(records: list[dict]) -> list[float]:
     """The labels' scores of predictions, row by row."""
-    return [score for record in records for score in record["log_likelihoods"].values()]
+    return [score for record in records for score in record["scores"].values()]
 
 
 def scores(folder: Path, rows: Path, model=None) -> list[float]:

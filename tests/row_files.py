@@ -48,10 +48,12 @@ def write(path, rows):
     elif path.suffix == ".parquet":
         datasets.disable_progress_bars()
         Dataset.from_list(rows).to_parquet(path)
+    elif path.suffix == ".tsv":
+        lines = [list(rows[0]), *(row.values() for row in rows)]
+        path.write_bytes("".join("\t".join(line) + "\n" for line in lines).encode())
     else:
         with path.open("w", newline="", encoding="utf-8") as file:
-            delimiter = "\t" if path.suffix == ".tsv" else ","
-            writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+            writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
     return path
@@ -82,5 +84,7 @@ def arguments(dataset=None, **given):
         "max_train_samples": None,
         "max_eval_samples": None,
         "skip_bad_rows": False,
+        "encoding": None,
+        "field": None,
     }
     return SimpleNamespace(dataset=dataset and str(dataset), **{**defaults, **given})

@@ -162,6 +162,8 @@ COMMON = {
     "columns": shown(["text=other"]),
     "train_split": shown("more"),
     "eval_split": started("more", score("rows")),
+    "field": refused("data", "no key 'data'; its keys: "),
+    "encoding": refused("utf-61", "--encoding utf-61: no encoding that Python knows"),
     "max_train_samples": started(2, examples),
     "max_eval_samples": started(1, score("rows")),
     "skip_bad_rows": allowed(True, "train.jsonl:1", dataset="<bad>"),
@@ -176,6 +178,9 @@ COMMON = {
 }
 NOT_STREAMED = {"streaming": refused(True, "--streaming: nothing is trained")}
 LORA = {"r": started(2, peft("r")), "alpha": started(2, peft("lora_alpha"))}
+# What it does with one that is there stands in test_further.py.
+ADAPTER = {"adapter": refused("<root>/none", "no such folder")}
+LOSS = {"loss": started("dft", leave("loss"))}
 FOUR_BITS = {"load_in_4bit": started(True, load("quantization_config"))}
 CLOZE = {
     # What is shown are the rows that are scored.
@@ -195,6 +200,7 @@ CASES = {
         **COMMON,
         **MASKED_REFUSED,
         **LORA,
+        **ADAPTER,
         "lora_dropout": started(0.5, peft("lora_dropout")),
         "target_modules": started(["q_proj"], parameters),
         "rslora": started(True, peft("use_rslora")),
@@ -206,6 +212,7 @@ CASES = {
     "adapter_sft": {
         **COMMON,
         **MASKED_REFUSED,
+        **ADAPTER,
         "bottleneck_size": started(2, peft("bottleneck_size")),
         "placement": started("ffn", parameters),
         "adapter_input": started("input", peft("adapter_input")),
@@ -223,6 +230,7 @@ CASES = {
     "prompt_tuning": {
         **COMMON,
         **CLOZE,
+        **ADAPTER,
         "tune": started("prefix", peft("peft_type")),
         "virtual_tokens": started(2, peft("num_virtual_tokens")),
         "init": started("words", values),
@@ -245,6 +253,7 @@ CASES = {
         "rendering": shown("text"),
         "heldout_template": started(["word_problems=<sums>"], score("rows")),
         "mixing": started("equal", leave("mixture"), template=TWO_TASKS, max_train_samples=11),
+        **LOSS,
         "lora": started(True, has_adapter),
         "r": started(2, peft("r"), lora=True),
         "alpha": started(2, peft("lora_alpha"), lora=True),
@@ -257,6 +266,7 @@ CASES = {
         **COMMON,
         **MASKED_REFUSED,
         **LORA,
+        **LOSS,
         "columns": shown(["question=other"]),
         "target": shown("answer_only"),
         "rationale_instruction": shown("Think.", target="mixed"),
@@ -372,6 +382,7 @@ def test_every_option_changes_something_or_one_line_refuses_it(recipe, option, w
                 ("cot_sft", {"answer_instruction": "Say."}, "--target mixed"),
                 ("cot_sft", {"rationale_instruction": "Think."}, "--target mixed"),
                 ("cot_sft", {"temperature": 0.5}, "--samples 2 or more"),
+                ("cot_sft", {"loss": "dft", "label_smoothing_factor": 0.1}, "--loss nll"),
                 ("instruction_sft", {"r": 2}, "--lora true"),
                 ("instruction_sft", {"alpha": 2}, "--lora true"),
                 ("gpipe_sft", {"r": 2}, "--peft lora"),

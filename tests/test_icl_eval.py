@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import icl_eval
+import instruction_sft
+import lora_sft
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from recipe_runs import REVIEWS, write_rows
 from run_files import read_json, read_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from recipelib.adapters import merge_adapter
 from recipelib.inference import Journal
 from recipelib.runtime.errors import UserError
 
@@ -258,6 +261,58 @@ def test_a_trained_run_is_neither_written_over_nor_asked_otherwise_unsaid(
     run(adapter=folder, shots=0, rendering="text")
     said = "warning: the adapter was trained with --rendering chat: ask so, too"
     assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("trained", ["adapter", "merged", "of several"])
+def test_a_run_is_scored_on_its_own_rows_unless_others_are_named(
+    run, runs, trained, tmp_path, monkeypatch, capsys
+):
+    """The held-out rows that its training left alone, found from any folder."""
+    monkeypatch.chdir(write_rows(tmp_path / "place", mine=REVIEWS))
+    named, common = {"dataset": "mine.jsonl"}, {"max_steps": 1, "output": "trained"}
+    if trained in ("adapter", "merged"):
+        folder = runs(lora_sft)(**common, **named, rendering="text")
+    else:
+        templates = ["movie_reviews=mine.jsonl", "word_problems"]
+        more = {"dataset": None, "template": templates[: 1 + (trained == "of several")]}
+        folder = runs(instruction_sft)(**common, **more, max_train_samples=4, max_new_tokens=2)
+    told = read_jsonl(folder / "predictions.jsonl")
+    told = [one for one in told if one.get("task", "movie_reviews") == "movie_reviews"]
+    if trained == "merged":  # twice: the first one is replaced
+        folder, _ = (merge_adapter(str(folder), str(folder / "merged")) for _ in range(2))
+    option = "adapter" if trained == "adapter" else "model_name_or_path"
+    ask = {"model_name_or_path": "", option: folder, "dataset": None, "shots": 0}
+    monkeypatch.chdir(tmp_path)
+    if trained == "of several":
+        with pytest.raises(UserError, match="was trained on movie_reviews, word_problems; pass"):
+            run(**ask)
+        ask["template"] = "movie_reviews"
+    capsys.readouterr()
+    scored = read_jsonl(run(**ask) / "predictions.jsonl")
+    said = capsys.readouterr().out
+    assert f"{folder}: is asked as it was trained, with its " in said
+    assert f"its rows ({tmp_path}/place/mine.jsonl), --rendering " in said
+    assert {one["prompt"] for one in scored} == {one["prompt"] for one in told}
+    others = write_rows(tmp_path / "others", train=REVIEWS, validation=REVIEWS[:1])
+    assert len(read_jsonl(run(**{**ask, "dataset": others}) / "predictions.jsonl")) == 1
+    (tmp_path / "place" / "mine.jsonl").unlink()
+    with pytest.raises(UserError, match=r"\.yaml: dataset\.path: .*: no such .*--dataset"):
+        run(**ask)
+
+
+def test_a_conversation_is_answered_by_any_model_with_a_chat_template(run, runs, tmp_path, capsys):
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
+    data = write_rows(tmp_path / "chats", train=[{"messages": turns}] * 4)
+    chats = {"dataset": data / "train.jsonl", "template": None, "max_new_tokens": 4}
+    folder = runs(instruction_sft)(**{**chats, "template": []}, max_steps=1, output="trained")
+    asked = write_rows(tmp_path, asked=[{"messages": turns[:1]}]) / "asked.jsonl"
+    ask = {"model_name_or_path": folder, "dataset": None, "max_new_tokens": 4}
+    run(**ask, predict=asked, preview=1)
+    assert "Hello\n\n### Assistant:\n" in capsys.readouterr().out
+    (one,) = read_jsonl(run(**ask, predict=asked) / "predictions_asked.jsonl")
+    assert one["prompt"].endswith("Hello\n\n### Assistant:\n")
+    assert (one["answer"], one["prediction"]) == ([], one["generated"].strip())
+    assert read_json(run(**ask) / "metrics.json")["metric"] == "loss"
 
 
 # What stops, goes on, or is shown ----------------------------------------------------------------

@@ -1,5 +1,7 @@
 """recipes/instruction_sft.py run whole, on a tiny model with random weights."""
 
+import json
+
 import instruction_sft
 import pytest
 from peft import PeftModel
@@ -91,10 +93,16 @@ def test_a_mixture_is_trained_and_each_task_scored_the_held_out_one_too(run, cap
     }
     assert [task["eval_rows"] for task in tasks.values()] == [6, 4, 6]
     trained = [tasks[name]["score"] for name in ("movie_reviews", "gsm8k")]
-    assert (metrics["metric"], metrics["score"]) == ("mean", sum(trained) / 2)
+    assert (metrics["metric"], metrics["score"]) == ("share right", sum(trained) / 2)
     assert metrics["estimated_memory_bytes"] > 0
     records = read_jsonl(folder / "predictions.jsonl")
-    assert [record["task"] for record in records] == ["movie_reviews"] * 6 + ["gsm8k"] * 4
+    assert [record["task"] for record in records] == (
+        ["movie_reviews"] * 6 + ["gsm8k"] * 4 + ["ending"] * 6
+    )
+    assert {"line", "answer_text", "log_likelihoods"} <= records[-1].keys()
+    assert tasks["movie_reviews"]["classes"].keys() == {"negative", "positive"}
+    drawn = {file.stem for file in (folder / "confusion").iterdir()}
+    assert drawn == {"movie_reviews", "ending"}
     assert metrics["rendering"] == "chat"
     assert {file.stem for file in (folder / "templates").iterdir()} == {"movie_reviews", "gsm8k"}
     assert changed(seen) == seen.before.keys()
@@ -120,11 +128,18 @@ def test_conversations_are_recognized_and_only_the_assistant_is_trained(run, cap
     assert shown.count("Be kind.") == 3
 
 
+def test_a_preview_shows_each_task_the_held_out_one_too(run, capsys):
+    run(template=TWO, heldout_template=["DATA/ending.yaml=DATA/reviews"], preview=2)
+    shown = capsys.readouterr().out
+    for name in ("movie_reviews", "gsm8k", "ending (held out)"):
+        assert [shown.count(f" {name}, example {number}: ") for number in (1, 2, 3)] == [1, 1, 0]
+
+
 def test_conversations_and_tasks_go_together(run):
     folder = run(template=["auto=DATA/chats.jsonl", "movie_reviews=DATA/reviews"])
     tasks = read_json(folder / "metrics.json")["tasks"]
     assert sorted(task["metric"] for task in tasks.values()) == ["accuracy", "loss"]
-    assert read_json(folder / "metrics.json")["metric"] == "mean"
+    assert read_json(folder / "metrics.json")["metric"] is None
 
 
 def test_a_pass_over_few_rows_is_one_pass(run, capsys):
@@ -136,10 +151,78 @@ def test_a_pass_over_few_rows_is_one_pass(run, capsys):
     assert "times" not in capsys.readouterr().out
 
 
-def test_a_run_on_conversations_has_no_answer_for_new_rows(run):
-    run(dataset="DATA/chats.jsonl", max_steps=1)
-    with pytest.raises(UserError, match=r"--predict: .* was trained on conversations, which have"):
-        run(predict="DATA/chats.jsonl")
+ASKED = CHATS[0]["messages"][:4]  # that ends with the user's turn
+CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "time", "arguments": {}}}]}
+TOOLS = [{"name": "time", "description": "Tells it.", "parameters": {}}]
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_model_tuned_on_conversations_writes_the_next_turn(run, tmp_path, lora, causal_model):
+    folder = run(dataset="DATA/chats.jsonl", lora=lora, learning_rate=0.01)
+    rows = [
+        {"messages": ASKED},
+        {"messages": CHATS[0]["messages"]},  # its last answer is the one to compare with
+        {"messages": json.dumps([{"from": "human", "value": "And now?"}])},
+        {"messages": [*ASKED, {"role": "assistant", "content": None}], "tools": TOOLS},
+        {"messages": [*ASKED, CALL, {"role": "tool", "content": "9"}], "tools": json.dumps(TOOLS)},
+    ]
+    run(predict=write_rows(tmp_path, asked=rows) / "asked.jsonl")
+    records = read_jsonl(folder / "predictions_asked.jsonl")
+    assert [record["answer"] for record in records] == [[], ["Good night 0"], [], [], []]
+    assert records[0]["prediction"] == records[1]["prediction"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(causal_model if lora else folder)
+    model = PeftModel.from_pretrained(model, folder) if lora else model
+    turns = [ASKED, ASKED, [{"role": "user", "content": "And now?"}], ASKED, rows[4]["messages"]]
+    for asked, record, row in zip(turns, records, rows, strict=True):
+        tools = [{"type": "function", "function": tool} for tool in TOOLS if "tools" in row]
+        ids = tokenizer.apply_chat_template(
+            asked, tools=tools or None, add_generation_prompt=True, return_tensors="pt"
+        )["input_ids"]
+        said = model.generate(ids, max_new_tokens=QUICK["max_new_tokens"], do_sample=False)
+        text = tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
+        assert record["prompt"] == tokenizer.decode(ids[0])
+        assert (record["prediction"], record["generated"]) == (text.strip(), text)
+    # Answers end where they did in training, which of an adapter its folder says.
+    config = read_json(folder / "generation_config.json")
+    first = said[0, ids.shape[1]].item()
+    (folder / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": [first]}))
+    run(predict=tmp_path / "asked.jsonl")
+    assert read_jsonl(folder / "predictions_asked.jsonl")[-1]["generated"] == ""
+
+
+def test_turns_behind_a_history_and_trls_prompts_are_answered_without_their_answers(run, tmp_path):
+    history = [["Hello", "Good day"], ["And you?", "Well"]]
+    kinds = {
+        "alpaca": {"instruction": "And now?", "input": "", "output": "Fine", "history": history},
+        "trl": {"prompt": ASKED[3:], "completion": ASKED[2:3]},
+    }
+    for kind, row in kinds.items():
+        data = write_rows(tmp_path / kind, rows=[row] * 4)
+        folder = run(dataset=str(data / "rows.jsonl"), max_steps=1, output=kind)
+        bare = {key: value for key, value in row.items() if key not in ("output", "completion")}
+        run(predict=write_rows(tmp_path, asked=[bare, row]) / "asked.jsonl", output=kind)
+        less, more = read_jsonl(folder / "predictions_asked.jsonl")
+        assert (less["answer"], len(more["answer"])) == ([], 1)
+        assert less["prompt"] == more["prompt"]
+        assert less["prompt"].endswith("And now?\n\n### Assistant:\n")
+        assert less["prompt"].count("### User:") == (3 if kind == "alpaca" else 1)
+
+
+def test_turns_that_cannot_be_answered_are_one_line(run, tmp_path):
+    run(dataset="DATA/chats.jsonl", max_steps=1, max_length=512)
+    for turns, more, line in (
+        (ASKED[:1], {}, r"asked\.jsonl:1: messages: no turn of the user, so nothing to answer"),
+        (ASKED, {"max_new_tokens": 1024}, "--max_length 512: none of the 1 rows fits with room"),
+        # What is named goes before what the folder says.
+        (ASKED, {"max_length": 8}, "--max_length 8: none of the 1 rows fits with room"),
+        (ASKED, {"template": ["alpaca"]}, r"asked\.jsonl: no column .*'instruction'"),
+    ):
+        rows = [{"messages": turns}] * (1 + ("template" in more))
+        file = write_rows(tmp_path, asked=rows) / "asked.jsonl"
+        with pytest.raises(UserError, match=line) as error:
+            run(predict=file, **more)
+        assert "\n" not in str(error.value)
 
 
 def test_lora_trains_an_adapter_instead(run, causal_model):

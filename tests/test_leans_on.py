@@ -56,6 +56,7 @@ LEANS_ON = {
     "_prepare_backend": "PartialState asks it for the backend; FSDP2 on CPUs answers gloo in place",
     # datasets
     "_fingerprint": "of a hub's data set: another one where its rows are others",
+    "_indices": "of a data set: None unless its rows are others than those of its files, in order",
     # transformers
     "SFTTrainer._get_train_sampler": "the trainer takes the order of the rows from it",
     "RecipeTrainer._load_from_checkpoint": "resuming puts a checkpoint's weights back through it",

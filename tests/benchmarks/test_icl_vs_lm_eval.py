@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from collections import Counter
+from pathlib import Path
 
 import few_shot_arm
 import icl_vs_lm_eval
@@ -37,6 +38,11 @@ class ArmHere:
         self.words = [{"lm_eval": "ours"}.get(side, side), model, str(batch_size)]
 
     def ask(self, **request) -> dict:
+        if self.side == "lm_eval" and "case" in request:  # which knows no template
+            case = json.loads(Path(request["case"]).read_text())
+            case.pop("template", None)
+            request["case"] += ".plain"
+            Path(request["case"]).write_text(json.dumps(case))
         return self._lines(json.dumps(request))[1]
 
     def read(self) -> dict:
@@ -57,16 +63,17 @@ class ArmHere:
 def test_the_sides_score_and_write_alike(start, monkeypatch):
     monkeypatch.setattr(icl_vs_lm_eval, "Arm", ArmHere)
     monkeypatch.setattr(icl_vs_lm_eval, "QUICK_WRITTEN_ROWS", 3)
-    words = ["--quick", "--rows", 3, "--cases", "zero", "written", "--lm_eval_python", "none"]
-    result, shown = start(icl_vs_lm_eval, *words)
+    cases = ["--cases", "zero", "options", "written", "--lm_eval_python", "none"]
+    result, shown = start(icl_vs_lm_eval, "--quick", "--rows", 3, *cases)
     assert next(iter(result)) == "ratio"
-    zero, written = result["cases"].values()
+    zero, options, written = result["cases"].values()
     assert result["ratio"] == zero["ratio"]
-    for case in (zero, written):
+    for case in (zero, options, written):
         ours, theirs = case["seconds"]
         assert case["ratio"] == pytest.approx(sum(theirs) / sum(ours))
     assert (zero["rows"], zero["peer"]) == (3, "lm_eval")
     assert zero["difference"] < 1e-4
+    assert options["difference"] < 1e-4  # through a template, and from prompts and choices
     assert zero["floor"] > 0
     assert (written["rows"], written["peer"]) == (3, "generate")
     assert written["same_texts"] >= 2

@@ -15,6 +15,7 @@ from recipelib.runtime.checkpoints import (
     refuse_trained_run,
 )
 from recipelib.runtime.console import (
+    print_columns,
     print_table,
     printable,
     progress_bar,
@@ -84,6 +85,7 @@ __all__ = [
     "load_yaml",
     "megabytes",
     "one_line",
+    "print_columns",
     "print_table",
     "printable",
     "progress_bar",

@@ -267,6 +267,7 @@ _LEFT = (
 )
 _LEFT_FOLDERS = (
     *("base_model", "dropped", "merged", "templates", "partial", "additional_chat_templates"),
+    "confusion",
 )
 _FIGURES = ("confusion.png", "reliability.png")  # ... and of one that only scores
 

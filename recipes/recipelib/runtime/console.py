@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from tqdm.auto import tqdm
 
@@ -48,6 +48,31 @@ def print_table(title: str, rows: Mapping[str, object]) -> None:
     table.add_column(overflow="fold")
     for name, value in rows.items():  # as Text: rich would read [brackets] in a str as markup
         table.add_row(Text(printable(name)), Text(printable(value)))
+    Console(**plain).print(table)
+
+
+def print_columns(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table with a name in each row's first column and figures in the others, on the main
+    process only. No name is broken; a terminal that is too narrow cuts it.
+    """
+    if not is_main_process():
+        return
+
+    from rich.cells import cell_len
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    cells = [[printable(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    wide = max(100, sum(widths) + 3 * len(widths) + 1)
+    plain = {} if sys.stdout.isatty() else {"width": wide, "force_terminal": False}
+    table = Table(title=Text(printable(title), "bold"), title_justify="left")
+    for number, (name, width) in enumerate(zip(cells[0], widths, strict=True)):
+        side = {"justify": "right", "min_width": width} if number else {"style": "cyan"}
+        table.add_column(Text(name), no_wrap=True, **side)
+    for row in cells[1:]:
+        table.add_row(*map(Text, row))
     Console(**plain).print(table)
 
 

@@ -33,6 +33,7 @@ from recipelib.runtime.launch import cores
 from recipelib.runtime.ranks import local_rank, processes_started
 
 if TYPE_CHECKING:
+    import pyarrow
     from datasets import Dataset, Features
 
 _BATCH = 200_000  # tokens or letters that are held in memory until they are written
@@ -366,7 +367,7 @@ class ArrowFile:
     def add(self, *record: Any) -> None:
         """Append a record, its values in the order of the features."""
         self._batch.append(record)
-        self._held += 40 + sum(len(value) for value in record if isinstance(value, list | str))
+        self._held += 40 + sum(map(_length, record))
         if self._held >= _BATCH:
             self._write()
 
@@ -375,13 +376,31 @@ class ArrowFile:
 
         columns = zip(*self._batch, strict=True)
         arrays = [
-            pyarrow.array(column, kind.type)
+            _array(column, kind.type)
             for column, kind in zip(columns, self._schema, strict=bool(self._batch))
         ]
         if arrays:
             self._writer.write_batch(pyarrow.record_batch(arrays, schema=self._schema))
         self._batch.clear()
         self._held = 0
+
+
+def _length(value: Any) -> int:
+    """How many tokens or letters a value of a record has, about."""
+    if isinstance(value, dict):
+        return sum(map(_length, value.values()))
+    if isinstance(value, list) and value and not isinstance(value[0], int):
+        return sum(map(_length, value))
+    return len(value) if isinstance(value, list | str) else 0
+
+
+def _array(values: Sequence, kind: pyarrow.DataType) -> pyarrow.Array:
+    """Values as Arrow's array; those of a list of `datasets.Json` are its text."""
+    import pyarrow
+
+    if pyarrow.types.is_list(kind) and isinstance(kind.value_type, pyarrow.BaseExtensionType):
+        return pyarrow.array(values, pyarrow.list_(pyarrow.string())).cast(kind)
+    return pyarrow.array(values, kind)
 
 
 def read_arrow(paths: Iterable[Path | str]) -> Dataset:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from recipelib.activations import FrozenLayers, cache_folder, kept_features
-from recipelib.data import RowStream
+from recipelib.data import RowStream, origin_of
 from recipelib.encoding import (
     CausalAsker,
     ClassRows,
@@ -23,7 +23,7 @@ from recipelib.encoding import (
     encode_into,
     encode_stream,
 )
-from recipelib.evaluation import TaskScore, score_chosen, score_classes, score_cloze
+from recipelib.evaluation import TaskScore, identify_rows, score_chosen, score_classes, score_cloze
 from recipelib.models import describe_model, nature_of_model
 from recipelib.runtime import Store, UserError, say
 from recipelib.task.task import (
@@ -91,14 +91,12 @@ class ClassTask(Task):
         result = score_cloze(
             model, self.asker, filled, batch_tokens=budget, description="scoring untouched model"
         )
-        say(f"untouched model: {result}")
-        return result
+        return self._said(result, "untouched model")
 
     def score_chosen(self, scores: np.ndarray, name: str) -> TaskScore:
         """How well the evaluation rows' classes are told by scores, [rows, classes]."""
         result = score_chosen(self.encoder, self.scored, scores)
-        say(f"{name}: {result}")
-        return result
+        return self._said(result, name)
 
     @property
     def class_numbers(self) -> np.ndarray:
@@ -157,6 +155,10 @@ class ClassTask(Task):
             batch_tokens=self.budget["batch_tokens"],
             description=f"scoring {name}",
         )
+        return self._said(result, name)
+
+    def _said(self, result: TaskScore, name: str) -> TaskScore:
+        identify_rows(result.records, self.evaluation.rows)
         say(f"{name}: {result}")
         return result
 
@@ -177,7 +179,12 @@ def load_class_task(args, training, *, trains: bool = True) -> ClassTask:
     if training.packing:
         raise UserError("--packing: texts of which a class is read are padded; leave it out")
     refuse_options_of_texts(training)
-    template = load_template(args)
+    template = load_template(args, training)
+    if template.options:
+        raise UserError(
+            f"{template.path}: options: differ from row to row, and a head or a small model has "
+            "the same classes for all; run recipes/cloze_sft.py or lora_sft.py"
+        )
     if not template.label or not template.verbalizer:
         raise UserError(f"{template.path}: verbalizer: is missing; it names the classes")
     store = Store.of(training)
@@ -200,6 +207,7 @@ def load_class_task(args, training, *, trains: bool = True) -> ClassTask:
         budget={"batch_tokens": args.eval_batch_tokens},
         encoded=encoded,
         store=store,
+        origin=origin_of(template, args, published=training.publish),
         asker=asker,
         masked=masked,
         scored=encode_class_rows(asker, evaluation.rows),

@@ -10,7 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from recipelib.data import RowStream, few_shot_rows
+from recipelib.adapters import tokenizer_of_adapter
+from recipelib.data import RowStream, few_shot_rows, origin_of
 from recipelib.encoding import (
     CausalAsker,
     ClozeRows,
@@ -26,7 +27,7 @@ from recipelib.encoding import (
     encode_stream,
     label_word_ids,
 )
-from recipelib.evaluation import TaskScore, score_cloze
+from recipelib.evaluation import TaskScore, identify_rows, score_cloze
 from recipelib.models import describe_model, nature_of_model
 from recipelib.prompts import PromptTemplate, Question
 from recipelib.runtime import (
@@ -116,6 +117,7 @@ class ClozeTask(Task):
             description=name and f"scoring {name}",
         )
         if name:
+            identify_rows(result.records, self.evaluation.rows)
             say(f"{name}: {result}")
         return result
 
@@ -128,11 +130,11 @@ class ClozeTask(Task):
             return self.score(model, "untouched model", rows)
 
     def validate(self, model) -> tuple[float, float]:
-        """The score of the validation rows, and the mean log-likelihood of their labels, which
+        """The score of the validation rows, and the mean score of their labels, which
         decides between equals.
         """
         result = self.score(model, None, self.validation)
-        right = [record["log_likelihoods"][record["answer"]] for record in result.records]
+        right = [record["scores"][record["answer"]] for record in result.records]
         return result.score, sum(right) / len(right)
 
     def draws(self, args, training) -> Iterator[tuple[ClozeTask, Any]]:
@@ -196,19 +198,26 @@ def load_cloze_task(
             "--neftune_noise_alpha: is for training a model, not a prompt in front; leave it out"
         )
     _refuse_cloze_options(args, training)
-    template = template or load_template(args)
+    template = template or load_template(args, training)
     if not template.label:
         raise UserError(f"{template.path}: verbalizer: is missing; a cloze is read by its words")
+    if template.options and args.soft_verbalizer:
+        raise UserError(
+            f"--soft_verbalizer: learns an embedding per class, and the options of "
+            f"{template.path.name} differ from row to row; leave it out"
+        )
     store = Store.of(training)
     train, evaluation = load_rows_of(template, args, training, store)
     masked = nature_of_model(args, training).masked
-    encoder = make_encoder(template, args, training, virtual_tokens=virtual_tokens)
+    own = tokenizer_of_adapter(getattr(args, "adapter", None))
+    encoder = make_encoder(template, args, training, virtual_tokens=virtual_tokens, **own)
     asker = asker_of(encoder, masked, args.cloze)
     question = template.questions(train.rows[0])[0]
     words = label_word_ids(asker, question)
-    before = before_cloze(asker, question, next(iter(template.verbalizer.values()))[0])
-    for note in check_words(template, encoder.text, words, before):
-        say(note)
+    if template.verbalizer:
+        before = before_cloze(asker, question, next(iter(template.verbalizer.values()))[0])
+        for note in check_words(template, encoder.text, words, before):
+            say(note)
     task = ClozeTask(
         encoder=encoder,
         train=train,
@@ -221,6 +230,7 @@ def load_cloze_task(
         words=words,
         scored=encode_cloze_rows(asker, evaluation.rows, soft=args.soft_verbalizer),
         store=store,
+        origin=origin_of(template, args, published=training.publish),
         facts={
             "masked": masked,
             "cloze": masked or args.cloze,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from recipelib.adapters import SOFT_VERBALIZER, base_of, resolve_adapter, saved_embeddings
 from recipelib.data import load_asked
 from recipelib.encoding import CausalAsker, MaskedAsker, asker_of
 from recipelib.models import describe_model, nature_of_model
+from recipelib.prompts import PromptTemplate
 from recipelib.runtime import (
     MemoryMeter,
     Store,
@@ -55,11 +58,13 @@ def load_few_shot_task(args, training) -> FewShotTask:
         raise UserError("--streaming: nothing is trained; leave it out")
     if training.publish:
         raise UserError("--push_to_hub: nothing is trained; leave it out")
-    adapter = _adapter_of(args)
-    template = load_template(args)
+    adapter = _as_trained(args)
+    template = load_template(args, training)
     if args.reasoning == "none" and template.rationale:
         template = template.without_rationale()
-    shots = template.demonstrations["k"] if args.shots is None else args.shots
+    # Before a conversation there is no place for demonstrations.
+    usual = 0 if template.conversation else template.demonstrations["k"]
+    shots = usual if args.shots is None else args.shots
     if args.reasoning == "trigger":
         if args.shots:
             raise UserError(f"--shots {args.shots}: --reasoning trigger has none; leave it out")
@@ -72,6 +77,7 @@ def load_few_shot_task(args, training) -> FewShotTask:
         raise UserError("--nearest_by: changes nothing without --sampler nearest; leave it out")
     store = Store.of(training)
     pool, asked = load_asked(template, args, training.seed, shots=shots, store=store)
+    template.check_content_free(asked.rows[0])
     store.say_what_was_kept()
     refuse_trained_run(training.output_dir)
     masked = nature_of_model(args, training).masked
@@ -90,7 +96,8 @@ def load_few_shot_task(args, training) -> FewShotTask:
             f"--temperature {args.temperature:g}: {template.name} is answered by the likeliest "
             "label, and nothing is written; leave it out, or add --reasoning trigger"
         )
-    if template.metric == "loss" and (args.temperature or args.reasoning == "trigger"):
+    drawn = args.temperature and not (args.predict and args.samples == 1)
+    if template.metric == "loss" and (drawn or args.reasoning == "trigger"):
         name = "samples" if args.samples > 1 else "temperature" if args.temperature else "reasoning"
         raise UserError(
             f"--{name} {getattr(args, name)}: {template.name} is scored by the loss of what is "
@@ -124,43 +131,61 @@ def load_few_shot_task(args, training) -> FewShotTask:
     )
 
 
-def _adapter_of(args) -> Path | None:
-    """The folder of the adapter to put on the model. What the command line leaves open is filled in
-    as it was when the adapter was trained, and that is said.
+def _as_trained(args) -> Path | None:
+    """The folder of the adapter to put on the model, if one is named. What the command line leaves
+    open is filled in as it was when the adapter, or the whole model, was trained, and that is said.
 
     Raises:
-        UserError: no adapter there, or one that cannot be asked.
+        UserError: no adapter there, or one that cannot be asked; or a run of several tasks.
     """
-    adapter, run, taken = None, {}, []
+    adapter, folder = None, Path(args.model_name_or_path or "").expanduser()
+    said = f"--model_name_or_path {args.model_name_or_path}"
     if args.adapter:
-        adapter = resolve_adapter(args.adapter)
+        adapter = folder = resolve_adapter(args.adapter)
+        said = f"--adapter {args.adapter}"
         if (adapter / SOFT_VERBALIZER).exists():
             raise UserError(
-                f"--adapter {args.adapter}: was trained with --soft_verbalizer, whose labels have "
-                "no words to ask for; --predict of its own recipe answers with it"
+                f"{said}: was trained with --soft_verbalizer, whose labels have no words to ask "
+                "for; --predict of its own recipe answers with it"
             )
         base, revision = base_of(adapter)
         if not args.model_name_or_path:
             args.model_name_or_path, args.revision = base, args.revision or revision
-        run = read_metrics(adapter)
-    rendering = run.get("rendering")
-    if not args.template and adapter and (kept := kept_templates(adapter)):
-        if len(kept) > 1:
-            raise UserError(
-                f"--adapter {args.adapter}: was trained on {', '.join(kept)}; pass one of them as "
-                f"--template {adapter}/templates/NAME.yaml"
-            )
-        (path,) = kept.values()
+    run = read_metrics(folder) if adapter or args.model_name_or_path else {}
+    if adapter or run.get("trainable_parameters"):
+        _fill_in(args, run, kept_templates(folder), said)
+    args.template, args.rendering = args.template or "movie_reviews", args.rendering or "text"
+    return adapter
+
+
+def _fill_in(args, run: Mapping[str, Any], kept: Mapping[str, Path], said: str) -> None:
+    """Fill in the template, with the rows that it names, and the rendering.
+
+    Args:
+        run: what the run's metrics.json holds.
+        kept: its templates.
+        said: the option that names it.
+    """
+    taken, rendering = [], run.get("rendering")
+    if len(kept) > 1 and not args.template:
+        raise UserError(
+            f"{said}: was trained on {', '.join(kept)}; pass --template and the one to ask"
+        )
+    path = kept.get(args.template) if args.template else next(iter(kept.values()), None)
+    if path:
         args.template = str(path)
         taken.append(f"its {path.name}")
+        rows = PromptTemplate.load(args.template).dataset.get("path")
+        if rows and not args.dataset and not args.predict:
+            taken.append(f"its rows ({rows})")
     if rendering and not args.rendering:
         args.rendering = rendering
         taken.append(f"--rendering {rendering}")
     if rendering == args.rendering:
         args.chat_template_kwargs = args.chat_template_kwargs or run.get("chat_template_kwargs")
     elif rendering:
-        say(f"warning: the adapter was trained with --rendering {rendering}: ask so, too")
+        what = "adapter" if args.adapter else "model"
+        say(f"warning: the {what} was trained with --rendering {rendering}: ask so, too")
     if taken:
-        say(f"{args.adapter}: is asked as it was trained, with {' and '.join(taken)}")
-    args.template, args.rendering = args.template or "movie_reviews", args.rendering or "text"
-    return adapter
+        name = args.adapter or args.model_name_or_path
+        say(f"{name}: is asked as it was trained, with {', '.join(taken)}")

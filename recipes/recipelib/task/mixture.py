@@ -6,9 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from recipelib.data import RowStream, draw_rows, parse_columns, template_for
+from recipelib.data import (
+    RowStream,
+    draw_rows,
+    origin_of,
+    parse_columns,
+    template_for,
+    with_classes,
+)
 from recipelib.encoding import EncodedRows, encode_rows
-from recipelib.evaluation import TaskScore, mean_score
+from recipelib.evaluation import TaskScore, mean_score, records_of
 from recipelib.models import describe_model
 from recipelib.prompts import PromptTemplate
 from recipelib.runtime import Store, UserError, say
@@ -48,7 +55,7 @@ class Mixture(Task):
     @property
     def templates(self) -> list[PromptTemplate]:
         """The templates that are trained."""
-        return [task.template for task in self._trained]
+        return [template for task in self._trained for template in task.templates]
 
     @property
     def sources(self) -> dict[str, str]:
@@ -74,28 +81,28 @@ class Mixture(Task):
         return concatenate_datasets([task.held_out() for task in self._trained])
 
     def score(self, model, name: str, **options: Any) -> TaskScore:
-        """The mean over the trained tasks; its `tasks` has the score of each, held out or not."""
+        """The mean over the trained tasks, where there is one; its `tasks` has the score of each,
+        held out or not, and its records are those of all.
+        """
         scores = {}
         for task in self.tasks:
             kind = "" if task.train else " (held out)"
             scores[task.template.name] = task.score(
                 model, f"{name}, {task.template.name}{kind}", **options
             )
-        mean = mean_score({task.name: scores[task.name] for task in self.templates})
-        return replace(mean, tasks=scores)
+        mean = mean_score([scores[task.name] for task in self.templates])
+        return replace(mean, tasks=scores, records=records_of(scores), class_names={})
 
     def compare(self, base: TaskScore, tuned: TaskScore) -> dict[str, dict]:
         """What metrics.json says of each task."""
         return {
-            task.template.name: {
-                "metric": tuned.tasks[task.template.name].metric,
-                "score": tuned.tasks[task.template.name].score,
-                "stderr": tuned.tasks[task.template.name].stderr,
-                "base_score": base.tasks[task.template.name].score,
-                "eval_rows": tuned.tasks[task.template.name].rows,
+            name: {
+                **tuned.tasks[name].figures(base.tasks[name]),
+                "eval_rows": tuned.tasks[name].rows,
                 "heldout": task.train is None,
             }
             for task in self.tasks
+            for name in [task.template.name]
         }
 
 
@@ -119,7 +126,9 @@ def load_tasks(args, training, named: Sequence[str], heldout: Sequence[str] = ()
         template_name, _, data = item.partition("=")
         data = data or (args.dataset if args.template else None)
         if template_name == "auto":
-            template, guess = template_for(data, args.train_split, args.streaming)
+            template, guess = template_for(
+                data, args.train_split, args.streaming, args.encoding, args.field
+            )
             say(f"{data}: {guess}")
         else:
             template = PromptTemplate.load(template_name)
@@ -137,6 +146,7 @@ def load_tasks(args, training, named: Sequence[str], heldout: Sequence[str] = ()
         args_of_task = replace(args, dataset=data)
         if args.streaming and len(items) > 1:
             raise UserError("--streaming true: reads one task; leave it out for several")
+        template = with_classes(template, args_of_task, store)
         train, evaluation = load_rows_of(template, args_of_task, training, store)
         if encoder is None:
             encoder = make_encoder(template, args, training, plain_chat=True)
@@ -145,6 +155,7 @@ def load_tasks(args, training, named: Sequence[str], heldout: Sequence[str] = ()
                 encoder=encoder.with_template(template),
                 train=train if place < len(named) else None,
                 store=store,
+                origin=origin_of(template, args_of_task, published=training.publish),
                 evaluation=evaluation,
                 model_name=describe_model(args.model_name_or_path),
                 budget={

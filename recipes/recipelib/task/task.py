@@ -8,13 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from recipelib.adapters import tokenizer_of_adapter
 from recipelib.data import (
     Rows,
     RowStream,
     load_splits,
     load_streamed,
+    origin_of,
     overlap,
     parse_columns,
+    untrained_classes,
+    with_classes,
 )
 from recipelib.encoding import (
     EncodedRows,
@@ -24,13 +28,15 @@ from recipelib.encoding import (
     ensure_chat_template,
     training_encoding,
 )
-from recipelib.evaluation import TaskScore, evaluate_task
+from recipelib.evaluation import TaskScore, evaluate_task, identify_rows
 from recipelib.models import describe_model, load_tokenizer, nature_of_model
 from recipelib.prompts import PromptTemplate
 from recipelib.runtime import MemoryMeter, Store, UserError, find_checkpoint, say
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+_SHOWN = 8  # classes
 
 
 @dataclass(kw_only=True)
@@ -46,6 +52,7 @@ class Task:
         encoded: the training examples.
         store: where what is prepared lies.
         checkpoint: the one to go on from; None for a fresh start.
+        origin: where the rows come from, as a template's `dataset` says it.
         memory: measures what is taken from now on; None where nothing will be trained.
     """
 
@@ -58,6 +65,7 @@ class Task:
     encoded: EncodedRows = field(default_factory=EncodedRows)
     store: Store = field(default_factory=Store)
     checkpoint: str | None = None
+    origin: Mapping[str, str] = field(default_factory=dict)
     memory: MemoryMeter | None = None
 
     @property
@@ -67,8 +75,8 @@ class Task:
 
     @property
     def templates(self) -> list[PromptTemplate]:
-        """The templates that a run keeps."""
-        return [self.template]
+        """The templates that a run keeps; their rows are those that it had."""
+        return [self.template.with_dataset(self.origin)]
 
     @property
     def tokenizer(self):
@@ -126,6 +134,7 @@ class Task:
             description=f"scoring {name}",
             **{**self.budget, **options},
         )
+        identify_rows(result.records, self.evaluation.rows)
         say(f"{name}: {result}")
         return result
 
@@ -150,12 +159,13 @@ def load_task(
     """
     refuse_predict(args)
     require_causal(args, training)
-    template = template or load_template(args)
+    template = template or load_template(args, training)
     store = Store.of(training)
     train, evaluation = load_rows_of(template, args, training, store)
     if not args.streaming:
         say_how_many(len(train.rows), train.available)
-    encoder = make_encoder(template, args, training)
+    own = tokenizer_of_adapter(getattr(args, "adapter", None))
+    encoder = make_encoder(template, args, training, **own)
     encoders = [encoder.with_template(other) for other in trained] or [encoder]
     encoded = encode_train(train, encoders, training, store)
     task = Task(
@@ -171,14 +181,18 @@ def load_task(
         trained=encoders,
         encoded=encoded,
         store=store,
+        origin=origin_of(template, args, published=training.publish),
     )
     begin(task, args, training)
     return task
 
 
-def load_template(args) -> PromptTemplate:
-    """The template that a recipe's arguments name, with their columns."""
-    return PromptTemplate.load(args.template, columns=parse_columns(args.columns))
+def load_template(args, training=None) -> PromptTemplate:
+    """The template that a recipe's arguments name, with their columns; classes that it leaves out
+    are those of the rows.
+    """
+    template = PromptTemplate.load(args.template, columns=parse_columns(args.columns))
+    return with_classes(template, args, Store.of(training) if training else None)
 
 
 def encode_train(
@@ -197,7 +211,9 @@ def encode_train(
 def load_rows_of(
     template: PromptTemplate, args, training, store: Store
 ) -> tuple[Rows | RowStream, Rows]:
-    """Training and evaluation rows of a template, checked; rows that are both are said."""
+    """Training and evaluation rows of a template, checked; rows that are both are said, and classes
+    that are never trained.
+    """
     if args.streaming:
         if training.train_sampling_strategy != "random":
             say(
@@ -205,9 +221,20 @@ def load_rows_of(
                 "of every row, which a stream does not tell; rows are drawn at random"
             )
             training.train_sampling_strategy = "random"
-        return load_streamed(template, args, training, store)
+        train, evaluation = load_streamed(template, args, training, store)
+        template.check_content_free(evaluation.rows[0])
+        return train, evaluation
     train, evaluation = load_splits(template, args, training.seed, store=store)
-    if shared := overlap(train, evaluation, template):
+    template.check_content_free(evaluation.rows[0])
+    if getattr(args, "trains", True) and (absent := untrained_classes(train, template)):
+        more = f" and {len(absent) - _SHOWN} more" if len(absent) > _SHOWN else ""
+        say(
+            f"warning: {template.name}: no training row has the class "
+            f"{', '.join(map(repr, absent[:_SHOWN]))}{more}"
+        )
+    # Where nothing is trained, a file may be scored whole.
+    same = train.source == evaluation.source
+    if shared := 0 if same else overlap(train, evaluation, template):
         say(
             f"warning: {template.name}: {shared} evaluation rows are training rows too; the score "
             "will flatter"

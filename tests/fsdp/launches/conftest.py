@@ -1,5 +1,6 @@
 """Launches under the other configs, and evaluation in them."""
 
+import shutil
 from collections.abc import Callable
 
 import icl_eval
@@ -7,6 +8,10 @@ import in_step
 import lora_sft
 import pytest
 from launching import CONFIGS, Launched, command, finish, free_port, start
+from recipe_runs import write_rows
+from transformers import AutoTokenizer
+
+from recipelib.encoding import ensure_chat_template
 
 # What icl_eval.py is told beside what all of its runs have.
 EVALUATIONS = {
@@ -20,18 +25,33 @@ EVALUATIONS = {
         "samples": 2,
         "max_length": 256,
     },
+    "turns": {
+        "template": "conversations",
+        "model_name_or_path": "chat",
+        "predict": "turns.jsonl",
+        "shots": 0,
+        "draws": 1,
+        "max_new_tokens": 6,
+    },
 }
 
 
 @pytest.fixture(scope="session")
 def evaluation(root) -> Callable[[str, str], dict]:
     """Gives what icl_eval.py is told for an evaluation of a kind, and where to leave it."""
+    shutil.copytree(root / "model", root / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(root / "chat")
+    ensure_chat_template(tokenizer)
+    tokenizer.save_pretrained(root / "chat")
+    turns = [{"role": "user", "content": "a film?"}, {"role": "assistant", "content": "a fine one"}]
+    write_rows(root, turns=[{"messages": turns * count + turns[:1]} for count in range(5)])
 
     def make(kind: str, name: str) -> dict:
         shared = {"max_length": 128, "shots": 2, "draws": 2, "eval_batch_tokens": 150}
         given = {"dataset": "reviews", **shared, **EVALUATIONS[kind]}
-        given["dataset"] = root / given["dataset"]
-        return given | {"model_name_or_path": root / "model", "output_dir": root / name}
+        given = {"model_name_or_path": "model", **given, "output_dir": name}
+        places = given.keys() & {"dataset", "model_name_or_path", "predict", "output_dir"}
+        return given | {place: root / given[place] for place in places}
 
     return make
 

@@ -4,7 +4,7 @@ import icl_eval
 import in_step
 import pytest
 from launching import records
-from run_files import read_json
+from run_files import read_json, read_jsonl
 
 from recipelib.cli import arguments
 
@@ -17,7 +17,7 @@ KINDS = ["labels", "nearest", "written"]
 @pytest.fixture(scope="module")
 def alone(root, evaluation):
     """The same in one process."""
-    for kind in KINDS:
+    for kind in [*KINDS, "turns"]:
         given = evaluation(kind, f"alone_{kind}")
         icl_eval.main(*arguments(icl_eval, **given, use_cpu=True))
     folder = root / "in_step_alone"
@@ -46,6 +46,16 @@ def test_two_processes_predict_what_one_does(root, machines, data_parallel, alon
     assert metrics["world_size"] == 2
     assert metrics["score"] == single["score"]
     assert metrics["eval_rows"] == 7
+
+
+@pytest.mark.parametrize("prefix", ["machines", "ddp"])
+def test_two_processes_write_the_turns_that_one_does(root, machines, data_parallel, alone, prefix):
+    found, expected = (
+        read_jsonl(root / f"{name}_turns" / "predictions_turns.jsonl") for name in (prefix, "alone")
+    )
+    assert len(found) == 5
+    for one, other in zip(found, expected, strict=True):
+        assert (one["prompt"], one["generated"]) == (other["prompt"], other["generated"])
 
 
 @pytest.mark.parametrize("how", in_step.HOW)

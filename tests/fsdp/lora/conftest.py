@@ -19,6 +19,7 @@ def two(root, options, launch) -> Launched:
         "two_resumed": {"resume_from_checkpoint": root / "two" / "checkpoint-4"},
         "two_rebalanced": {"train_sampling_strategy": "batch_rebalance"},
         "two_pissa": {"pissa": True, "r": 4},
+        "two_further": {"adapter": root / "two", "max_steps": 2},
         "two_recomputed": {"activation_checkpointing": True, "max_steps": 4},
         "two_written": {
             **sums,

@@ -37,6 +37,14 @@ def test_every_step_and_what_is_learned_are_those_of_one_process(root, two, sing
         assert metrics[name] == alone[name], name
 
 
+def test_an_adapter_is_trained_further_as_by_one_process(root, two, alone):
+    further = alone("single_further", adapter=root / "two", max_steps=2)
+    assert_equal_losses(root / "two_further", further, steps=2)
+    assert_equal_updates(root / "two_further", further, root / "two")
+    metrics = read_json(root / "two_further" / "metrics.json")
+    assert metrics["base_score"] == read_json(root / "two" / "metrics.json")["score"]
+
+
 def test_rows_grouped_by_length_are_the_same_in_each_step(root, two, alone, initial):
     grouped = alone("single_rebalanced", train_sampling_strategy="batch_rebalance")
     assert_equal_losses(root / "two_rebalanced", grouped)
@@ -115,8 +123,9 @@ def test_an_adapter_scores_as_in_one_process_each_of_an_odd_number_of_rows_once(
     assert metrics["score"] == pytest.approx(expected.score, abs=1e-5)
     assert metrics["stderr"] == pytest.approx(expected.stderr, abs=1e-5)
     for one, other in zip(found, expected.records, strict=True):
-        scores = one.pop("log_likelihoods", {}), other.pop("log_likelihoods", {})
-        assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+        for key in ("log_likelihoods", "scores"):  # those of pairs
+            assert one.pop(key, {}) == pytest.approx(other.pop(key, {}), abs=1e-5)
+        assert one.pop("line") > 0
         assert one.pop("score") == pytest.approx(other.pop("score"), abs=1e-5)
         assert one == other
     said = {str(one) for one in found}

@@ -45,7 +45,7 @@ def test_what_is_trained_and_scored_equals_one_process(both, untrained, name):
     assert difference <= 1e-3 * update
     for one, other in zip(records(two), records(single), strict=True):
         assert one["prediction"] == other["prediction"]
-        assert one["log_likelihoods"] == pytest.approx(other["log_likelihoods"], abs=1e-4)
+        assert one["scores"] == pytest.approx(other["scores"], abs=1e-4)
     for key in ("score", "base_score", "train_tokens", "trainable_parameters"):
         assert read_json(two / "metrics.json")[key] == read_json(single / "metrics.json")[key]
 

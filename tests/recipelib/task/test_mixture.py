@@ -18,7 +18,8 @@ from recipelib.task.task import Task
 BEFORE = {
     "movie_reviews": TaskScore("accuracy", 0.5, 0.03, {}, [{"row": 0}], rows=10, left_out=1),
     "squad": TaskScore("squad", 0.2, 0.04, {"exact_match": 0.1}, [{"row": 0}], rows=20, seconds=2),
-    "alpaca": TaskScore("loss", 3.0, 0.1, {}, [{"row": 0}, {"row": 1}], rows=2),
+    "gsm8k": TaskScore("numeric_match", 0.2, 0.04, {}, [{"row": 0}], rows=20, seconds=2),
+    "alpaca": TaskScore("loss", 3.0, 0.1, {}, [{"row": 0}, {"row": 0}], rows=2),
     "trec": TaskScore("accuracy", 0.9, 0.01, {}, [{"row": 0}], rows=5, unreadable=1),
 }
 AFTER = {name: replace(score, score=score.score / 2) for name, score in BEFORE.items()}
@@ -66,26 +67,30 @@ def scored(monkeypatch):
 
 
 def test_the_score_is_the_mean_over_trained_tasks_and_each_is_kept(scored, capsys):
-    mixture = mixture_of("movie_reviews", "squad", heldout=("trec",))
+    mixture = mixture_of("movie_reviews", "gsm8k", heldout=("trec",))
     result = mixture.score("the model", "before")
-    assert (result.metric, result.score) == ("mean", pytest.approx(0.35))
+    assert (result.metric, result.score) == ("share right", pytest.approx(0.35))
     assert result.stderr == pytest.approx(math.hypot(0.03, 0.04) / 2)
     assert (result.rows, result.left_out, result.seconds) == (30, 1, 2)
-    assert result.tasks == {name: BEFORE[name] for name in ("movie_reviews", "squad", "trec")}
-    assert [record["task"] for record in result.records] == ["movie_reviews", "squad"]
+    assert result.tasks == {name: BEFORE[name] for name in ("movie_reviews", "gsm8k", "trec")}
+    assert [record["task"] for record in result.records] == ["movie_reviews", "gsm8k", "trec"]
     said = capsys.readouterr().out
     assert "before, movie_reviews: accuracy 0.500 ± 0.030 (10 rows)" in said
     assert "before, trec (held out): accuracy 0.900 ± 0.010 (5 rows, 1 without an answer)" in said
     assert [call["rows"] for call in scored.asked] == [
-        [{"of": name}] for name in ("movie_reviews", "squad", "trec")
+        [{"of": name}] for name in ("movie_reviews", "gsm8k", "trec")
     ]
     assert {call["model"] for call in scored.asked} == {"the model"}
 
 
-def test_a_loss_is_no_part_of_the_mean_where_there_are_other_scores(scored):
-    result = mixture_of("movie_reviews", "alpaca").score(None, "before")
-    assert (result.metric, result.score) == ("mean", 0.5)
-    assert len(result.records) == 3
+@pytest.mark.parametrize("other", ["alpaca", "squad"])
+def test_metrics_that_are_unlike_have_no_mean(scored, other):
+    result = mixture_of("movie_reviews", other).score(None, "before")
+    assert result.metric is None
+    assert math.isnan(result.score)
+    assert "the tasks' metrics differ, see each (" in str(result)
+    result = mixture_of("movie_reviews", "trec").score(None, "before")
+    assert (result.metric, result.score) == ("accuracy", pytest.approx(0.7))
     result = mixture_of("alpaca", heldout=("trec",)).score(None, "before")
     assert (result.metric, result.score) == ("loss", 3.0)
 
@@ -107,7 +112,9 @@ def test_each_task_is_compared_before_and_after(scored):
         "metric": "squad",
         "score": 0.1,
         "stderr": 0.04,
+        "exact_match": 0.1,
         "base_score": 0.2,
+        "base_stderr": 0.04,
         "eval_rows": 20,
         "heldout": False,
     }

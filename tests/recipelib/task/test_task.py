@@ -2,7 +2,11 @@
 are what the loss is followed on.
 """
 
+from types import SimpleNamespace
+
 import pytest
+from quick_runs import write_rows
+from row_files import arguments
 from tiny_task import plain
 from tokenizers_for_tests import tokenizer_for
 
@@ -12,9 +16,10 @@ from recipelib.encoding.examples import encode_rows
 from recipelib.encoding.prompt_encoder import PromptEncoder
 from recipelib.evaluation.scores import TaskScore
 from recipelib.prompts.template import PromptTemplate
+from recipelib.runtime import Store
 from recipelib.runtime.errors import UserError
 from recipelib.task import task as one_task
-from recipelib.task.task import Task, load_task
+from recipelib.task.task import Task, load_rows_of, load_task
 
 ROWS = [{"sentence": f"film {number}", "label": "positive"} for number in range(3)]
 
@@ -75,6 +80,27 @@ def test_what_a_run_shows_and_keeps_of_a_task(task):
     assert task.sources == {"train": "train.jsonl", "eval": "eval.jsonl"}
     assert task.skipped_rows == 2
     assert task.tokenizer is task.encoder.text.tokenizer
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_classes_that_are_never_trained_are_named_in_a_warning(tmp_path, capsys, trains):
+    write_rows(tmp_path / "train.jsonl", ROWS)
+    write_rows(tmp_path / "val.jsonl", [{"sentence": "a film", "label": "negative"}])
+    template = PromptTemplate.load("movie_reviews")
+    args = arguments(tmp_path, streaming=False, trains=trains)
+    _, evaluation = load_rows_of(template, args, SimpleNamespace(seed=0), Store())
+    assert evaluation.source.endswith("val.jsonl")
+    said = "warning: movie_reviews: no training row has the class 'negative'"
+    assert (said in capsys.readouterr().out) == trains
+
+
+def test_content_free_texts_that_a_template_cannot_take_are_refused_with_the_rows(tmp_path):
+    fields = {"name": "t", "form": "generative", "prompt": "{{ question.stem }}", "label": "label"}
+    fields |= {"verbalizer": {"a": ["x"], "b": ["y"]}, "content_free": ["N/A"]}
+    rows = [{"question": {"stem": "why"}, "label": label} for label in "abab"]
+    args = arguments(write_rows(tmp_path / "rows.jsonl", rows), streaming=False)
+    with pytest.raises(UserError, match=r"t.yaml: content_free: 'N/A' stands in .* no attribute"):
+        load_rows_of(PromptTemplate(fields, "t.yaml"), args, SimpleNamespace(seed=0), Store())
 
 
 def test_rows_are_answered_on_the_command_line_and_not_by_training():

@@ -63,7 +63,7 @@ REFUSED = {
     "--packing_strategy wrapped": "--packing_strategy: --packing true lays whole rows",
     "--packing true --eval_packing false": "--eval_packing: --packing true lays whole rows",
     "--neftune_noise_alpha -1": "--neftune_noise_alpha -1.0: must be 0 or more",
-    "--loss_type dft": "--loss_type: the template decides",
+    "--loss_type dft": "--loss_type: .*have --loss for it",
     "--assistant_only_loss true": "--assistant_only_loss: the template decides",
     "--completion_only_loss false": "--completion_only_loss: the template decides",
     "--chat_template_path some.jinja": "--chat_template_path: the template decides",

@@ -28,6 +28,7 @@ def test_the_plan_says_what_is_trained_on_what(capsys, monkeypatch):
         learning_rate=5e-4,
         lr_scheduler_type=SimpleNamespace(value="cosine"),
         output_dir="runs/mine",
+        loss_type="dft",
     )
     model = tiny_llama(300)
     rows = [{"input_ids": [5] * 6, "labels": [-100] * 4 + [5, 5]}] * 4
@@ -44,6 +45,7 @@ def test_the_plan_says_what_is_trained_on_what(capsys, monkeypatch):
         "24, of which 8 supervised; 0% padding",
         "24 = 4 per device x 3 accumulated x 2 (processes)",
         "0.0005, embed 0.01, cosine",
+        "dft, by each token's probability",
         "runs/mine",
         str(MEMORY),
     ):

@@ -165,6 +165,42 @@ def test_the_mean_over_processes_that_ddp_takes_is_undone_where_tokens_count_ove
     assert mean.item() == pytest.approx(own_loss(trainer.model, ROWS[:5]).item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_dft_weights_each_token_by_its_probability_without_a_gradient_through_it(packing, tmp_path):
+    model, rows = tiny_llama(VOCABULARY), ROWS[:6]
+    with torch.no_grad():  # so that probabilities differ
+        for weight in model.parameters():
+            weight *= 4 if weight.dim() > 1 else 1
+    naive = torch.tensor(0.0)
+    for row in rows:
+        logits = model(torch.tensor([row["input_ids"]])).logits[0]
+        for place, label in enumerate(row["labels"]):
+            if label != -100:
+                log = logits[place - 1].log_softmax(-1)[label]
+                naive = naive - log.exp().item() * log
+    naive = naive / sum(SUPERVISED[:6])
+    naive.backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    options = {"learning_rate": 0.0, "max_steps": 1, "optim": "sgd", "max_grad_norm": 0}
+    options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    task = examples_task(rows, TOKENIZER)
+    defaults = {"output_dir": str(tmp_path), "use_cpu": True, "disable_tqdm": True}
+    training = RecipeConfig(**defaults, **options, save_strategy="no", packing=packing)
+    trainer = RecipeTrainer(model, training, task, loss="dft")
+    model.zero_grad = lambda *_, **__: None  # the step's gradients are kept
+    trainer.train()
+    (loss,) = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert loss == pytest.approx(naive.item(), rel=1e-4)
+    found = gradients(model)
+    for weight, gradient in wanted.items():
+        torch.testing.assert_close(found[weight], gradient, atol=5e-6, rtol=1e-4)
+    # What is evaluated is the usual loss.
+    evaluated = trainer.compute_loss(model.eval(), trainer.data_collator(rows)).item()
+    assert evaluated == pytest.approx(own_loss(model, rows).item(), rel=1e-5)
+    assert evaluated > 2 * loss
+
+
 def test_label_smoothing_is_transformers_own(tmp_path):
     model = tiny_llama(VOCABULARY)
     with pytest.warns(FutureWarning, match="label_smoothing_factor"):
