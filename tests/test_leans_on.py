@@ -35,7 +35,6 @@ from transformers import (
 from transformers.cache_utils import DummyLayer, DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.utils.chat_template_utils import _compile_jinja_template
 from trl import SFTTrainer
 
@@ -58,12 +57,11 @@ LEANS_ON = {
     "_fingerprint": "of a hub's data set: another one where its rows are others",
     "_indices": "of a data set: None unless its rows are others than those of its files, in order",
     # transformers
-    "SFTTrainer._get_train_sampler": "the trainer takes the order of the rows from it",
+    "RecipeTrainer._init_training_state": "gives the passes that are finished, and batches to skip",
     "RecipeTrainer._load_from_checkpoint": "resuming puts a checkpoint's weights back through it",
     "PipelineTrainer._wrap_model": "what a step is given as its model: else data parallel",
     "PipelineTrainer._clip_grad_norm": "is called in each step, if gradients are clipped",
     "PipelineTrainer._get_grad_norm": "is called in each step, with the norm before clipping",
-    "PipelineTrainer._get_train_sampler": "our data loader takes the order of the rows from it",
     "PipelineTrainer._save_optimizer_and_scheduler": "is called in each process, for a checkpoint",
     "PipelineTrainer._save_rng_state": "the last before trainer_state.json makes it whole",
     "PipelineTrainer._load_from_checkpoint": "as RecipeTrainer's",
@@ -209,21 +207,6 @@ def plain_trainer(tmp_path, **options) -> SFTTrainer:
         train_dataset=Dataset.from_list(ROWS),
         processing_class=tokenizer_for("gpt2"),
     )
-
-
-def test_the_order_of_the_rows_comes_from_the_samplers_hook(tmp_path, monkeypatch):
-    asked = []
-    sampler = SFTTrainer._get_train_sampler
-
-    def get(self, *args):
-        asked.append(self)
-        return sampler(self, *args)
-
-    monkeypatch.setattr(SFTTrainer, "_get_train_sampler", get)
-    trainer = plain_trainer(tmp_path)
-    next(iter(trainer.get_train_dataloader()))
-    assert asked == [trainer]
-    assert "seed" in inspect.signature(BatchRebalanceSampler).parameters
 
 
 def test_a_steps_tokens_are_counted_by_whether_the_loss_shifts_labels(tmp_path):

@@ -21,7 +21,7 @@ from run_files import losses, read_json
 from tiny_task import plain
 
 from recipelib import cli
-from recipelib.data import load_streamed
+from recipelib.data import load_streamed, stream_passes, stream_share
 from recipelib.data.formats import template_for
 from recipelib.data.streaming import RowStream
 from recipelib.encoding import PromptEncoder, encode_rows, encode_stream, training_encoding
@@ -94,22 +94,29 @@ def stream_of(folder: Path) -> RowStream:
 # Shares
 
 
-@pytest.mark.parametrize(("files", "world"), [(1, 1), (1, 2), (4, 2), (3, 2), (2, 4)])
+@pytest.mark.parametrize(("files", "world"), [(1, 1), (1, 2), (4, 2), (3, 2), (2, 4), (1, 5)])
 def test_each_row_is_one_process_and_every_pass_has_them_all(tmp_path, files, world):
     stream = stream_of(write_parquet(tmp_path, ROWS, files, validation=ROWS[:2]))
-    size, seen = len(ROWS) // world, []
+    seen = []
     for rank in range(world):
-        own = [row["sentence"] for row in islice(stream.share(1, rank, world).repeat(2), 2 * size)]
-        assert sorted(own[:size]) == sorted(own[size:])
-        seen += own[:size]
-    assert Counter(seen) == Counter(row["sentence"] for row in ROWS)
+        share = stream_share(stream.data, 1, rank, world)
+        own = [row["sentence"] for row in share]
+        again = [row["sentence"] for row in islice(stream_passes(share), 2 * len(own))]
+        first, second = again[: len(own)], again[len(own) :]
+        assert first == own != second
+        if files % world == 0:  # its files; otherwise every so many rows of the pass
+            assert sorted(second) == sorted(own)
+        seen += [(0, text) for text in first] + [(1, text) for text in second]
+    for number in range(2 if len(ROWS) % world == 0 else 1):
+        found = Counter(text for place, text in seen if place == number)
+        assert found == Counter(row["sentence"] for row in ROWS)
 
 
 def test_the_order_is_the_seeds(tmp_path):
     stream = stream_of(write_parquet(tmp_path, ROWS, 2, validation=ROWS[:2]))
 
     def order(seed: int) -> list[str]:
-        return [row["sentence"] for row in islice(stream.share(seed, 0, 1), len(ROWS))]
+        return [row["sentence"] for row in islice(stream_share(stream.data, seed, 0, 1), len(ROWS))]
 
     assert order(1) == order(1) != order(2)
     assert order(1) != [row["sentence"] for row in ROWS]
@@ -130,8 +137,11 @@ def test_what_is_streamed_is_what_would_have_been_prepared(tmp_path, causal_mode
     assert plain(streamed.examples) == wanted  # by which the plan is made
     assert streamed.longest_target == prepared.longest_target
     assert streamed.counts.examples == streamed.counts.rows == len(ROWS)
-    again = [*islice(streamed.stream, 2 * len(ROWS))]  # a second pass is the first once more
-    assert again[: len(ROWS)] == again[len(ROWS) :]
+    again = [*islice(streamed.stream, 2 * len(ROWS))]  # a second pass has them in another order
+    first, second = again[: len(ROWS)], again[len(ROWS) :]
+    assert first != second
+    assert sorted(map(str, first)) == sorted(map(str, second))
+    assert first == [*islice(streamed.stream, len(ROWS))]  # as every reading begins
     assert streamed.counts.rows == len(ROWS)
     training.data_seed = 4
     other = encode_stream(stream, [training_encoding(encoder, 3)], training).stream
@@ -252,7 +262,7 @@ def test_pictures_beside_the_text_are_not_opened(tmp_path):
         Dataset.from_list(rows, features=features).to_parquet(path)
     stream = stream_of(folder)
     assert len(stream.rows) == len(ROWS)
-    assert len(list(islice(stream.share(1, 0, 1), len(ROWS)))) == len(ROWS)
+    assert len(list(islice(stream_share(stream.data, 1, 0, 1), len(ROWS)))) == len(ROWS)
 
 
 # Refusals

@@ -16,7 +16,7 @@ from recipelib.data.rows import (
     parse_columns,
     untrained_classes,
 )
-from recipelib.data.streaming import RowStream, load_streamed
+from recipelib.data.streaming import RowStream, load_streamed, stream_passes, stream_share
 
 __all__ = [
     "Demonstrations",
@@ -36,6 +36,8 @@ __all__ = [
     "origin_of",
     "overlap",
     "parse_columns",
+    "stream_passes",
+    "stream_share",
     "template_for",
     "untrained_classes",
     "with_classes",

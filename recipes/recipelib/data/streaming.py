@@ -7,8 +7,9 @@ all rows at once (held-out rows, a draw, grouping by length) is refused, or left
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from recipelib.data.checking import describe_unread, refuse_missing_columns
@@ -25,6 +26,34 @@ _BUFFER = 10_000  # rows among which the next one is drawn
 _LOOKED_AT = 200  # rows by which the memory and the prompts of a run are judged beforehand
 _SHOWN_BAD_ROWS = 5
 _READ_AT_ONCE = 16
+
+
+def stream_share(data: IterableDataset, seed: int, rank: int, world: int) -> IterableDataset:
+    """The rows of one of `world` processes in random order, the same at every reading."""
+    if data.num_shards % world == 0:  # then it reads its own files only
+        own = data.shard(num_shards=world, index=rank)
+        return own.shuffle(seed=seed, buffer_size=_BUFFER)
+    shuffled = data.shuffle(seed=seed, buffer_size=_BUFFER)
+    return shuffled.filter(lambda row, place: place % world == rank, with_indices=True)
+
+
+def stream_passes(data: IterableDataset) -> IterableDataset:
+    """Shuffled rows again and again, each time in another order."""
+    from datasets import IterableDataset
+    from datasets.iterable_dataset import ExamplesIterable
+
+    def all_passes() -> Iterator[tuple[int, dict[str, Any]]]:
+        found = True
+        for epoch in count():
+            if not found:  # a process without rows
+                return
+            data.set_epoch(epoch)
+            found = False
+            for place, row in enumerate(data):
+                found = True
+                yield place, row
+
+    return IterableDataset(ExamplesIterable(all_passes, {}))
 
 
 @dataclass
@@ -78,14 +107,6 @@ class RowStream:
         if len(self.bad) < _SHOWN_BAD_ROWS:
             self.bad.append(one_line(error))
 
-    def share(self, seed: int, rank: int, world: int) -> IterableDataset:
-        """The rows of one of `world` processes in random order, the same at every reading."""
-        if self.data.num_shards % world == 0:  # then it reads its own files only
-            own = self.data.shard(num_shards=world, index=rank)
-            return own.shuffle(seed=seed, buffer_size=_BUFFER)
-        shuffled = self.data.shuffle(seed=seed, buffer_size=_BUFFER)
-        return shuffled.filter(lambda row, place: place % world == rank, with_indices=True)
-
     def forget(self) -> None:
         """Count anew."""
         self.bad, self.skipped, self.met = [], 0, 0
@@ -111,13 +132,15 @@ class RowStream:
                 examples += [] if row is None else encode(place, row, self._again)
             return {name: [example[name] for example in examples] for name in names}
 
-        return data.map(
-            encode_all,
-            batched=True,
-            batch_size=_READ_AT_ONCE,
-            with_indices=True,
-            remove_columns=self.columns,
-        ).repeat(None)
+        return stream_passes(
+            data.map(
+                encode_all,
+                batched=True,
+                batch_size=_READ_AT_ONCE,
+                with_indices=True,
+                remove_columns=self.columns,
+            )
+        )
 
 
 def load_streamed(

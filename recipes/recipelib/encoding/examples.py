@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recipelib.data import RowStream, StoredRows
+from recipelib.data import RowStream, StoredRows, stream_share
 from recipelib.encoding.asking import beginning
 from recipelib.encoding.prompt_encoder import (
     Counts,
@@ -223,6 +223,7 @@ def encode_stream(stream: RowStream, encodings: Sequence[Encoding], training) ->
         raise UserError(encodings[0].refusal)
     counts, rank, world = Counts(), training.process_index, training.world_size
     seed = training.seed if training.data_seed is None else training.data_seed
+    own = stream_share(stream.data, seed, rank, world)
 
     def encode(place: int, row: Mapping, again: bool) -> list[dict[str, Any]]:
         into = Counts() if again else counts
@@ -241,7 +242,7 @@ def encode_stream(stream: RowStream, encodings: Sequence[Encoding], training) ->
         np.arange(len(first)),
         counts,
         longest,
-        stream=stream.mapped(stream.share(seed, rank, world), encode, names),
+        stream=stream.mapped(own, encode, names),
     )
 
 

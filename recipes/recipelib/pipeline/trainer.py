@@ -6,15 +6,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.data_loader import prepare_data_loader
-from datasets import Dataset
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
 from recipelib.encoding import IGNORED
@@ -26,27 +22,13 @@ from recipelib.pipeline.schedule import Schedule
 from recipelib.pipeline.stage import ends_of, keep_part, views
 from recipelib.pipeline.stages import Stages
 from recipelib.runtime import clear_results, say
-from recipelib.training import RecipeTrainer, end_at, sampling_seed, show_plan
-
-
-class ByLength(Sampler):
-    """Rows of similar length one after the other, in an order that each epoch draws anew: those of
-    a step are padded to one length.
-    """
-
-    def __init__(self, lengths: list[int], batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw the order of this epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self):
-        draw = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(LengthGroupedSampler(self.batch_size, lengths=self.lengths, generator=draw))
+from recipelib.training import (
+    RecipeTrainer,
+    end_at,
+    evaluation_batches,
+    show_plan,
+    training_batches,
+)
 
 
 class PipelineTrainer(RecipeTrainer):
@@ -112,47 +94,30 @@ class PipelineTrainer(RecipeTrainer):
 
     def get_train_dataloader(self):
         """The batches of this process's pipeline, each of all micro-batches of a step."""
-        return self._batches(
-            self.train_dataset,
-            self._get_train_sampler(),
-            self._train_batch_size,
-            drop_last=self.args.dataloader_drop_last,
+        return training_batches(
+            self._remove_unused_columns(self.train_dataset),
+            self.task.encoded.lengths,
+            self.args,
+            self.data_collator,
+            size=self._train_batch_size,
+            processes=self.stages.pipelines,
+            process=self.stages.pipeline,
+            device=self.accelerator.device,
         )
 
     def get_eval_dataloader(self, eval_dataset=None):
-        """The same for evaluation."""
+        """The same for evaluation, each row once."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        size = self.args.per_device_eval_batch_size * self._method.micro_batches
-        return self._batches(rows, SequentialSampler(rows), size, drop_last=False, even=False)
-
-    def _batches(self, rows: Dataset, sampler: Sampler, size: int, *, drop_last, even=True):
-        batches = DataLoader(
+        return evaluation_batches(
             self._remove_unused_columns(rows),
-            batch_size=size,
-            sampler=sampler,
-            drop_last=drop_last,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
+            self.args,
+            self.data_collator,
+            size=self.args.per_device_eval_batch_size * self._method.micro_batches,
+            processes=self.stages.pipelines,
+            process=self.stages.pipeline,
+            device=self.accelerator.device,
+            even_batches=False,
         )
-        return prepare_data_loader(
-            batches,
-            self.accelerator.device,
-            num_processes=self.stages.pipelines,
-            process_index=self.stages.pipeline,
-            put_on_device=True,
-            even_batches=even,
-            use_seedable_sampler=True,
-            data_seed=sampling_seed(self.args),
-        )
-
-    def _get_train_sampler(self, train_dataset=None):
-        rows, strategy = self.train_dataset, self.args.train_sampling_strategy
-        if strategy == "group_by_length":
-            lengths = self.task.encoded.lengths.tolist()
-            size = self._train_batch_size * self.stages.pipelines
-            return ByLength(lengths, size, sampling_seed(self.args))
-        return SequentialSampler(rows) if strategy == "sequential" else RandomSampler(rows)
 
     def evaluation_loop(
         self,

@@ -1,6 +1,6 @@
 """The trainers and their arguments, and what a step is made of: packing, batches, callbacks."""
 
-from recipelib.training.batches import sampling_seed
+from recipelib.training.batches import evaluation_batches, training_batches
 from recipelib.training.callbacks import SampleWriter, stop_early
 from recipelib.training.class_trainer import ClassTrainer
 from recipelib.training.cloze_trainer import ClozeTrainer, keep_best
@@ -31,14 +31,15 @@ __all__ = [
     "Steps",
     "end_at",
     "estimate_memory",
+    "evaluation_batches",
     "keep_best",
     "keep_states",
     "optimizer_bytes",
     "rates_by_depth",
     "refuse_unused",
-    "sampling_seed",
     "show_plan",
     "step_peaks",
     "stop_early",
     "trainer_of",
+    "training_batches",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from recipelib.encoding import IGNORED
 from recipelib.training.trainer import RecipeTrainer
 
 
@@ -44,7 +45,7 @@ class ChoiceTrainer(RecipeTrainer):
             label_smoothing=self.args.label_smoothing_factor,
         )
         if num_items_in_batch is None:
-            loss = loss / len(scores)
+            loss = loss / (inputs["labels"] != IGNORED).sum()
         else:
             loss = loss / num_items_in_batch
             if self.args.average_tokens_across_devices:

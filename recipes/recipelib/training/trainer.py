@@ -4,7 +4,6 @@ vocabulary, and packing does not change the loss.
 
 from __future__ import annotations
 
-import copy
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,15 +16,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.data_loader import prepare_data_loader
-from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 from transformers.distributed.fsdp import update_fsdp_plugin_peft
-from transformers.trainer_pt_utils import BatchRebalanceSampler
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
 from recipelib.activations import STATES, StateCache, WithStates, beginning_at
@@ -49,24 +47,15 @@ from recipelib.runtime import (
     is_main_process,
     uses_fsdp,
 )
-from recipelib.training.batches import sampling_seed
+from recipelib.training.batches import evaluation_batches, training_batches
 from recipelib.training.ends import end_at, trained_ends
 from recipelib.training.memory import MemoryEstimate, estimate_memory
 from recipelib.training.packing import RowsApart, row_lengths, rows_stay_apart
 from recipelib.training.plan import show_plan
+from recipelib.training.resuming import note_split, taken_up
 
 # PEFT uses transformers' old name for activation checkpointing; the user cannot change that.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-
-
-class _WholeColumns(Dataset):
-    """Rows whose columns are lists. Samplers would read a lazy column's lengths one by one, which
-    for two million rows takes half a minute.
-    """
-
-    def __getitem__(self, key):
-        found = super().__getitem__(key)
-        return found[:] if isinstance(key, str) else found
 
 
 @contextmanager
@@ -205,6 +194,9 @@ class RecipeTrainer(SFTTrainer):
         self.tokens_seen = 0  # without padding, by this process
         self.slots_seen = 0  # with padding
         self.seconds = 0.0
+        self._checkpoint: str | None = None  # that training goes on from
+        self._values = self._place = None  # see `set_initial_training_values`
+        self._evaluated = [0.0, 0]  # the sum of losses, and of how many tokens (or rows)
         self._casting: list[BaseTunerLayer] | None = None  # see `_without_input_casts`
         self.rows_apart: bool | None = (
             None  # with packing: whether sdpa is given each row by itself
@@ -278,6 +270,7 @@ class RecipeTrainer(SFTTrainer):
         removed only now.
         """
         checkpoint, memory = resume_from_checkpoint or self.task.checkpoint, self.task.memory
+        self._checkpoint = checkpoint
         if memory:
             self.show_plan()
         clear_way(self.args.output_dir, checkpoint, bare_model(self.model).name_or_path)
@@ -290,6 +283,22 @@ class RecipeTrainer(SFTTrainer):
         self.seconds = time.perf_counter() - start
         self._peak = memory.stop() if memory else 0
         return output
+
+    def set_initial_training_values(self, args, dataloader):
+        """How many passes and steps there are; of a resumed run, until all rows are trained."""
+        values = super().set_initial_training_values(args, dataloader)
+        self._place = None
+        if self._checkpoint is not None and not args.ignore_data_skip:
+            file = Path(self._checkpoint, TRAINER_STATE_NAME)
+            state, stream = TrainerState.load_from_json(str(file)), self.task.encoded.stream
+            values, self._place = taken_up(values, state, args, stream=stream is not None)
+        self._values = values
+        return values
+
+    def _init_training_state(self, *args) -> tuple[int, int]:
+        found = super()._init_training_state(*args)
+        note_split(self.state, self._values, self.args)
+        return self._place or found
 
     def show_plan(self) -> None:
         """Show what is trained, on what, and how much of it."""
@@ -353,9 +362,38 @@ class RecipeTrainer(SFTTrainer):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def prediction_step(self, model, inputs, *args, **kwargs):
-        """Forward pass of a micro-batch that is evaluated."""
+        """Forward pass of a micro-batch that is evaluated. Rows that only make the processes'
+        shares even do not count.
+        """
+        labels, loader = inputs["labels"], self.accelerator.gradient_state
+        counts = True
+        if loader.end_of_dataloader and loader.remainder > 0:  # so many rows are new in this round
+            place = self.accelerator.process_index * self.args.eval_batch_size
+            new = max(0, loader.remainder - place)
+            counts = new > 0
+            if counts and self.args.packing:
+                labels[:, sum(row_lengths(inputs)[:new]) :] = IGNORED
+            elif counts:
+                labels[new:] = IGNORED
         with self._keeping_apart(inputs):
-            return super().prediction_step(model, inputs, *args, **kwargs)
+            loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
+        if counts:
+            targets = labels[:, 1:] if self._loss_shifts_labels else labels
+            number = int((targets != IGNORED).sum())
+            self._evaluated[0] += loss.item() * number
+            self._evaluated[1] += number
+        return loss, *rest
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """The loss is the mean over all supervised tokens, or rows, each counted once; transformers
+        takes the mean of the batches' means.
+        """
+        self._evaluated = [0.0, 0]
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        sums = torch.tensor(self._evaluated, device=self.args.device)
+        total, number = self.accelerator.reduce(sums).tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = total / max(number, 1)
+        return output
 
     def _above(self, inputs) -> AbstractContextManager:
         """A context in which the frozen layers are not run but what they put out is given."""
@@ -388,12 +426,40 @@ class RecipeTrainer(SFTTrainer):
             for layer in self._casting:
                 layer.cast_input_dtype_enabled = True
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        """The batches of this process, of equally many rows in all of them."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        shared = self.accelerator
+        return evaluation_batches(
+            self._remove_unused_columns(rows),
+            self.args,
+            self.data_collator,
+            size=self.args.eval_batch_size,
+            processes=shared.num_processes,
+            process=shared.process_index,
+            device=shared.device,
+        )
+
     def get_train_dataloader(self):
         """The batches of this process. The rows of a stream are its own already, which accelerate
         would share out once more.
         """
         if self.task.encoded.stream is None:
-            return super().get_train_dataloader()
+            shared = self.accelerator
+            return training_batches(
+                self._remove_unused_columns(self.train_dataset),
+                self.task.encoded.lengths,
+                self.args,
+                self.data_collator,
+                size=self._train_batch_size,
+                processes=shared.num_processes,
+                process=shared.process_index,
+                device=shared.device,
+                split_batches=shared.split_batches,
+                dispatch_batches=shared.dispatch_batches,
+                even_batches=shared.even_batches,
+                non_blocking=shared.non_blocking,
+            )
         # TRL has looked at the first example: what was read for it does not count.
         vars(self.task.encoded.counts).update(vars(Counts()))
         for stream in self.task.streams:
@@ -412,17 +478,6 @@ class RecipeTrainer(SFTTrainer):
             put_on_device=True,
             dispatch_batches=False,
         )
-
-    def _get_train_sampler(self, train_dataset=None):
-        # The trainer has removed the column of lengths from the rows that it gives.
-        rows = self.train_dataset
-        if isinstance(rows, Dataset):
-            rows = copy.copy(rows)
-            rows.__class__ = _WholeColumns
-        sampler = super()._get_train_sampler(rows)
-        if isinstance(sampler, BatchRebalanceSampler):  # it has a seed of its own
-            sampler.seed = sampling_seed(self.args)
-        return sampler
 
     @cached_property
     def ends(self) -> list[int]:

@@ -524,8 +524,8 @@ def test_the_order_of_the_rows_is_drawn_from_lengths_that_are_read_at_once(
 
     trainer = trainer_for(tmp_path, train_sampling_strategy=strategy)
     monkeypatch.setattr("datasets.arrow_dataset.Column", Watched)
-    sampler = trainer._get_train_sampler()
+    batches = trainer.get_train_dataloader().batch_sampler
     assert read == [slice(None)]
-    order = [place for batch in sampler for place in (batch if type(batch) is list else [batch])]
+    order = [place for batch in batches for place in batch]
     assert sorted(order) == [*range(len(ROWS))]
     assert read == [slice(None)]
