@@ -25,7 +25,7 @@ STRATEGIES = ["random", "sequential", "group_by_length", "batch_rebalance"]
 OPTIONS = {
     "num_processes": (2, "Processes, usually one for each GPU"),
     "rows": (10, "Rows of the data set"),
-    "epochs": (2, "Epochs to show"),
+    "epochs": (2, "Epochs to show; of a stream how often its rows are read"),
     "per_device_train_batch_size": (2, "Rows of a batch"),
     "gradient_accumulation_steps": (1, "Batches of a step in each process"),
     "seed": (42, "Draws the order, and the lengths of rows that are drawn by length"),

@@ -57,7 +57,7 @@ LEANS_ON = {
     "_fingerprint": "of a hub's data set: another one where its rows are others",
     "_indices": "of a data set: None unless its rows are others than those of its files, in order",
     # transformers
-    "RecipeTrainer._init_training_state": "gives the passes that are finished, and batches to skip",
+    "SFTTrainer._init_training_state": "gives the passes that are finished, and batches to skip",
     "RecipeTrainer._load_from_checkpoint": "resuming puts a checkpoint's weights back through it",
     "PipelineTrainer._wrap_model": "what a step is given as its model: else data parallel",
     "PipelineTrainer._clip_grad_norm": "is called in each step, if gradients are clipped",
