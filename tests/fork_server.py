@@ -3,11 +3,13 @@ what a launch runs. `accelerate launch` reads its config and sets the environmen
 start torchrun, or a single process, the processes are forked.
 
 Each line of stdin is [accelerate launch's words, a file for stdout, a file for stderr]; the answer
-is a line with the exit code.
+is a line with the exit code. Words that begin with `python` are those of `from_python.start`, whose
+processes are forked, too.
 """
 
 import gc
 import json
+import multiprocessing.util
 import os
 import runpy
 import signal
@@ -17,11 +19,14 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import accelerate.commands.launch
+import from_python
 import launched  # noqa: F401 (what the processes import)
 import torch.distributed.run
 from accelerate.commands.launch import launch_command, launch_command_parser
 
 from recipelib import adapters, models, pipeline, reporting, task, training  # noqa: F401
+
+SPAWN = multiprocessing.util.spawnv_passfds
 
 
 def fork(run: Callable[[], None]) -> int:
@@ -52,6 +57,11 @@ def launch(words: list[str], out: str, errors: str) -> None:
     for stream, file in ((sys.stdout, out), (sys.stderr, errors)):
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, stream.fileno())
+    if words[0] == "python":
+        multiprocessing.util.spawnv_passfds = spawn
+        how, processes, port, file = words[1:]
+        from_python.start(how, int(processes), int(port), file)
+        return
     torch.distributed.run.run = start_processes
     accelerate.commands.launch.subprocess = SimpleNamespace(Popen=Single)
     launch_command(launch_command_parser().parse_args(words))
@@ -61,6 +71,18 @@ def run_script(words: list[str]) -> None:
     """Run a script as its command line would."""
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
+
+
+def spawn(path: bytes, command: list[str], files: list[int]) -> int:
+    """What multiprocessing does to spawn a process, which then reads what it is to run."""
+    if "--multiprocessing-fork" not in command:  # its own helper
+        return SPAWN(path, command, files)
+
+    def run() -> None:
+        sys.argv = command[-2:]
+        exec(sys.argv[0])
+
+    return fork(run)
 
 
 class Single:

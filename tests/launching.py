@@ -183,6 +183,16 @@ class ForkServer:
         file = folder / f"{next(iter(runs))}_and_{len(runs) - 1}_more.json"
         return self.launch(words_of(config, file, runs, "--num_processes", str(processes)))
 
+    def from_python(self, how: str, file: Path, runs: dict[str, list]) -> Launched:
+        """Make runs in two processes that a program starts, see `from_python.py`, and wait.
+
+        Args:
+            how: `spawn`, or `notebook`.
+            file: where to write what is run.
+        """
+        file.write_text(json.dumps(runs))
+        return self.launch(["python", how, "2", str(free_port()), str(file)])
+
     def close(self) -> None:
         """End the server and whatever it has started."""
         os.killpg(self._process.pid, signal.SIGKILL)

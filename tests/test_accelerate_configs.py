@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -216,6 +217,104 @@ def test_the_two_machines_are_launched_alike_but_for_their_rank(launch):
     for one in runs:
         assert (one.nnodes, one.nproc_per_node, one.rdzv_backend) == ("2", "8", "static")
         assert one.rdzv_endpoint == "10.0.0.1:29500"
+
+
+# The launchers of several machines. Each program that they call is a few lines that write down
+# what it was given.
+
+FAKES = {
+    "scontrol": 'echo "scontrol $*" >> "$TOLD/scheduler"; echo node7; echo node9',
+    "scancel": 'echo "scancel $*" >> "$TOLD/scheduler"',
+    "srun": """shift
+        for number in 0 1; do SLURM_NODEID=$number "$@" || exit; done""",
+    "ssh": 'shift 2; bash -c "$1"',
+    "accelerate": """for word in "$@"; do echo "$word"; done > "$TOLD/$$"; exit "${CODE:-0}" """,
+}
+SLURM = {
+    "SLURM_JOB_ID": "41007",
+    "SLURM_JOB_NODELIST": "node[7,9]",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_GPUS_ON_NODE": "4",
+}
+RECIPE = ["recipes/lora_sft.py", "--template", "a b.yaml", "--save_steps", "50"]
+
+
+@pytest.fixture
+def on_machines(tmp_path):
+    """Runs a launcher of several machines; gives its exit code, the words of each machine's
+    `accelerate`, in the order of the machines, and what the scheduler was told.
+    """
+    told = tmp_path / "told"
+    told.mkdir()
+    for name, does in FAKES.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+
+    def run(script: str, *words: str, srun: str | None = None, **variables: str) -> tuple:
+        if srun:
+            (tmp_path / "srun").write_text(f"#!/usr/bin/env bash\n{srun}\n")
+        path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run(
+            ["bash", str(ROOT / "accelerate_configs" / script), *words],
+            env={**os.environ, "PATH": path, "TOLD": str(told), **variables},
+            cwd=ROOT,
+            timeout=60,
+        )
+        scheduler = told / "scheduler"
+        lines = scheduler.read_text().splitlines() if scheduler.exists() else []
+        files = [file for file in told.iterdir() if file != scheduler]
+        launches = [file.read_text().splitlines() for file in files]
+        launches.sort(key=lambda words: words[words.index("--machine_rank") + 1])
+        return done.returncode, launches, lines
+
+    return run
+
+
+def test_slurm_launches_once_on_each_node_and_goes_on_where_it_was_stopped(launch, on_machines):
+    code, launches, scheduler = on_machines("slurm.sbatch", *RECIPE, **SLURM)
+    assert (code, scheduler) == (0, ["scontrol show hostnames node[7,9]"])
+    for rank, words in enumerate(launches):
+        ready = launch(*words[1:])
+        one = ready.torchrun
+        assert (one.nnodes, one.nproc_per_node, one.node_rank) == ("2", "4", rank)
+        assert one.rdzv_endpoint == "node7:21007"
+        assert one.training_script_args == [*RECIPE[1:], "--resume_from_checkpoint", "auto"]
+        assert ready.environment["FSDP_VERSION"] == "2"
+    assert len(launches) == 2
+
+
+def test_slurm_is_asked_for_one_launcher_a_node_and_to_queue_the_job_again(on_machines):
+    text = (ROOT / "accelerate_configs" / "slurm.sbatch").read_text(encoding="utf-8")
+    asked = re.findall(r"^#SBATCH (\S+)$", text, re.MULTILINE)
+    assert {"--requeue", "--ntasks-per-node=1", "--signal=B:USR1@300"} <= {*asked}
+    # Slurm stops to read its lines at the first command.
+    assert text.rindex("#SBATCH") < text.index("\nset ")
+
+
+@pytest.mark.parametrize(
+    ("srun", "code", "told"),
+    [
+        ("kill -USR1 $PPID; sleep 0.3; exit 3", 3, ["scancel --signal=TERM 41007", "requeue"]),
+        ("kill -USR1 $PPID; sleep 0.3; exit 0", 0, ["scancel --signal=TERM 41007"]),  # was done
+        ("exit 3", 3, []),  # a failure of its own would only repeat
+    ],
+)
+def test_a_job_whose_time_runs_out_saves_and_is_queued_again(srun, code, told, on_machines):
+    ended, _, scheduler = on_machines("slurm.sbatch", *RECIPE, srun=srun, **SLURM)
+    assert ended == code
+    assert scheduler[1:] == [line.replace("requeue", "scontrol requeue 41007") for line in told]
+
+
+def test_ssh_launches_once_on_each_machine_and_all_end_with_the_first_failure(launch, on_machines):
+    code, launches, _ = on_machines("ssh.sh", "10.0.0.5 10.0.0.6", "8", *RECIPE)
+    assert code == 0
+    runs = [launch(*words[1:]).torchrun for words in launches]
+    assert [one.node_rank for one in runs] == [0, 1]
+    for one in runs:
+        assert (one.nnodes, one.nproc_per_node) == ("2", "8")
+        assert one.rdzv_endpoint == "10.0.0.5:29500"
+        assert one.training_script_args == RECIPE[1:]
+    assert on_machines("ssh.sh", "10.0.0.5 10.0.0.6", "8", *RECIPE, CODE="5")[0] == 5
 
 
 # The headers

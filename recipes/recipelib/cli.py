@@ -317,7 +317,24 @@ def arguments(recipe: ModuleType, **options: Any) -> tuple[Any, Any]:
     kind = recipe.main.__annotations__["args"]
     if isinstance(kind, str):  # a copy may begin with `from __future__ import annotations`
         kind = getattr(recipe, kind)
-    return parse_arguments(kind, recipe.__doc__, recipe.DEFAULTS, [], options)
+    parsed, training = parse_arguments(kind, recipe.__doc__, recipe.DEFAULTS, [], options)
+    training.command = _command(recipe, options)
+    return parsed, training
+
+
+def _command(recipe: ModuleType, options: Mapping[str, Any]) -> list[str]:
+    """The words of a command line that gives a recipe these options, for the model card."""
+    script = Path(getattr(recipe, "__file__", None) or f"{recipe.__name__}.py")
+    inside = script.is_relative_to(Path.cwd())
+    words = [str(script.relative_to(Path.cwd()) if inside else script.name)]
+    for name, value in options.items():
+        values = [*value] if isinstance(value, list | tuple) else [value]
+        if values and values != [None]:
+            plain = [
+                json.dumps(one) if isinstance(one, bool | dict) else str(one) for one in values
+            ]
+            words += [f"--{name}", *plain]
+    return words
 
 
 def parse_arguments(

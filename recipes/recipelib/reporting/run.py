@@ -151,7 +151,7 @@ def write_card(folder: Path, task: Task, training, metrics: Mapping, snippet: st
         metrics: what metrics.json holds.
         snippet: Python that loads the result.
     """
-    command = shlex.join(["accelerate", "launch", *sys.argv])
+    command = shlex.join(["accelerate", "launch", *(training.command or sys.argv)])
     if training.hub_token:  # the card may be published
         command = command.replace(training.hub_token, "HUB_TOKEN")
     card = model_card(

@@ -34,6 +34,7 @@ from recipelib.runtime.files import (
 from recipelib.runtime.installed import versions
 from recipelib.runtime.launch import (
     check_joined,
+    complete_ranks,
     cores,
     end_process_group,
     fsdp_option,
@@ -70,6 +71,7 @@ __all__ = [
     "clear_results",
     "clear_way",
     "code_digest",
+    "complete_ranks",
     "cores",
     "cut",
     "digest",

@@ -11,6 +11,10 @@ class UserError(Exception):
     wrong, and the cure.
     """
 
+    def _render_traceback_(self) -> list[str]:
+        """The lines that a notebook shows of it (IPython asks for them): also that one."""
+        return [f"error: {self}"]
+
 
 def first_line(message: object) -> str:
     """The first line with content, shortened."""

@@ -1,7 +1,9 @@
 """The processes of a launch: their cores, the accelerate config, joining (on CPUs too), the end."""
 
 import inspect
+import multiprocessing
 import os
+import socket
 
 from recipelib.runtime.console import say
 from recipelib.runtime.errors import UserError
@@ -21,10 +23,17 @@ def use_all_cores() -> None:
     """Give this process its share of the machine's cores where the launcher left it a single one.
 
     `accelerate launch` sets OMP_NUM_THREADS=1 for processes on a CPU unless told otherwise, which
-    halves the speed on two cores. Any other number is somebody's choice and stays.
+    halves the speed on two cores. Any other number is somebody's choice and stays. A process that
+    multiprocessing has forked, as `accelerate.notebook_launcher` does, gets one thread: OpenMP's
+    survive no fork, and where the parent has computed with them, the first large product waits
+    forever.
     """
     import torch
 
+    if type(multiprocessing.current_process()).__name__ == "ForkProcess":
+        os.environ["OMP_NUM_THREADS"] = "1"  # else accelerate sets more
+        torch.set_num_threads(1)
+        return
     if os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
         torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
@@ -42,6 +51,42 @@ def fsdp_option(name: str) -> str:
             the environment: `VERSION`, `STATE_DICT_TYPE`, `OFFLOAD_PARAMS`, ...
     """
     return os.environ.get(f"FSDP_{name}", "").lower()
+
+
+def complete_ranks() -> None:
+    """Set what a launcher sets and a program that starts processes itself leaves out.
+
+    After `torch.multiprocessing.spawn` often torch's process group alone knows of the others, or
+    the environment lacks the number on the machine. accelerate reads the environment only, and
+    would train unrelated models. Where there is a group, all of its processes have to call this.
+    """
+    import torch.distributed as distributed
+
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if all(name in os.environ for name in names):
+        return
+    if distributed.is_available() and distributed.is_initialized():
+        rank, world = distributed.get_rank(), distributed.get_world_size()
+        if world == 1:
+            return
+        hosts = [""] * world
+        over_cpus = distributed.new_group(backend="gloo")  # no GPU may have been chosen yet
+        distributed.all_gather_object(hosts, socket.gethostname(), group=over_cpus)
+        distributed.destroy_process_group(over_cpus)
+        local, beside = hosts[:rank].count(hosts[rank]), hosts.count(hosts[rank])
+    elif {"RANK", "WORLD_SIZE"} <= os.environ.keys() and _all_on_this_machine():
+        rank, world = (int(os.environ[name]) for name in names[:2])
+        local, beside = rank, world
+    else:
+        return
+    for name, value in zip(names, (rank, world, local, beside), strict=True):
+        os.environ.setdefault(name, str(value))
+
+
+def _all_on_this_machine() -> bool:
+    """Whether processes meet at an address that only this machine's can reach."""
+    address = os.environ.get("MASTER_ADDR", "")
+    return address in ("localhost", "::1") or address.startswith("127.")
 
 
 def join_on_cpu(use_cpu: bool) -> bool:

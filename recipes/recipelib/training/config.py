@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from transformers import Trainer, get_scheduler
@@ -14,6 +15,7 @@ from trl import SFTConfig
 from recipelib.runtime import (
     UserError,
     check_joined,
+    complete_ranks,
     fsdp_option,
     join_on_cpu,
     require_at_least,
@@ -34,6 +36,9 @@ class RecipeConfig(SFTConfig):
     """`SFTConfig` with other defaults: bf16 where it is fast, nothing recomputed unless asked, no
     external tracker.
     """
+
+    # The command line that says the same, where Python gave the options.
+    command: ClassVar[list[str] | None] = None
 
     # TRL turns it on under this deprecated name; it costs a third more time, so the user decides.
     gradient_checkpointing: bool | None = field(
@@ -100,6 +105,7 @@ class RecipeConfig(SFTConfig):
             )
         if self.save_strategy == "best" and self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"
+        complete_ranks()
         self.use_cpu = join_on_cpu(self.use_cpu)
         if self.bf16 is None:
             self.bf16 = fast_bf16() and not self.fp16 and not self.use_cpu

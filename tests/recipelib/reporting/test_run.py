@@ -46,7 +46,12 @@ class StandIn:
 
     def __init__(self, folder: Path):
         self.args = SimpleNamespace(
-            output_dir=str(folder), seed=3, hub_token=None, hub_model_id=None, publish=False
+            command=None,
+            output_dir=str(folder),
+            seed=3,
+            hub_token=None,
+            hub_model_id=None,
+            publish=False,
         )
         self.model = tiny_llama(300)
         self.model.requires_grad_(False)

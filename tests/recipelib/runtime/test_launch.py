@@ -1,5 +1,6 @@
 """What a process does by its place among those that a launcher started."""
 
+import multiprocessing
 import os
 import re
 
@@ -9,7 +10,13 @@ import torch
 from accelerate.state import DistributedType, PartialState
 
 from recipelib.runtime.errors import UserError
-from recipelib.runtime.launch import _has_accelerator, check_joined, join_on_cpu, use_all_cores
+from recipelib.runtime.launch import (
+    _has_accelerator,
+    check_joined,
+    complete_ranks,
+    join_on_cpu,
+    use_all_cores,
+)
 from recipelib.runtime.ranks import is_main_process
 
 ACCELERATE = {"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}
@@ -37,6 +44,17 @@ def test_threads_are_set_only_where_accelerate_left_one(environment, threads, mo
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     use_all_cores()
     assert chosen == ([] if threads is None else [threads])
+
+
+def test_a_forked_process_computes_in_one_thread(monkeypatch):
+    for name, value in {**ACCELERATE, "OMP_NUM_THREADS": "3"}.items():
+        monkeypatch.setenv(name, value)
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    forked = multiprocessing.get_context("fork").Process()
+    monkeypatch.setattr(multiprocessing, "current_process", lambda: forked)
+    use_all_cores()
+    assert (chosen, os.environ["OMP_NUM_THREADS"]) == ([1], "1")
 
 
 # Processes that find each other -------------------------------------------------------------------
@@ -122,6 +140,25 @@ def test_an_apple_laptop_rehearses_too(launched):
             torch.accelerator, "current_accelerator", lambda kind=kind: torch.device(kind)
         )
         assert _has_accelerator() is distributed
+
+
+@pytest.mark.parametrize(
+    ("address", "given", "completed"),
+    [
+        ("localhost", {}, {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}),
+        ("127.0.0.1", {"LOCAL_RANK": "0"}, {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}),
+        ("10.0.0.1", {}, {}),  # on which machine each is, nobody has said
+        ("localhost", {"RANK": ""}, {}),  # nor which process this is
+    ],
+)
+def test_what_a_program_leaves_out_of_the_environment_is_completed(
+    address, given, completed, launched
+):
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": address, **given}
+    launched.setattr(os, "environ", {name: value for name, value in variables.items() if value})
+    complete_ranks()
+    names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    assert {name: os.environ[name] for name in names if name in os.environ} == completed
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
