@@ -2,9 +2,9 @@
 what a launch runs. `accelerate launch` reads its config and sets the environment; where it would
 start torchrun, or a single process, the processes are forked.
 
-Each line of stdin is [accelerate launch's words, a file for stdout, a file for stderr]; the answer
-is a line with the exit code. Words that begin with `python` are those of `from_python.start`, whose
-processes are forked, too.
+Each line of stdin is a list with an item for each machine of a launch, [accelerate launch's words,
+a file for stdout, a file for stderr]; the answer is a line with an exit code. Words that begin with
+`python` are those of `from_python.start`, whose processes are forked, too.
 """
 
 import gc
@@ -101,13 +101,15 @@ class Single:
 
 
 def start_processes(arguments) -> None:
-    """What torchrun does on one machine: start the processes, and end all if one fails."""
-    count = int(arguments.nproc_per_node)
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(arguments.master_port)}
-    shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0"}
+    """What torchrun does on a machine: start the processes, and end all if one fails."""
+    count, machine = int(arguments.nproc_per_node), int(arguments.node_rank)
+    port = arguments.rdzv_endpoint.rpartition(":")[2] or str(arguments.master_port)
+    world = count * int(arguments.nnodes.rpartition(":")[2])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
+    shared |= {"LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": str(machine)}
 
     def run(rank: int) -> None:
-        os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
+        os.environ.update(shared, RANK=str(machine * count + rank), LOCAL_RANK=str(rank))
         run_script([arguments.training_script, *arguments.training_script_args])
 
     started = {fork(lambda rank=rank: run(rank)) for rank in range(count)}
@@ -124,5 +126,6 @@ if __name__ == "__main__":
     gc.collect()
     gc.freeze()  # what the processes share is not gone through in each
     for line in sys.stdin:
-        process = fork(lambda line=line: launch(*json.loads(line)))
-        print(code_of(os.waitpid(process, 0)[1]), flush=True)
+        machines = [fork(lambda one=one: launch(*one)) for one in json.loads(line)]
+        codes = [code_of(os.waitpid(machine, 0)[1]) for machine in machines]
+        print(next(filter(None, codes), 0), flush=True)

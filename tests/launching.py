@@ -159,15 +159,22 @@ class ForkServer:
             start_new_session=True,
         )
 
-    def launch(self, words: list[str]) -> Launched:
-        """Launch, see `words_of`, and wait."""
-        files = [f"{words[-1]}.{name}" for name in ("out", "errors")]
-        self._process.stdin.write(json.dumps([words, *files]) + "\n")
+    def launch(self, *machines: list[str]) -> Launched:
+        """Launch, on each machine by its words, see `words_of`, and wait; gives what the first one
+        said, and all errors.
+        """
+        files = [
+            [f"{words[-1]}.{number}.{name}" for name in ("out", "errors")]
+            for number, words in enumerate(machines)
+        ]
+        told = [[words, *of] for words, of in zip(machines, files, strict=True)]
+        self._process.stdin.write(json.dumps(told) + "\n")
         self._process.stdin.flush()
         ended, _, _ = select.select([self._process.stdout], [], [], TIMEOUT)
         if not ended:
             self.close()
-        out, errors = (Path(file).read_text() for file in files)
+        out = Path(files[0][0]).read_text()
+        errors = "".join(Path(file).read_text() for _, file in files)
         assert ended, _hung(out, errors)
         return _launched(int(self._process.stdout.readline()), out, errors)
 

@@ -8,7 +8,7 @@ from typing import Any
 import gpipe_sft
 import pytest
 import torch
-from launching import CONFIGS, SAVING, Launched, command
+from launching import CONFIGS, SAVING, UNSAVED, Launched, command, free_port, words_of
 from recipe_runs import QUESTIONS, run_recipe
 from run_files import read_json
 from tiny_llama import save_tiny_llama
@@ -125,6 +125,20 @@ def _launch(fork_server, root: Path, processes: int, told: dict[str, dict]) -> L
     runs["in_stages"] = [str(IN_STAGES), str(root / f"in_stages_{processes}.json")]
     launched = fork_server.runs(root / "runs", CONFIG, processes, runs)
     assert launched.failed == [], launched.errors[-5000:] + launched.said[launched.failed[0]]
+    return launched
+
+
+@pytest.fixture(scope="session")
+def machines(root, options, fork_server) -> Launched:
+    """Two machines with a process each."""
+    runs = {"machines": command(gpipe_sft, options("machines", "lora", max_steps=4, **UNSAVED))}
+    words = ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
+    words += ["--main_process_port", str(free_port())]
+    file = root / "runs" / "machines.json"
+    launched = fork_server.launch(
+        *(words_of(CONFIG, file, runs, *words, "--machine_rank", rank) for rank in ("0", "1"))
+    )
+    assert launched.failed == [], launched.errors[-5000:]
     return launched
 
 

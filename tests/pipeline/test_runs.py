@@ -58,6 +58,11 @@ def test_two_processes_score_as_one_does(kind, both):
             assert one["generated"] == other["generated"]
 
 
+def test_a_pipeline_goes_over_two_machines(root, machines, alone):
+    assert "no GPU: a rehearsal over 2 gloo processes" in machines.said["machines"]
+    assert_equal_losses(root / "machines", alone("lora"), 4)
+
+
 def losses_of_other_rows(folder) -> list[float]:
     history = read_json(folder / "trainer_state.json")["log_history"]
     return [entry["eval_loss"] for entry in history if "eval_loss" in entry]
