@@ -77,7 +77,7 @@ def counted(processes) -> Counter:
     return Counter(row for batches in processes for batch in batches for row in batch)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=20)
 @given(st.integers(1, 40), SHAPES, st.sampled_from(STRATEGIES), st.booleans())
 def test_an_epoch_is_all_rows_and_repeats_only_what_makes_shares_even(
     rows, shape, strategy, drop_last
@@ -125,7 +125,7 @@ def values_of(loaders, training, passes: int) -> tuple:
     return passes, steps, 0, 0, rows_of_step, batches, passes * steps
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=20)
 @given(
     st.integers(1, 40),
     SHAPES,
