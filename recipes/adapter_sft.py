@@ -18,7 +18,7 @@ merged into the model, an adapter is not linear and computes its part at every t
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from recipelib.cli import RecipeArguments, adapter_option, option, run_recipe
+from recipelib.cli import RecipeArguments, adapter_option, option, owns_output_dir, run_recipe
 from recipelib.runtime import UserError
 
 DEFAULTS = {
@@ -89,6 +89,7 @@ class AdapterArguments(RecipeArguments):
             raise UserError(f"--scaling {self.scaling}: pass a number, or learned") from None
 
 
+@owns_output_dir
 def main(args: AdapterArguments, training) -> dict | None:
     """Train bottleneck adapters and score them beside the base model.
 

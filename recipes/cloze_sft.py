@@ -17,7 +17,7 @@ added whose weights would start at random. To leave the model frozen, `prompt_tu
 
 from dataclasses import dataclass
 
-from recipelib.cli import ClozeArguments, option, run_recipe
+from recipelib.cli import ClozeArguments, option, owns_output_dir, run_recipe
 from recipelib.runtime import UserError
 
 DEFAULTS = {
@@ -61,6 +61,7 @@ class ClozeSftArguments(ClozeArguments):
             raise UserError("--soft_verbalizer: is trained; leave it out, or --score_only")
 
 
+@owns_output_dir
 def main(args: ClozeSftArguments, training) -> dict | None:
     """Train a model through the cloze, and score it beside the untouched one.
 

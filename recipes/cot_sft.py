@@ -17,7 +17,7 @@ a glance, the rationale only costs time: each answer is many times longer.
 
 from dataclasses import dataclass
 
-from recipelib.cli import RecipeArguments, loss_option, option, run_recipe
+from recipelib.cli import RecipeArguments, loss_option, option, owns_output_dir, run_recipe
 from recipelib.runtime import UserError
 
 DEFAULTS = {
@@ -26,8 +26,7 @@ DEFAULTS = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,  # of all steps
     "num_train_epochs": 1.5,
-    # Arithmetic is learned slowly: many small steps do better here than few large ones.
-    "per_device_train_batch_size": 4,
+    "per_device_train_batch_size": 4,  # arithmetic is learned slowly, better in many small steps
 }
 
 
@@ -72,6 +71,7 @@ class CotArguments(RecipeArguments):
             raise UserError("--temperature: samples at 0 are all the same; raise it")
 
 
+@owns_output_dir
 def main(args: CotArguments, training) -> dict | None:
     """Train on rationales and score the answers, beside the untouched model.
 

@@ -17,7 +17,7 @@ all weights in each step. In (stages - 1) / (micro_batches + stages - 1) of a st
 from dataclasses import dataclass
 from typing import ClassVar
 
-from recipelib.cli import RecipeArguments, option, run_recipe
+from recipelib.cli import RecipeArguments, option, owns_output_dir, run_recipe
 
 DEFAULTS = {
     "output_dir": "runs/gpipe_sft",
@@ -56,6 +56,7 @@ class GPipeArguments(RecipeArguments):
     alpha: int = option(32, "The update is scaled by alpha / r.", least=1, needs="--peft lora")
 
 
+@owns_output_dir
 def main(args: GPipeArguments, training) -> dict | None:
     """Train a model whose layers stand in several processes, and score it beside the base model.
 

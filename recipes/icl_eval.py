@@ -2,8 +2,7 @@
 
 A frozen model is asked with k solved examples in front of each question. Labels are chosen by the
 likelihood of their words, which can be calibrated (Zhao et al. 2021); free answers are written,
-with the reasoning first if the template has one (chain of thought, Wei et al. 2022). Which examples
-one draws matters: several draws show by how much.
+with the reasoning first if there is one (Wei et al. 2022). Several draws show how much they matter.
 
 Choose it when there are too few rows to train on, to see what a model can do before you train, or
 to score any trained result; not when prompts have to be short: each pays for its examples.
@@ -17,7 +16,7 @@ to score any trained result; not when prompts have to be short: each pays for it
 
 from dataclasses import dataclass
 
-from recipelib.cli import RecipeArguments, option, run_recipe
+from recipelib.cli import RecipeArguments, option, owns_output_dir, run_recipe
 from recipelib.runtime import UserError
 
 DEFAULTS = {"output_dir": "runs/icl_eval", "max_length": 4096}
@@ -76,6 +75,7 @@ class IclArguments(RecipeArguments):
             raise UserError("--samples: samples at --temperature 0 are all the same; raise it")
 
 
+@owns_output_dir
 def main(args: IclArguments, training) -> dict | None:
     """Score a model with demonstrations in its prompts.
 

@@ -20,7 +20,7 @@ a fraction of that.
 
 from dataclasses import dataclass
 
-from recipelib.cli import RecipeArguments, loss_option, option, run_recipe
+from recipelib.cli import RecipeArguments, loss_option, option, owns_output_dir, run_recipe
 
 DEFAULTS = {
     "output_dir": "runs/instruction_sft",
@@ -78,6 +78,7 @@ class InstructionArguments(RecipeArguments):
     )
 
 
+@owns_output_dir
 def main(args: InstructionArguments, training) -> dict | None:
     """Train on a mixture of tasks, and score each, beside the untouched model.
 

@@ -20,7 +20,7 @@ Without Regret), which are the defaults here.
 
 from dataclasses import dataclass
 
-from recipelib.cli import RecipeArguments, adapter_option, option, run_recipe
+from recipelib.cli import RecipeArguments, adapter_option, option, owns_output_dir, run_recipe
 from recipelib.runtime import UserError
 
 DEFAULTS = {
@@ -77,6 +77,7 @@ class LoraArguments(RecipeArguments):
             raise UserError("--pissa: starts from the full weights; leave out it or --load_in_4bit")
 
 
+@owns_output_dir
 def main(args: LoraArguments, training) -> dict | None:
     """Train a LoRA adapter and score it beside the base model.
 

@@ -18,7 +18,7 @@ kilobytes. With many rows LoRA learns more; with few, `cloze_sft.py` trains the 
 
 from dataclasses import dataclass
 
-from recipelib.cli import ClozeArguments, adapter_option, option, run_recipe
+from recipelib.cli import ClozeArguments, adapter_option, option, owns_output_dir, run_recipe
 
 DEFAULTS = {
     "output_dir": "runs/prompt_tuning",
@@ -61,6 +61,7 @@ class PromptArguments(ClozeArguments):
     )
 
 
+@owns_output_dir
 def main(args: PromptArguments, training) -> dict | None:
     """Train a prompt in front of a frozen model, and score both.
 

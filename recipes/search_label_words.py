@@ -12,7 +12,7 @@ written, to be edited and passed on as --template.
 
 from dataclasses import dataclass
 
-from recipelib.cli import RecipeArguments, option, run_recipe
+from recipelib.cli import RecipeArguments, option, owns_output_dir, run_recipe
 from recipelib.runtime import UserError
 
 DEFAULTS = {"output_dir": "runs/label_words"}
@@ -40,6 +40,7 @@ class SearchArguments(RecipeArguments):
             raise UserError("--eval_split all: words are scored on rows beside those of the search")
 
 
+@owns_output_dir
 def main(args: SearchArguments, training) -> None:
     """Search label words on the training rows, score them on the evaluation rows, and write them
     into a template.

@@ -16,7 +16,7 @@ and features take one pass. Choose LoRA for a task that is far from what the mod
 from dataclasses import dataclass
 from functools import partial
 
-from recipelib.cli import RecipeArguments, option, run_recipe
+from recipelib.cli import RecipeArguments, option, owns_output_dir, run_recipe
 from recipelib.runtime import UserError
 
 DEFAULTS = {
@@ -84,6 +84,7 @@ class TransferArguments(RecipeArguments):
                 raise UserError(f"--{name}: with --peft adapters are trained; leave it out")
 
 
+@owns_output_dir
 def main(args: TransferArguments, training) -> dict | None:
     """Train the top of a model, or a small model on its states, and score it beside the untouched
     model.

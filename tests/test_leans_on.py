@@ -106,6 +106,8 @@ LEANS_ON = {
     "_cast_input_dtype": "of a layer; cast_input_dtype_enabled turns it off",
     # jinja2
     "ImmutableSandboxedEnvironment._generate": "every text and expression passes here: the sandbox",
+    # os, documented there
+    "_exit": "ends a process whose main thread waits for one that has died",
     # argparse
     "_actions": "the options of a parser",
     "_get_values": "converts and checks the words of an option",

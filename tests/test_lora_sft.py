@@ -170,7 +170,8 @@ def test_an_optimizer_that_groups_parameters_itself_is_refused_with_loraplus(run
 
 
 def test_a_loss_that_is_not_finite_is_shown_as_that(run, capsys):
-    folder = run(learning_rate=1e30, lr_scheduler_type="constant", max_grad_norm=0)
+    options = {"learning_rate": 1e30, "lr_scheduler_type": "constant", "max_grad_norm": 0}
+    folder = run(**options, stop_after_nan=0)
     assert not all(map(math.isfinite, losses(folder)))
     assert "warning: the loss is not finite from step 2 on" in capsys.readouterr().out
 

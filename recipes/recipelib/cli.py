@@ -9,14 +9,25 @@ import re
 import sys
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 from recipelib.prompts import COMBINE
-from recipelib.runtime import UserError, end_process_group, load_yaml, rank
+from recipelib.runtime import (
+    Terminated,
+    UserError,
+    end_process_group,
+    end_with_launcher,
+    heeding_sigterm,
+    in_one_line,
+    is_main_process,
+    load_yaml,
+    rank,
+    sole_run,
+)
 
 USAGE = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]"
 
@@ -418,6 +429,23 @@ def parse_arguments(
     return parsed, training
 
 
+def owns_output_dir(main: Callable) -> Callable:
+    """Decorate a recipe's `main(args, training)`: while it runs, no other run writes into the same
+    --output_dir, and it ends with its launcher. What cannot be written ends in one line. A preview
+    writes nothing.
+    """
+
+    @wraps(main)
+    def run(args, training):
+        end_with_launcher()
+        if args.preview:
+            return main(args, training)
+        with in_one_line(training.output_dir), sole_run(training.output_dir):
+            return main(args, training)
+
+    return run
+
+
 def run_recipe(
     main: Callable,
     arguments: type,
@@ -427,24 +455,30 @@ def run_recipe(
     trains: bool = True,
 ) -> None:
     """Parse the command line and run `main`, or answer the rows of --predict with the result of an
-    earlier run. A user's mistake ends in one line and exit code 2.
+    earlier run. A user's mistake ends in one line and exit code 2, SIGTERM in one and 143.
 
     Args:
         trains: False for a recipe that answers --predict itself, for it needs no trained result.
     """
+    end_with_launcher()
     try:
-        args, training = parse_arguments(arguments, description, defaults)
-        if args.predict and trains:
-            from recipelib.reporting import answer_file
+        with heeding_sigterm():
+            args, training = parse_arguments(arguments, description, defaults)
+            if args.predict and trains:
+                from recipelib.reporting import answer_file
 
-            answer_file(args, training)
-        else:
-            main(args, training)
-        end_process_group()
+                owns_output_dir(answer_file)(args, training)
+            else:
+                main(args, training)
+            end_process_group()
     except UserError as error:
         by = f" (process {rank()})" if rank() else ""
         print(f"error{by}: {error}", file=sys.stderr)
         sys.exit(2)
+    except Terminated as end:
+        if is_main_process():
+            print(end.line, file=sys.stderr)
+        raise
     except KeyboardInterrupt:
         own = "resume" in arguments.__dataclass_fields__
         resume = "--resume true" if own else "--resume_from_checkpoint last"

@@ -82,7 +82,7 @@ class PipelineTrainer(RecipeTrainer):
         if self.stages.is_first:
             self.slots_seen += batch["input_ids"].numel()
             self.tokens_seen += int(batch["attention_mask"].sum())
-        return model.train_step(batch, num_items_in_batch)
+        return self.watched(model.train_step(batch, num_items_in_batch), batch)
 
     def _clip_grad_norm(self, model):
         return self.pipeline.clip(self.args.max_grad_norm)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from recipelib.adapters import BASE
 from recipelib.models import bare_model, is_masked_model
-from recipelib.runtime import UserError, first_line, is_main_process, say
+from recipelib.runtime import LOCK, UserError, first_line, is_main_process, say
 
 
 def load_snippet(model, folder: str) -> str:
@@ -96,7 +96,7 @@ def publish(output_dir: str, training) -> None:
             # Predictions and samples hold the user's rows, which nobody asked to publish.
             ignore_patterns=[
                 *("checkpoint-*", "merged/*", "pissa_start/*"),
-                *("predictions*.jsonl", "samples.jsonl"),
+                *("predictions*.jsonl", "samples.jsonl", LOCK),
             ],
         )
     except (HTTPError, HFValidationError, OSError) as error:

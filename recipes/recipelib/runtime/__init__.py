@@ -21,6 +21,14 @@ from recipelib.runtime.console import (
     progress_bar,
     say,
 )
+from recipelib.runtime.ending import (
+    EXIT_CODE,
+    Terminated,
+    end_with_launcher,
+    ending_with_others,
+    heeding_sigterm,
+    terminating,
+)
 from recipelib.runtime.errors import UserError, first_line, one_line, require_at_least
 from recipelib.runtime.files import (
     Spool,
@@ -43,6 +51,7 @@ from recipelib.runtime.launch import (
     uses_fsdp,
 )
 from recipelib.runtime.memory import MemoryMeter, gib
+from recipelib.runtime.owning import LOCK, in_one_line, sole_run
 from recipelib.runtime.prepared import (
     ArrowFile,
     Store,
@@ -55,12 +64,15 @@ from recipelib.runtime.prepared import (
 from recipelib.runtime.ranks import is_main_process, rank
 
 __all__ = [
+    "EXIT_CODE",
+    "LOCK",
     "STAGE_FILES",
     "TRAINED",
     "ArrowFile",
     "MemoryMeter",
     "Spool",
     "Store",
+    "Terminated",
     "UserError",
     "check_adapter",
     "check_joined",
@@ -76,10 +88,14 @@ __all__ = [
     "cut",
     "digest",
     "end_process_group",
+    "end_with_launcher",
+    "ending_with_others",
     "find_checkpoint",
     "first_line",
     "fsdp_option",
     "gib",
+    "heeding_sigterm",
+    "in_one_line",
     "is_main_process",
     "is_whole",
     "join_on_cpu",
@@ -98,6 +114,8 @@ __all__ = [
     "replacing",
     "require_at_least",
     "say",
+    "sole_run",
+    "terminating",
     "use_all_cores",
     "uses_fsdp",
     "versions",

@@ -56,6 +56,10 @@ class RecipeConfig(SFTConfig):
         default=False,  # the search walks over the graph in every step
         metadata={"help": "Search for parameters that a step leaves out; only data parallel."},
     )
+    stop_after_nan: int = field(
+        default=3,
+        metadata={"help": "Stop after so many steps in a row whose loss is not finite; 0: never."},
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes that prepare rows; by default one per core."}
@@ -88,6 +92,7 @@ class RecipeConfig(SFTConfig):
             dataset_num_proc=1,
             dataloader_num_workers=0,
             neftune_noise_alpha=0,
+            stop_after_nan=0,
             learning_rate=0,
             weight_decay=0,
             adam_epsilon=0,

@@ -48,6 +48,7 @@ _NEVER = {
         ("do_train", "do_eval", "do_predict"), "a recipe trains and scores; see --predict"
     ),
     "model_init_kwargs": "the recipe loads the model; see --revision and --attn_implementation",
+    "enable_jit_checkpoint": "SIGTERM lets a run finish its step and save, without it",
     "use_cache": "training needs no KV cache, and what is saved keeps the model's own setting",
     **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "parallelism_config"), _SHARDED),
 }

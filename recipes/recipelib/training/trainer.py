@@ -44,6 +44,8 @@ from recipelib.runtime import (
     check_adapter,
     clear_results,
     clear_way,
+    ending_with_others,
+    heeding_sigterm,
     is_main_process,
     uses_fsdp,
 )
@@ -53,6 +55,7 @@ from recipelib.training.memory import MemoryEstimate, estimate_memory
 from recipelib.training.packing import RowsApart, row_lengths, rows_stay_apart
 from recipelib.training.plan import show_plan
 from recipelib.training.resuming import note_split, taken_up
+from recipelib.training.stopping import EndInOrder
 
 # PEFT uses transformers' old name for activation checkpointing; the user cannot change that.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -204,6 +207,8 @@ class RecipeTrainer(SFTTrainer):
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(LossBar)
+        self._end_in_order = EndInOrder(self.accelerator, task)
+        self.add_callback(self._end_in_order)
         if rates:
             self.optimizer = self._optimizer_at(rates)
         self.estimated = self._estimate() if task.memory else None
@@ -279,7 +284,8 @@ class RecipeTrainer(SFTTrainer):
         with memory.sampling() if memory else nullcontext():
             if self.cache is not None:
                 self._begin_above(self.cache)
-            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            with ending_with_others(), heeding_sigterm(steps=True):
+                output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         self.seconds = time.perf_counter() - start
         self._peak = memory.stop() if memory else 0
         return output
@@ -359,7 +365,13 @@ class RecipeTrainer(SFTTrainer):
                 self.neftune_noise_alpha * longer
             )
         with self._keeping_apart(inputs), self._without_input_casts(), self._above(inputs):
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        return self.watched(loss, inputs)
+
+    def watched(self, loss: torch.Tensor, inputs: Mapping) -> torch.Tensor:
+        """The loss of a micro-batch, once it was looked at: see `EndInOrder`."""
+        self._end_in_order.saw(loss, inputs)
+        return loss
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         """Forward pass of a micro-batch that is evaluated. Rows that only make the processes'

@@ -226,7 +226,7 @@ def test_a_model_below_the_published_folder_is_named_as_the_repositorys(finished
 def test_a_run_is_published_without_checkpoints_under_the_name_and_token_given(
     finished, training, api, capsys
 ):
-    others = ("samples.jsonl", "pissa_start/a.safetensors")
+    others = ("samples.jsonl", ".run.lock", "pissa_start/a.safetensors")
     for name in ("checkpoint-20/optimizer.pt", "merged/model.safetensors", *others):
         (finished / name).parent.mkdir(exist_ok=True)
         (finished / name).write_bytes(b"")
@@ -237,7 +237,8 @@ def test_a_run_is_published_without_checkpoints_under_the_name_and_token_given(
     assert token == ("token", "hf_secret")
     assert create == ("create", "team/reviews", True, True)
     assert repository == "team/reviews"
-    assert not {"predictions.jsonl", "samples.jsonl"} & uploaded  # they hold rows of the user
+    # They hold rows of the user, and who is publishing.
+    assert not {"predictions.jsonl", "samples.jsonl", ".run.lock"} & uploaded
     assert {"adapter.safetensors", "README.md", "metrics.json", "template.yaml"} <= uploaded
     assert not [one for one in uploaded if one.startswith(("checkpoint", "merged", "pissa"))]
     assert "from_pretrained(model, 'team/reviews')" in card
