@@ -87,7 +87,7 @@ def _chats(root: Path) -> Path:
                 for role in ("user", "assistant")
             ]
         }
-        for n in range(3_000)
+        for n in range(800)
     ]
     path = root / "chats.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))

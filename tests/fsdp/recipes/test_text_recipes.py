@@ -53,7 +53,7 @@ def test_one_process_prepares_what_both_train(both, two):
     assert_equal_losses(*folders, 2)
     found = [read_json(folder / "metrics.json") for folder in folders]
     # A tenth is held out; both answers of a conversation are one example.
-    assert [metrics["train_examples"] for metrics in found] == [2_700, 2_700]
+    assert [metrics["train_examples"] for metrics in found] == [720, 720]
 
 
 def test_each_process_reads_its_share_of_a_stream(two, root):
