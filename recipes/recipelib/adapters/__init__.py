@@ -19,7 +19,6 @@ from recipelib.adapters.saved import (
     load_soft_verbalizer,
     load_tuned,
     resolve_adapter,
-    saved_embeddings,
     tokenizer_of_adapter,
     with_adapter,
 )
@@ -59,7 +58,6 @@ __all__ = [
     "save_own_code",
     "save_start",
     "save_without_adapters_below",
-    "saved_embeddings",
     "start_ids",
     "start_prefix",
     "start_prompt",

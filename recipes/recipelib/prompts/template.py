@@ -604,10 +604,10 @@ class PromptTemplate:
         """The label word that stands first in what a model wrote; of several that begin there, the
         longest. Of a row's own options their texts, or their names, which are A, not a.
         """
-        words = [word for words in self.verbalizer.values() for word in words]
-        names = list(question.options.texts) if question.options else []
+        names: Iterable[str] = ()
+        words = (word for words in self.verbalizer.values() for word in words)
         if question.options:
-            words = list(question.options.texts.values())
+            names, words = question.options.texts.keys(), question.options.texts.values()
         longest_first = sorted((word.strip() for word in words), key=len, reverse=True)
         either = f"(?i:{'|'.join(map(re.escape, longest_first))})"
         either = "|".join([either, *map(re.escape, names)])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipelib.adapters import SOFT_VERBALIZER, base_of, resolve_adapter, saved_embeddings
+from recipelib.adapters import SOFT_VERBALIZER, base_of, resolve_adapter, tokenizer_of_adapter
 from recipelib.data import load_asked
 from recipelib.encoding import CausalAsker, MaskedAsker, asker_of
 from recipelib.models import describe_model, nature_of_model
@@ -107,14 +107,7 @@ def load_few_shot_task(args, training) -> FewShotTask:
         raise UserError(
             f"--score {args.score}: answers of {template.name} are written; leave it out"
         )
-    own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
-    encoder = make_encoder(
-        template,
-        args,
-        training,
-        tokenizer_of=str(adapter) if own else None,
-        vocabulary=saved_embeddings(adapter) if adapter else None,
-    )
+    encoder = make_encoder(template, args, training, **tokenizer_of_adapter(adapter))
     return FewShotTask(
         encoder=encoder,
         train=pool,
